@@ -1,0 +1,220 @@
+"""Inherited dynamic pruning: from a dense, fine-tuned model to N:M in steps, M fixed and N going down.
+
+Each level starts from the weights of the level before it (inheritance) and trains with masks that follow the magnitudes at
+every step (dynamic), with SR-STE gradients; masks are frozen for the last part of a level so that the weights that stay can settle.
+Every level is a usable model, kept in its own folder: ``model.safetensors`` (dense weights and masks) and ``level.json``.
+
+Ref: IDP, arXiv 2208.06118, as reconstructed from its abstract; SR-STE, arXiv 2102.04010.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch import nn
+
+from algo.checkpoint import difference, read_json, read_tensors, write_json, write_tensors
+from algo.nm import NM
+from algo.sparsify import Pattern, freeze_masks, match_patterns, set_pattern, sparsify
+from algo.train import Batches, LossFn, TrainConfig, TrainResult, train
+
+__all__ = ["IDPConfig", "Level", "idp_levels", "idp_schedule", "run_idp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDPConfig:
+    """How each level trains.
+
+    Members
+    -------
+    train
+        Epochs and step size of one level.
+    freeze
+        Share of a level's steps, at its end, in which masks stay; in [0, 1).
+    decay
+        SR-STE's lambda.
+    schedule
+        N of each level, descending, for patterns that should not follow `idp_schedule`: ``{"1:8": (4, 2, 1)}``.
+    """
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    freeze: float = 0.25
+    decay: float = 2e-4
+    schedule: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.freeze < 1:
+            raise ValueError(f"freeze must be in [0, 1), not {self.freeze!r}")
+        for pattern, levels in self.schedule.items():
+            target = NM(pattern)
+            if not levels or levels[-1] != target.n or list(levels) != sorted(set(levels), reverse=True):
+                raise ValueError(f"the schedule of {target} must descend to {target.n}, not {levels!r}")
+            NM(levels[0], target.m)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One finished level: its patterns by layer, its folder (None if nothing is kept), its training (None if reused)."""
+
+    patterns: Mapping[str, NM]
+    folder: Path | None
+    training: TrainResult | None
+
+    @property
+    def name(self) -> str:
+        """The distinct patterns, such as ``"2:4"`` or ``"1:4+2:4"``."""
+        return _name(self.patterns)
+
+
+def idp_schedule(target: NM) -> tuple[NM, ...]:
+    """Patterns to pass through, the last being ``target``: N halves from M, in at least two steps where there is room.
+
+    2:4 -> 3:4, 2:4. 1:4 -> 2:4, 1:4. 2:8 -> 4:8, 2:8. 1:16 -> 8:16, 4:16, 2:16, 1:16. Dense gives ().
+    """
+    counts, n = [], target.m
+    while n > target.n:
+        n = max(target.n, math.ceil(n / 2))
+        counts.append(n)
+    if len(counts) == 1 and target.n + 1 < target.m:
+        counts.insert(0, (target.n + target.m) // 2)
+    return tuple(NM(count, target.m) for count in counts)
+
+
+def idp_levels(
+    targets: Mapping[str, NM], schedule: Mapping[str, tuple[int, ...]] | None = None
+) -> list[dict[str, NM]]:
+    """Patterns of every layer at every level, for layers with different targets.
+
+    There are as many levels as the longest schedule has; shorter ones are spread over them and all end together.
+    """
+    own = {NM(pattern): counts for pattern, counts in (schedule or {}).items()}
+    steps = {
+        nm: [NM(n, nm.m) for n in own[nm]] if nm in own else list(idp_schedule(nm))
+        for nm in set(targets.values())
+    }
+    count = max((len(step) for step in steps.values()), default=0)
+
+    def at(nm: NM, level: int) -> NM:
+        return steps[nm][math.ceil((level + 1) * len(steps[nm]) / count) - 1]
+
+    return [{name: at(nm, level) for name, nm in targets.items()} for level in range(count)]
+
+
+def run_idp(
+    model: nn.Module,
+    pattern: Pattern,
+    batches: Batches,
+    loss_fn: LossFn,
+    config: IDPConfig,
+    *,
+    out_dir: Path | None = None,
+    exclude: Iterable[str] = (),
+    facts: Mapping[str, Any] | None = None,
+    on_level: Callable[[Level], Mapping[str, Any] | None] | None = None,
+    progress: Progress | None = None,
+) -> list[Level]:
+    """Prune a dense model in place; it is left parametrised at the last level: `finalize` it.
+
+    Parameters
+    ----------
+    model
+        Dense, fine-tuned.
+    pattern, exclude
+        The targets, see `algo.sparsify.match_patterns`.
+    batches, loss_fn
+        See `algo.train`. Each level sees epochs 0, 1, ... of its own.
+    out_dir
+        A folder per level is written here. Finished levels are reused, an unfinished one goes on from its last epoch.
+    facts
+        Anything else that decides the result (JSON values): compared on reuse.
+    on_level
+        Called after each level, finished now or before.
+
+    Raises
+    ------
+    ValueError
+        A level in ``out_dir`` was made with other settings (names the key).
+    """
+    levels = idp_levels(match_patterns(model, pattern, exclude=exclude), config.schedule)
+    done: list[Level] = []
+    for number, patterns in enumerate(levels):
+        if number == 0:
+            sparsify(model, dict(patterns), decay=config.decay)
+        else:
+            set_pattern(model, dict(patterns))
+        # Each level has its own dropout; the same would couple the levels.
+        own = replace(config, train=replace(config.train, seed=config.train.seed + number + 1))
+        folder = (
+            None if out_dir is None else out_dir / f"level-{number + 1}-{_name(patterns).replace(':', 'of')}"
+        )
+        level = _run_level(model, patterns, batches, loss_fn, own, folder, dict(facts or {}), progress)
+        done.append(level)
+        if on_level is not None:
+            on_level(level)
+    return done
+
+
+def _run_level(
+    model: nn.Module,
+    patterns: Mapping[str, NM],
+    batches: Batches,
+    loss_fn: LossFn,
+    config: IDPConfig,
+    folder: Path | None,
+    facts: Mapping[str, Any],
+    progress: Progress | None,
+) -> Level:
+    identity = {
+        "patterns": {name: str(nm) for name, nm in patterns.items()},
+        "freeze": config.freeze,
+        "decay": config.decay,
+        "train": asdict(config.train),
+        "facts": facts,
+    }
+    if folder is not None and _reuse(model, folder, identity):
+        return Level(patterns, folder, None)
+
+    def freeze(model: nn.Module, step: int, steps: int) -> None:
+        if step >= round(steps * (1 - config.freeze)):
+            freeze_masks(model)
+
+    result = train(
+        model,
+        batches,
+        loss_fn,
+        config.train,
+        checkpoint=None if folder is None else folder / "epoch.safetensors",
+        facts=identity,
+        before_step=freeze if config.freeze else None,
+        progress=progress,
+        label=f"prune to {_name(patterns)}",
+    )
+    if folder is not None:
+        write_tensors(folder / "model.safetensors", model.state_dict(), {"identity": identity})
+        # level.json last: it is the sign that the level is whole.
+        write_json(
+            folder / "level.json", {"identity": identity, "losses": result.losses, "seconds": result.seconds}
+        )
+        (folder / "epoch.safetensors").unlink(missing_ok=True)
+    return Level(patterns, folder, result)
+
+
+def _reuse(model: nn.Module, folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Load a finished level; False if there is none."""
+    if not (folder / "level.json").exists():
+        return False
+    changed = difference(read_json(folder / "level.json").get("identity", {}), identity)
+    if changed:
+        raise ValueError(f"cannot reuse {folder}: {changed}. Set it back, or start over (fresh)")
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    model.load_state_dict(tensors)
+    return True
+
+
+def _name(patterns: Mapping[str, NM]) -> str:
+    return "+".join(sorted({str(nm) for nm in patterns.values()}))

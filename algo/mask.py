@@ -1,0 +1,111 @@
+"""Magnitude masks: which N weights of each group of M stay.
+
+Groups lie along the dimension that a matrix multiplication sums over:
+
+- Linear weight ``(O, I)``: along ``I``;
+- Conv2d weight ``(O, I, kh, kw)``: along the input channels, in NHWC order, that is along the last dimension of
+  ``(O, kh, kw, I)``.
+
+A dimension that is not a multiple of M ends in a shorter remainder group; see `NM.kept` for what it keeps.
+
+Ref: A. Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, arXiv 2102.04010;
+the grouping is that of the authors' ``Sparse_NHWC``, except that groups never straddle two pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from algo.nm import NM
+
+__all__ = ["from_rows", "magnitude_mask", "rows"]
+
+_PAIRWISE_MAX_M = 16
+"""Above this a stable sort is faster than comparing all pairs of a group."""
+
+
+def rows(weight: Tensor) -> Tensor:
+    """View a weight as a matrix whose rows are grouped along the last dimension.
+
+    Linear ``(O, I)`` stays; Conv2d ``(O, I, kh, kw)`` becomes ``(O, kh * kw, I)``: channels last.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"a weight must be a torch.Tensor, not {type(weight).__name__}")
+    if weight.ndim == 2:
+        return weight
+    if weight.ndim == 4:
+        return weight.flatten(2).transpose(1, 2)
+    raise ValueError(
+        f"a weight must be (out, in) or (out, in, height, width) to have N:M groups, not {tuple(weight.shape)}"
+    )
+
+
+def from_rows(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `rows`: give ``matrix`` the weight's own ``shape`` back."""
+    if len(shape) == 2:
+        return matrix
+    return matrix.transpose(1, 2).reshape(shape)
+
+
+@torch.no_grad()
+def magnitude_mask(weight: Tensor, pattern: NM) -> Tensor:
+    """Mark the ``N`` largest absolute values of each group of ``M``.
+
+    Parameters
+    ----------
+    weight
+        ``(O, I)`` or ``(O, I, kh, kw)``, floating point, without NaN.
+    pattern
+        The N:M pattern.
+
+    Returns
+    -------
+    Tensor
+        bool, contiguous, the weight's shape; True = keep. Of equal magnitudes the lower index stays, so the mask is a
+        function of the values alone, whatever the machine and the number of threads.
+    """
+    matrix = rows(weight)
+    if pattern.is_dense:
+        return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    width = matrix.shape[-1]
+    full = width - width % pattern.m
+    parts = [_group_mask(matrix[..., :full], pattern.m, pattern.n)] if full else []
+    if full < width:
+        tail = width - full
+        parts.append(_group_mask(matrix[..., full:], tail, pattern.kept(tail)))
+    mask = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return from_rows(mask, weight.shape).contiguous()
+
+
+def _group_mask(matrix: Tensor, m: int, n: int) -> Tensor:
+    """Mask of ``matrix`` (..., k * m) that keeps ``n`` of each ``m``."""
+    if n == m:
+        return torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device)
+    groups = matrix.abs().reshape(-1, m)
+    keep = _keep_by_pairs(groups, n) if m <= _PAIRWISE_MAX_M else _keep_by_sort(groups, n)
+    return keep.reshape(matrix.shape)
+
+
+def _keep_by_pairs(groups: Tensor, n: int) -> Tensor:
+    """Keep an element when fewer than ``n`` others of its group beat it.
+
+    Works on columns, so that each comparison runs over contiguous memory: about 10x faster than a sort at M = 4.
+    """
+    columns = groups.t().contiguous()
+    m = columns.shape[0]
+    # Start from "beaten by all later ones" and correct each pair: one comparison serves both of its elements.
+    beaten = torch.arange(m - 1, -1, -1, dtype=torch.int8, device=groups.device)[:, None].repeat(
+        1, columns.shape[1]
+    )
+    for low in range(m):
+        for high in range(low + 1, m):
+            wins = torch.ge(columns[low], columns[high]).view(torch.int8)  # equal: the lower index wins
+            beaten[high] += wins
+            beaten[low] -= wins
+    return (beaten < n).t()
+
+
+def _keep_by_sort(groups: Tensor, n: int) -> Tensor:
+    order = groups.sort(dim=-1, descending=True, stable=True).indices[:, :n]
+    return torch.zeros(groups.shape, dtype=torch.bool, device=groups.device).scatter_(1, order, True)

@@ -1,0 +1,441 @@
+"""A compiled program: everything that a simulator, a driver or a report needs, in one value and one file.
+
+The file is a zip without compression: `manifest.json` (what the program is, and the SHA-256 of every other member), `code.bin`
+(instructions), `weights.bin` (constants), `network.json` + `network.bin` (the integer network, for the reference). Nothing is
+pickled, and equal programs are equal files, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compiler.network_io import network_from_bytes, network_to_bytes
+from compiler.ops import QuantNetwork
+from hw.arch import Arch
+from hw.isa import INSTRUCTION_BYTES, Instruction
+from hw.numerics import MASK_BIAS, PARAM_DTYPE
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MaskTable",
+    "ModelTensor",
+    "OperatorInfo",
+    "Program",
+    "ProgramFileError",
+    "TensorInfo",
+    "load",
+]
+
+FORMAT_VERSION = 1
+"""Of the file. A reader refuses newer ones."""
+
+KIND = "nmforge program"
+_MEMBERS = ("code.bin", "weights.bin", "network.json", "network.bin")
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+Layout = Literal["columns", "transposed", "keymask"]
+
+
+class ProgramFileError(ValueError):
+    """A program file that cannot be used; the message names the file and the member or field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """A tensor in memory: (batch, rows, channels), real value = scale * integer.
+
+    layout ``"columns"`` and ``"transposed"`` are those of docs/numerics.md; ``"keymask"`` tensors exist only as the parameter tables that
+    `Program.memory_image` makes of them (address 0, no bytes). `heads` is 1 except for transposed tensors. `of` names the network's
+    tensor: a copy in a second layout has a name of its own.
+    The bytes hold the tensor from instruction `written` (-1: from the host) to the end if `kept`, else at least to instruction `last_use`.
+    """
+
+    name: str
+    of: str
+    shape: tuple[int, int, int]
+    dtype: Literal["int8", "int16", "keymask"]
+    scale: float
+    layout: Layout
+    heads: int
+    address: int
+    written: int
+    last_use: int
+    kept: bool
+
+    def grid(self, rows: int) -> tuple[int, ...]:
+        """Shape of the stored array for T = L = `rows`."""
+        batch, length, channels = self.shape
+        tiles = -(-length // rows)
+        if self.layout == "columns":
+            return batch, tiles, channels, rows
+        if self.layout == "transposed":
+            return batch, self.heads, -(-channels // self.heads // rows), tiles * rows, rows
+        return (0,)
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes in memory, padding included."""
+        return int(np.prod(self.grid(rows))) * (2 if self.dtype == "int16" else 1)
+
+    def to_memory(self, values: NDArray[np.integer], rows: int) -> NDArray[np.uint8]:
+        """Bytes of the stored tensor; rows and features that pad it are zero."""
+        batch, length, channels = self.shape
+        tiles = -(-length // rows)
+        if self.layout == "columns":
+            padded = np.zeros((batch, tiles * rows, channels), f"<i{2 if self.dtype == 'int16' else 1}")
+            padded[:, :length] = values
+            stored = padded.reshape(batch, tiles, rows, channels).transpose(0, 1, 3, 2)
+        else:
+            _, heads, blocks, length_padded, _ = self.grid(rows)
+            padded = np.zeros((batch, length_padded, heads, blocks * rows), np.int8)
+            padded[:, :length, :, : channels // heads] = values.reshape(batch, length, heads, -1)
+            stored = padded.reshape(batch, length_padded, heads, blocks, rows).transpose(0, 2, 3, 1, 4)
+        return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+
+    def from_memory(self, raw: NDArray[np.uint8], rows: int) -> NDArray[np.integer]:
+        """Inverse of `to_memory`: the tensor (batch, rows, channels), int8 or int16."""
+        batch, length, channels = self.shape
+        stored = np.ascontiguousarray(raw).view(f"<i{2 if self.dtype == 'int16' else 1}").reshape(self.grid(rows))
+        if self.layout == "columns":
+            return np.ascontiguousarray(stored.transpose(0, 1, 3, 2).reshape(batch, -1, channels)[:, :length])
+        _, heads, blocks, length_padded, _ = self.grid(rows)
+        whole = stored.transpose(0, 3, 1, 2, 4).reshape(batch, length_padded, heads, blocks * rows)
+        return np.ascontiguousarray(whole[:, :length, :, : channels // heads]).reshape(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorInfo:
+    """One operator of the network. Bytes are those of its weights: int8 dense, and as stored (both without parameters).
+
+    `effective_macs` = MACs * N/M for weight matmuls, all MACs for dense-dense ones (design.md, "utilisation"); `spans` are the
+    ranges [start, stop) of its instructions. `shape` is (batch * rows, inputs, outputs) or, of attention, (batch * heads * queries, keys, head_dim).
+    """
+
+    name: str
+    source: str
+    kind: Literal["linear", "attention", "pointwise"]
+    pattern: str
+    shape: tuple[int, int, int]
+    macs: int
+    effective_macs: float
+    weight_bytes_dense: int
+    weight_bytes: int
+    weight_format: str
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskTable:
+    """Column parameters that the host writes from a keymask input: `keys` entries per batch entry, `stride` bytes apart."""
+
+    tensor: str
+    address: int
+    stride: int
+    batch: int
+    keys: int
+    mult: int
+    shift: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTensor:
+    """An input or output of the user's model: its name, shape and dtype there, and the network's tensor behind it.
+
+    An activation is ``round(value / scale)`` clipped to the tensor's dtype, reshaped to (batch, rows, channels); of a keymask (kind), True
+    or 1 marks a key that takes part, or with ``inverted`` one that does not (torch's key_padding_mask).
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: float
+    kind: Literal["activation", "keymask"] = "activation"
+    inverted: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Program:
+    """A compiled network for one `Arch`.
+
+    Memory: `code` at `code_address`, `constants` at `constants_address`, then activations and mask tables up to `memory_bytes`.
+    """
+
+    arch: Arch
+    code: bytes
+    code_address: int
+    constants: NDArray[np.uint8]
+    constants_address: int
+    memory_bytes: int
+    tensors: tuple[TensorInfo, ...]
+    operators: tuple[OperatorInfo, ...]
+    masks: tuple[MaskTable, ...]
+    inputs: tuple[ModelTensor, ...]
+    outputs: tuple[ModelTensor, ...]
+    network: QuantNetwork
+    meta: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"Program(arch={self.arch.name!r}, instructions={self.instruction_count}, operators={len(self.operators)}, "
+            f"memory_bytes={self.memory_bytes})"
+        )
+
+    @property
+    def instruction_count(self) -> int:
+        """Instructions, HALT included."""
+        return len(self.code) // INSTRUCTION_BYTES
+
+    @cached_property
+    def instructions(self) -> tuple[Instruction, ...]:
+        """The decoded instructions."""
+        step = INSTRUCTION_BYTES
+        return tuple(Instruction.decode(self.code[i : i + step]) for i in range(0, len(self.code), step))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense network."""
+        return sum(operator.macs for operator in self.operators)
+
+    @property
+    def effective_macs(self) -> float:
+        """Numerator of the utilisation: weight MACs * N/M + dense-dense MACs."""
+        return sum(operator.effective_macs for operator in self.operators)
+
+    @property
+    def ideal_cycles(self) -> float:
+        """Cycles at utilisation 1."""
+        return self.effective_macs / self.arch.macs
+
+    @property
+    def weight_bytes(self) -> tuple[int, int]:
+        """Weights as dense int8, and as stored."""
+        return sum(o.weight_bytes_dense for o in self.operators), sum(o.weight_bytes for o in self.operators)
+
+    def tensor(self, name: str) -> TensorInfo:
+        """Where a tensor lies.
+
+        Raises
+        ------
+        KeyError
+            No such tensor.
+        """
+        for info in self.tensors:
+            if info.name == name:
+                return info
+        raise KeyError(f"the program has no tensor {name!r}")
+
+    def memory_image(self, inputs: Mapping[str, NDArray[np.integer]]) -> NDArray[np.uint8]:
+        """The whole memory before a run.
+
+        Parameters
+        ----------
+        inputs
+            One integer array (batch, rows, channels) for each input tensor of the network, within int8 or int16; 0 and 1 for keymasks.
+
+        Raises
+        ------
+        ValueError
+            An input is missing, unknown, or of the wrong shape or range.
+        TypeError
+            An input is not an integer (or bool) array.
+        """
+        names = self.network.inputs
+        unknown, missing = sorted(set(inputs) - set(names)), [name for name in names if name not in inputs]
+        if unknown or missing:
+            what = f"unknown input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
+            raise ValueError(f"{what}; the program's inputs are {', '.join(names)}")
+        image = np.zeros(self.memory_bytes, np.uint8)
+        image[self.code_address : self.code_address + len(self.code)] = np.frombuffer(self.code, np.uint8)
+        image[self.constants_address : self.constants_address + len(self.constants)] = self.constants
+        for name in names:
+            info, values = self.tensor(name), _checked_input(self.tensor(name), inputs[name])
+            if info.layout == "keymask":
+                self._write_masks(image, name, values)
+            else:
+                raw = info.to_memory(values, self.arch.rows)
+                image[info.address : info.address + len(raw)] = raw
+        return image
+
+    def read_tensor(self, image: NDArray[np.uint8], name: str) -> NDArray[np.integer]:
+        """A tensor (batch, rows, channels) out of a memory image, int8 or int16. After a run only `kept` tensors are still there."""
+        info = self.tensor(name)
+        if info.layout == "keymask":
+            raise ValueError(f"{name!r} is a key mask: it exists only as parameter tables")
+        return info.from_memory(image[info.address : info.address + info.nbytes(self.arch.rows)], self.arch.rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file: to a temporary name in the same folder, then renamed, so that no reader sees half of it."""
+        target = Path(path)
+        data = self.to_bytes()
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes; equal programs give equal bytes."""
+        network, arrays = network_to_bytes(self.network)
+        members = dict(zip(_MEMBERS, (self.code, self.constants.tobytes(), network, arrays), strict=True))
+        manifest = {
+            "kind": KIND,
+            "format_version": FORMAT_VERSION,
+            "arch": self.arch.to_dict(),
+            **{name: getattr(self, name) for name in ("code_address", "constants_address", "memory_bytes", "meta")},
+            **{name: [asdict(item) for item in getattr(self, name)] for name in _TABLES},
+            "files": {name: {"bytes": len(data), "sha256": _sha(data)} for name, data in members.items()},
+        }
+        body = json.dumps(manifest, indent=1, sort_keys=True)
+        manifest["sha256"] = _sha(body.encode())
+        members = {"manifest.json": json.dumps(manifest, indent=1, sort_keys=True).encode(), **members}
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in members.items():
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
+        return buffer.getvalue()
+
+    def _write_masks(self, image: NDArray[np.uint8], name: str, values: NDArray[np.integer]) -> None:
+        for table in self.masks:
+            if table.tensor != name:
+                continue
+            entries = np.zeros((table.batch, table.keys), PARAM_DTYPE)
+            entries["bias"] = np.where(values[:, 0] != 0, 0, MASK_BIAS)
+            entries["mult"], entries["shift"] = table.mult, table.shift
+            raw = entries.view(np.uint8).reshape(table.batch, -1)
+            for batch in range(table.batch):
+                start = table.address + batch * table.stride
+                image[start : start + raw.shape[1]] = raw[batch]
+
+
+_TABLES: dict[str, type] = {
+    "tensors": TensorInfo,
+    "operators": OperatorInfo,
+    "masks": MaskTable,
+    "inputs": ModelTensor,
+    "outputs": ModelTensor,
+}
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """Read a program file.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ProgramFileError
+        Not a program file, truncated, altered, or of a newer format; the message names file and field.
+    """
+    try:
+        return _read(path)
+    except ProgramFileError as error:
+        raise ProgramFileError(f"{os.fspath(path)}: {error}") from error.__cause__
+
+
+def _read(path: str | os.PathLike[str]) -> Program:
+    members = _read_members(path)
+    manifest = _read_manifest(members["manifest.json"])
+    files = _field(manifest, "files", dict)
+    for name in _MEMBERS:
+        entry = _field(files, name, dict, "files.")
+        if name not in members:
+            raise ProgramFileError(f"{name} is missing")
+        if _field(entry, "bytes", int, f"files.{name}.") != len(members[name]) or entry.get("sha256") != _sha(members[name]):
+            raise ProgramFileError(f"{name} does not match its checksum: the file is truncated or was altered")
+    try:
+        network = network_from_bytes(members["network.json"], members["network.bin"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProgramFileError(f"network.json: {error}") from error
+    tables = {name: tuple(_record(kind, item, name) for item in _field(manifest, name, list)) for name, kind in _TABLES.items()}
+    return Program(
+        arch=_record(Arch, _field(manifest, "arch", dict), "arch"),
+        code=members["code.bin"],
+        constants=np.frombuffer(members["weights.bin"], np.uint8),
+        network=network,
+        meta={str(key): str(value) for key, value in _field(manifest, "meta", dict).items()},
+        **{name: _field(manifest, name, int) for name in ("code_address", "constants_address", "memory_bytes")},
+        **tables,
+    )
+
+
+def _read_members(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if "manifest.json" not in names:
+                raise ProgramFileError("not a program file: manifest.json is missing")
+            return {name: archive.read(name) for name in names if name in ("manifest.json", *_MEMBERS)}
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ProgramFileError(f"not a program file, or a truncated one (zip: {error})") from error
+
+
+def _read_manifest(raw: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(raw)
+    except ValueError as error:
+        raise ProgramFileError(f"manifest.json: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise ProgramFileError(f"manifest.json: kind is not {KIND!r}")
+    version = _field(manifest, "format_version", int)
+    if version > FORMAT_VERSION:
+        raise ProgramFileError(
+            f"manifest.json: format_version {version} is newer than {FORMAT_VERSION}, the newest this nmforge reads"
+        )
+    stated = manifest.pop("sha256", None)
+    if stated != _sha(json.dumps(manifest, indent=1, sort_keys=True).encode()):
+        raise ProgramFileError("manifest.json: sha256 does not match: the file was altered")
+    return manifest
+
+
+def _field(values: dict[str, Any], name: str, kind: type, prefix: str = "") -> Any:
+    value = values.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ProgramFileError(f"manifest.json: {prefix}{name} must be a {kind.__name__}, not {value!r}")
+    return value
+
+
+def _record(kind: type, values: Any, where: str) -> Any:
+    """A dataclass from its JSON form; lists become tuples."""
+    if not isinstance(values, dict) or set(values) != {f.name for f in fields(kind)}:
+        raise ProgramFileError(f"manifest.json: {where} does not have the fields of {kind.__name__}")
+    try:
+        return kind(**{name: _tuples(value) for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ProgramFileError(f"manifest.json: {where}: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _checked_input(info: TensorInfo, values: NDArray[np.integer]) -> NDArray[np.integer]:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iub":
+        raise TypeError(f"input {info.name!r} must be an integer array, not {array.dtype}")
+    if array.shape != info.shape:
+        raise ValueError(f"input {info.name!r} must have the shape {info.shape}, not {array.shape}")
+    low, high = {"int8": (-128, 127), "int16": (-32768, 32767), "keymask": (0, 1)}[info.dtype]
+    if array.size and (array.min() < low or array.max() > high):
+        raise ValueError(f"input {info.name!r} must be in {low}..{high}, not {array.min()}..{array.max()}")
+    return array

@@ -1,0 +1,146 @@
+"""The law of a `QuantNetwork`: what lowering and the reference may rely on. Messages name operator, module path and shapes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from compiler.ops import Attention, LayerNorm, Linear, Op, Pointwise, QuantNetwork, QuantTensor, ResidualInput
+from hw.arch import Arch
+
+__all__ = ["LoweringError", "check_network", "describe"]
+
+Shape = tuple[int, int, int]
+
+
+class LoweringError(ValueError):
+    """A network that breaks a rule, or that this architecture cannot run."""
+
+
+def describe(op: Op) -> str:
+    """How messages name an operator: its name, and the module it came from."""
+    return f"{op.name} ({op.source})" if op.source and op.source != op.name else op.name
+
+
+def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
+    """Check every operator against the tensors it names, and against the limits of `arch`.
+
+    Raises
+    ------
+    LoweringError
+        The first violation.
+    """
+    for name, tensor in network.tensors.items():
+        if tensor.name != name or len(tensor.shape) != 3 or min(tensor.shape) < 1:
+            raise LoweringError(f"tensor {name!r} must have that name and a shape of three numbers >= 1, not {tensor}")
+    known: set[str] = set()
+    for name in network.inputs:
+        if name not in network.tensors:
+            raise LoweringError(f"input {name!r} is no tensor of the network")
+        known.add(name)
+    for op in network.ops:
+        for role, name in _operands(op):
+            if name not in network.tensors or name not in known:
+                raise LoweringError(f"{describe(op)}: {role} {name!r} is not written before it is read")
+        if op.out not in network.tensors or op.out in known:
+            raise LoweringError(f"{describe(op)}: output {op.out!r} is unknown or written twice")
+        _check_op(op, network.tensors)
+        if arch is not None:
+            _check_limits(op, network.tensors, arch)
+        known.add(op.out)
+    for name in network.outputs:
+        if name not in known or network.tensors[name].dtype == "keymask":
+            raise LoweringError(f"output {name!r} is not written by any operator")
+
+
+def _operands(op: Op) -> Iterator[tuple[str, str]]:
+    """(role, tensor name) of what an operator reads."""
+    names = ("q", "k", "v", "mask") if isinstance(op, Attention) else ("x",)
+    for role in names:
+        if getattr(op, role) is not None:
+            yield role, getattr(op, role)
+    if not isinstance(op, Attention) and op.residual is not None:
+        yield "residual", op.residual.tensor
+
+
+def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
+    out = tensors[op.out]
+    _require(op, out.dtype in ("int8", "int16"), f"output must be int8 or int16, not {out.dtype}")
+    if isinstance(op, Attention):
+        _check_attention(op, tensors)
+        return
+    if op.x is not None:
+        _dtype(op, "x", tensors[op.x], "int8")
+    if isinstance(op, Linear):
+        _check_linear(op, tensors)
+    else:
+        if op.x is not None:
+            _shape(op, "x", tensors[op.x], out.shape)
+        _require(op, 0 <= op.mult < 1 << 15 and 1 <= op.shift <= 63, f"mult, shift out of range: {op.mult}, {op.shift}")
+    if op.residual is not None:
+        residual = tensors[op.residual.tensor]
+        _shape(op, "residual", residual, out.shape)
+        _require(op, residual.dtype in ("int8", "int16"), f"residual must be int8 or int16, not {residual.dtype}")
+        mult, shift = op.residual.mult, op.residual.shift
+        _require(op, 0 <= mult < 1 << 15 and 1 <= shift <= 63, f"residual mult, shift out of range: {mult}, {shift}")
+    if op.table is not None:
+        _require(op, op.table.dtype == np.int8 and op.table.shape == (256,), "table must be 256 int8 entries")
+    if op.norm is not None:
+        _check_norm(op, op.norm, out.shape[2])
+
+
+def _check_linear(op: Linear, tensors: dict[str, QuantTensor]) -> None:
+    x, out, weight = tensors[op.x], tensors[op.out], op.weight
+    _require(op, weight.dtype == np.int8 and weight.ndim == 2, f"weight must be int8 (out, in), not {weight.dtype} {weight.shape}")
+    _require(op, x.shape == (*out.shape[:2], weight.shape[1]), f"x {x.shape} does not fit weight {weight.shape} and output {out.shape}")
+    _require(op, out.shape[2] == weight.shape[0], f"output {out.shape} does not fit weight {weight.shape}")
+    requant, cols = op.requant, (weight.shape[0],)
+    shapes = {"bias": requant.bias, "mult": requant.mult, "shift": requant.shift}
+    for name, array in shapes.items():
+        _require(op, array.shape == cols, f"requant.{name} must have the shape {cols}, not {array.shape}")
+    _require(op, bool(((requant.shift >= 1) & (requant.shift <= 63)).all()), "requant.shift must be in 1..63")
+
+
+def _check_norm(op: Linear | Pointwise, norm: LayerNorm, cols: int) -> None:
+    for name in ("gamma", "beta", "shift"):
+        array = getattr(norm, name)
+        _require(op, array.shape == (cols,), f"norm.{name} must have the shape {(cols,)}, not {array.shape}")
+    _require(op, bool(((norm.shift >= 1) & (norm.shift <= 63)).all()), "norm.shift must be in 1..63")
+    _require(op, 0 <= norm.eps < 1 << 32, f"norm.eps must fit 32 bits, not {norm.eps}")
+
+
+def _check_attention(op: Attention, tensors: dict[str, QuantTensor]) -> None:
+    q, k, v, out = (tensors[name] for name in (op.q, op.k, op.v, op.out))
+    for role, tensor in (("q", q), ("k", k), ("v", v)):
+        _dtype(op, role, tensor, "int8")
+    _require(op, op.heads >= 1 and q.shape[2] % op.heads == 0, f"{q.shape[2]} channels do not divide into {op.heads} heads")
+    _require(op, k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2],
+             f"q {q.shape}, k {k.shape} and v {v.shape} do not fit")
+    _shape(op, "output", out, q.shape)
+    if op.mask is not None:
+        _dtype(op, "mask", tensors[op.mask], "keymask")
+        _shape(op, "mask", tensors[op.mask], (k.shape[0], 1, k.shape[1]))
+    _require(op, 0 <= op.score_mult < 1 << 15 and 1 <= op.score_shift <= 63,
+             f"score_mult, score_shift out of range: {op.score_mult}, {op.score_shift}")
+    _require(op, 0 <= op.out_mult < 1 << 16 and 1 <= op.out_shift <= 40,
+             f"out_mult, out_shift out of range: {op.out_mult}, {op.out_shift}")
+
+
+def _check_limits(op: Op, tensors: dict[str, QuantTensor], arch: Arch) -> None:
+    channels = tensors[op.out].shape[2]
+    if not isinstance(op, Attention) and op.norm is not None and channels > arch.row_depth:
+        raise LoweringError(
+            f"{describe(op)}: the norm's rows of {channels} columns do not fit row_depth = {arch.row_depth} of {arch.name}"
+        )
+
+
+def _require(op: Op, holds: bool, message: str) -> None:
+    if not holds:
+        raise LoweringError(f"{describe(op)}: {message}")
+
+
+def _dtype(op: Op, role: str, tensor: QuantTensor, dtype: str) -> None:
+    _require(op, tensor.dtype == dtype, f"{role} ({tensor.name!r}) must be {dtype}, not {tensor.dtype}")
+
+
+def _shape(op: Op, role: str, tensor: QuantTensor, shape: Shape) -> None:
+    _require(op, tensor.shape == shape, f"{role} ({tensor.name!r}) must have the shape {shape}, not {tensor.shape}")

@@ -1,0 +1,112 @@
+"""The array: feeder, lanes, and the drain that hands finished sums to the post unit column by column.
+
+While one column tile is summed, the previous one leaves from the shadow registers. If the drain has not finished when
+the next tile is complete, the whole pipeline freezes for as long as it takes (`advance`).
+"""
+
+from amaranth import Array as Select
+from amaranth import Module, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.arch import Arch
+from hw.commands import array_command, column_layout
+from hw.feeder import Feeder
+from hw.lane import Lane
+
+__all__ = ["Drain", "MacArray"]
+
+
+class Drain(wiring.Component):
+    """Selects one lane's shadow registers per cycle. One column per cycle, latency 1.
+
+    Members
+    -------
+    copy, cols : the lanes copy a finished tile of `cols` columns to their shadow registers in this cycle.
+    free : `copy` is allowed in this cycle. shadow[l][t] : sums. o : columns of int32.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        super().__init__({
+            "copy": In(1), "cols": In(range(arch.lanes + 1)), "free": Out(1),
+            "shadow": In(32).array(arch.lanes, arch.rows),
+            "o": Out(stream.Signature(column_layout(arch.rows, 32))),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        left, lane, take = Signal(range(self._arch.lanes + 1)), Signal(range(self._arch.lanes)), Signal()
+        m.d.comb += [
+            take.eq((left != 0) & (~self.o.valid | self.o.ready)),
+            self.free.eq((left == 0) | ((left == 1) & take)),
+        ]
+        with m.If(self.o.ready):
+            m.d.sync += self.o.valid.eq(0)
+        with m.If(take):
+            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), self.o.valid.eq(1)]
+            for t in range(self._arch.rows):
+                m.d.sync += self.o.payload[t].eq(Select(self.shadow[i][t] for i in range(self._arch.lanes))[lane])
+        with m.If(self.copy):
+            m.d.sync += [left.eq(self.cols), lane.eq(0)]
+        return m
+
+
+class MacArray(wiring.Component):
+    """`lanes` x `rows` multiply-accumulates. One step per cycle; a tile's sums are ready `ARRAY_LATENCY` cycles after its last step.
+
+    Members
+    -------
+    cmd, values, positions, loaded, freed : see `Feeder`. write_en, write_addr, write_data : loader's broadcast.
+    o : columns of int32 sums. busy : a step was issued. blocked : frozen because the drain is behind.
+    wait_weights, wait_columns : see `Feeder`.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        bits = (arch.lane_depth - 1).bit_length()
+        super().__init__({
+            "cmd": In(stream.Signature(array_command())),
+            "values": In(stream.Signature(8 * arch.lanes)),
+            "positions": In(stream.Signature(32 * arch.lanes)),
+            "loaded": In(bits + 1), "freed": Out(bits + 1),
+            "write_en": In(1), "write_addr": In(bits), "write_data": In(8 * arch.rows),
+            "o": Out(stream.Signature(column_layout(arch.rows, 32))),
+            "busy": Out(1), "blocked": Out(1), "wait_weights": Out(1), "wait_columns": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        arch = self._arch
+        m.submodules.feeder = feeder = Feeder(arch)
+        m.submodules.drain = drain = Drain(arch)
+        for port in ("cmd", "values", "positions"):
+            wiring.connect(m, wiring.flipped(getattr(self, port)), getattr(feeder, port))
+        wiring.connect(m, drain.o, wiring.flipped(self.o))
+
+        stage = data.StructLayout({"valid": 1, "first": 1, "last": 1, "unsigned_a": 1, "cols": feeder.tile_cols.shape()})
+        issue, address, ram, product, total = (Signal(stage, name=name) for name in
+                                               ("issue", "address", "ram", "product", "total"))
+        advance = Signal()
+        m.d.comb += [
+            issue.eq(stage.const(None)), issue.valid.eq(feeder.step), issue.first.eq(feeder.first),
+            issue.last.eq(feeder.last), issue.unsigned_a.eq(feeder.unsigned_a), issue.cols.eq(feeder.tile_cols),
+            advance.eq(~(total.valid & total.last) | drain.free), feeder.advance.eq(advance),
+            drain.copy.eq(total.valid & total.last & drain.free), drain.cols.eq(total.cols),
+            feeder.loaded.eq(self.loaded), self.freed.eq(feeder.freed),
+            self.busy.eq(feeder.step), self.blocked.eq(~advance),
+            self.wait_weights.eq(feeder.wait_weights), self.wait_columns.eq(feeder.wait_columns),
+        ]
+        with m.If(advance):
+            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(ram), total.eq(product)]
+        for index in range(arch.lanes):
+            m.submodules[f"lane{index}"] = lane = Lane(arch)
+            m.d.comb += [
+                lane.write_en.eq(self.write_en), lane.write_addr.eq(self.write_addr), lane.write_data.eq(self.write_data),
+                lane.addr.eq(feeder.addr[index]), lane.weight.eq(feeder.weight[index]),
+                lane.control.ram.eq(address.valid & advance), lane.control.mul.eq(ram.valid & advance),
+                lane.control.unsigned_a.eq(ram.unsigned_a), lane.control.acc.eq(product.valid & advance),
+                lane.control.first.eq(product.first), lane.control.copy.eq(drain.copy),
+                *(drain.shadow[index][t].eq(lane.shadow[t]) for t in range(arch.rows)),
+            ]
+        return m

@@ -1,0 +1,212 @@
+"""Exponentials of softmax: the base-2 model, the datapath of one row, the pass over the columns."""
+
+import numpy as np
+from amaranth import Array, Cat, Module, Mux, Signal, Value, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+from numpy.typing import ArrayLike, NDArray
+
+from hw.row_layout import ROW_COMMAND, column_layout
+
+__all__ = ["EXP_BASE", "EXP_SLOPE", "SCALE_JOB", "ExpLane", "ExpPass", "exp2_mantissa", "softmax_exp"]
+
+Int = NDArray[np.int64]
+
+EXP_BASE = (65280, 59854, 54886, 50330, 46152, 42321, 38808, 35586)
+"""A of `docs/numerics.md`: the mantissa at the start of each of eight segments."""
+
+EXP_SLOPE = (5434, 4984, 4572, 4192, 3847, 3529, 3238, 2968)
+"""B of `docs/numerics.md`: how much the mantissa falls over a segment of 32."""
+
+SCALE_JOB = data.StructLayout({name: ROW_COMMAND[name].shape for name in ("row_mult", "row_shift")})
+"""What the row scale needs besides the sums."""
+
+_TOKEN = data.StructLayout({"first": 1, "last": 1, **SCALE_JOB.members})
+
+MASKED = -32768
+"""Score of a masked key: probability 0 whatever the maximum."""
+
+
+def exp2_mantissa(f: ArrayLike) -> Int:
+    """``~ 65280 * 2^(-f/256)`` for f in 0..255; monotone, off by at most 52 (7.9e-4 of 65280)."""
+    f = np.asarray(f, np.int64)
+    return np.array(EXP_BASE)[f >> 5] - ((np.array(EXP_SLOPE)[f >> 5] * (f & 31)) >> 5)
+
+
+def _probabilities() -> Int:
+    d = np.arange((9 << 8) + 1)
+    i = np.minimum(d >> 8, 9)
+    return (exp2_mantissa(d & 255) + (1 << (7 + i))) >> (8 + i)
+
+
+_PROBABILITY = _probabilities()  # entry d; zero from d = 9 * 256 on
+
+
+def softmax_exp(d: ArrayLike, q: ArrayLike) -> Int:
+    """Probability of score `q` at distance ``d = (maximum - q) mod 2^16``; 0 for a masked key (-32768).
+
+    Within 0.64 of 255 * 2^(-d/256) for every d (0.5 of it is the rounding to an integer); monotone in d.
+    """
+    d = np.asarray(d, np.int64) & 0xFFFF
+    return np.where(np.asarray(q) == MASKED, 0, _PROBABILITY[np.minimum(d, len(_PROBABILITY) - 1)])
+
+
+class ExpLane(wiring.Component):
+    """Exponentials and their sum for one row: three registered steps and an accumulator.
+
+    Members
+    -------
+    load : In(1)
+        Take `mx` as the row's maximum.
+    mx : In(signed(16))
+        Maximum.
+    x : In(signed(16))
+        Score.
+    step : In(4)
+        Enables of: distance, mantissa, probability, sum.
+    first : In(1)
+        With ``step[3]``: the sum starts with this probability.
+    p : Out(8)
+        Probability, after ``step[2]``.
+    total : Out(24)
+        Sum, after ``step[3]``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({
+            "load":  In(1),
+            "mx":    In(signed(16)),
+            "x":     In(signed(16)),
+            "step":  In(4),
+            "first": In(1),
+            "p":     Out(8),
+            "total": Out(24),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        mx = Signal(signed(16))
+        distance = Signal(16)
+        masked = Signal()
+        mantissa = Signal(16)
+        octave = Signal(4)
+        zero = Signal()
+        segment, offset = distance[5:8], distance[:5]
+        scaled = Signal(16)
+
+        with m.If(self.load):
+            m.d.sync += mx.eq(self.mx)
+        with m.If(self.step[0]):
+            m.d.sync += [distance.eq(mx - self.x), masked.eq(self.x == MASKED)]
+        with m.If(self.step[1]):
+            fall = (Array(EXP_SLOPE)[segment] * offset) >> 5
+            m.d.sync += [
+                mantissa.eq(Array(EXP_BASE)[segment] - fall),
+                octave.eq(distance[8:12]),
+                zero.eq(masked | distance[12:].any()),
+            ]
+        m.d.comb += scaled.eq(mantissa >> octave)
+        with m.If(self.step[2]):
+            m.d.sync += self.p.eq(Mux(zero, 0, scaled[8:] + scaled[7]))
+        with m.If(self.step[3]):
+            m.d.sync += self.total.eq(Mux(self.first, 0, self.total) + self.p)
+        return m
+
+
+class ExpPass(wiring.Component):
+    """Second pass of SOFTMAX and EXP: turns the columns of a job into probabilities and sums them per row.
+
+    One column per cycle; a column taken in cycle n is offered in cycle n + 3. Between two jobs `i` rests
+    for one cycle. A finished sum that nobody takes holds everything.
+
+    Parameters
+    ----------
+    rows : int
+        Token rows T.
+
+    Members
+    -------
+    job : In(stream)
+        Row command (its ``cols``, ``first``, ``last``, ``row_mult`` and ``row_shift`` count).
+    mx : In(signed(16)).array(rows)
+        Maximum of each row, taken with `job`.
+    i : In(stream)
+        Scores, ``job.cols`` columns per job.
+    o : Out(stream)
+        Probabilities 0..255, as int16 columns.
+    scale : Out(stream)
+        ``row_mult`` and ``row_shift`` of a job with ``last``, when its sums are complete.
+    total : Out(24).array(rows)
+        Sums; stable while `scale` is offered.
+    idle : Out(1)
+        No job and no column inside.
+    """
+
+    def __init__(self, *, rows: int) -> None:
+        self.rows = rows
+        super().__init__({
+            "job":   In(stream.Signature(ROW_COMMAND)),
+            "mx":    In(signed(16)).array(rows),
+            "i":     In(stream.Signature(column_layout(rows))),
+            "o":     Out(stream.Signature(column_layout(rows))),
+            "scale": Out(stream.Signature(SCALE_JOB)),
+            "total": Out(24).array(rows),
+            "idle":  Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        job = Signal(ROW_COMMAND)
+        left = Signal.like(job.cols)  # columns of the job still to come
+        fresh = Signal()
+        valid = Signal(3)
+        token = [Signal(_TOKEN, name=f"token{stage}") for stage in range(3)]
+        blocked, en, take, load = Signal(), Signal(), Signal(), Signal()
+        active = Signal()
+        step = Cat(take, valid & en.replicate(3))
+
+        m.d.comb += [
+            active.eq(left != 0),
+            blocked.eq(self.scale.valid & ~self.scale.ready),
+            en.eq(~blocked & (~valid[2] | self.o.ready)),
+            self.o.valid.eq(valid[2] & ~blocked),
+            self.i.ready.eq(active & en),
+            take.eq(self.i.valid & active & en),
+            self.job.ready.eq(~active),
+            load.eq(self.job.valid & ~active),
+            self.idle.eq(~active & ~valid.any()),
+        ]
+        with m.If(load):
+            offer = self.job.payload
+            m.d.sync += [job.eq(offer), left.eq(offer.cols), fresh.eq(offer.first)]
+        with m.Elif(take):
+            m.d.sync += [left.eq(left - 1), fresh.eq(0)]
+        with m.If(en):
+            m.d.sync += valid.eq(Cat(take, valid[:2]))
+        with m.If(take):
+            m.d.sync += [token[0][name].eq(job[name]) for name in ("row_mult", "row_shift")]
+            m.d.sync += [token[0].first.eq(fresh), token[0].last.eq(job.last & (left == 1))]
+        for stage in (1, 2):
+            with m.If(step[stage]):
+                m.d.sync += token[stage].eq(token[stage - 1])
+        with m.If(step[3]):
+            m.d.sync += [self.scale.payload[name].eq(token[2][name]) for name in ("row_mult", "row_shift")]
+        with m.If(step[3] & token[2].last):
+            m.d.sync += self.scale.valid.eq(1)
+        with m.Elif(self.scale.ready):
+            m.d.sync += self.scale.valid.eq(0)
+        self._add_lanes(m, load=load, step=step, first=token[2].first)
+        return m
+
+    def _add_lanes(self, m: Module, *, load: Value, step: Value, first: Value) -> None:
+        for row in range(self.rows):
+            m.submodules[f"lane{row}"] = lane = ExpLane()
+            m.d.comb += [
+                lane.load.eq(load),
+                lane.mx.eq(self.mx[row]),
+                lane.x.eq(self.i.payload[row]),
+                lane.step.eq(step),
+                lane.first.eq(first),
+                self.o.payload[row].eq(lane.p),
+                self.total[row].eq(lane.total),
+            ]

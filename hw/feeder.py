@@ -1,0 +1,190 @@
+"""Feeder: turns the weight stream into steps, one per cycle: a value and an activation address for each lane.
+
+A step of a group takes one weight of each lane. Positions come as 32-bit words per lane (see docs/numerics.md): INDEX
+words hold ceil(log2 M) bits a step, BITMAP words a mask of which the lowest set bit is taken and cleared. All formats
+end in ``address = base + offset + position``, and dense is a group of one with position 0.
+"""
+
+from amaranth import Array, C, Cat, Module, Mux, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.arch import Arch
+from hw.commands import array_command
+from hw.isa import Format
+
+__all__ = ["Feeder", "PositionDecoder", "index_bits", "positions_per_word"]
+
+M_MAX = 32
+
+
+def index_bits(m: int) -> int:
+    """Bits of one position in format INDEX: ceil(log2 m), at least 1."""
+    return max(1, (m - 1).bit_length())
+
+
+def positions_per_word(fmt: Format, n: int, m: int) -> int:
+    """Steps that one 32-bit position word serves."""
+    return 32 // index_bits(m) if fmt == Format.INDEX else 32 // m * n
+
+
+class PositionDecoder(wiring.Component):
+    """Position word of one lane. Combinational output, the word changes on `load` and `advance`.
+
+    Members
+    -------
+    word, load : next position word. bitmap, bit, mask : format, first bit of the field, its mask (shared by all lanes).
+    advance : the current position was taken. position : 0..31.
+    """
+
+    word: In(32)
+    load: In(1)
+    bitmap: In(1)
+    bit: In(5)
+    mask: In(5)
+    advance: In(1)
+    position: Out(5)
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        left, lowest, rank = Signal(32), Signal(32), Signal(5)
+        m.d.comb += lowest.eq(left & (~left + 1))
+        m.d.comb += rank.eq(Cat((lowest & sum(1 << p for p in range(32) if p >> i & 1)).any() for i in range(5)))
+        m.d.comb += self.position.eq(Mux(self.bitmap, rank, left.bit_select(self.bit, 5) & self.mask))
+        with m.If(self.load):
+            m.d.sync += left.eq(self.word)
+        with m.Elif(self.advance & self.bitmap):
+            m.d.sync += left.eq(left & ~lowest)
+        return m
+
+
+class _Decode(wiring.Component):
+    """Adds what the format implies to a command; one register, full throughput."""
+
+    def __init__(self) -> None:
+        fields = dict(array_command().members)
+        del fields["format"]
+        self.layout = data.StructLayout({**fields, "dense": 1, "bitmap": 1, "bits": 3, "word_steps": 6, "word_span": 6})
+        super().__init__({"i": In(stream.Signature(array_command())), "o": Out(stream.Signature(self.layout))})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        cmd, out = self.i.payload, self.o.payload
+        dense, bitmap = Signal(), Signal()
+        m.d.comb += [self.i.ready.eq(~self.o.valid | self.o.ready),
+                     dense.eq(cmd.format == Format.DENSE), bitmap.eq(cmd.format == Format.BITMAP)]
+        bits = Array(index_bits(k) for k in range(M_MAX + 1))[cmd.m]
+        groups = Array(32 // max(k, 1) for k in range(M_MAX + 1))[cmd.m]
+        per_index_word = Array(32 // index_bits(k) for k in range(M_MAX + 1))[cmd.m]
+        with m.If(self.i.ready):
+            m.d.sync += self.o.valid.eq(self.i.valid)
+        with m.If(self.i.ready & self.i.valid):
+            m.d.sync += [
+                *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols")),
+                out.n.eq(Mux(dense, 1, cmd.n)), out.m.eq(Mux(dense, 1, cmd.m)),
+                out.dense.eq(dense), out.bitmap.eq(bitmap), out.bits.eq(bits),
+                out.word_steps.eq(Mux(bitmap, groups * cmd.n, per_index_word)), out.word_span.eq(groups * cmd.m),
+            ]
+        return m
+
+
+class Feeder(wiring.Component):
+    """Walks the column tiles, groups and steps of each command. One step per cycle while inputs last.
+
+    Members
+    -------
+    cmd : one `array_command` per TILE. values : `lanes` weights per step. positions : `lanes` position words.
+    loaded : columns written to the lanes' rings so far (wraps). freed : columns given back (wraps).
+    advance : low freezes the array pipeline. step, first, last, unsigned_a : a step and its place in the column tile.
+    tile_cols : columns of the tile (with `last`). addr[l], weight[l] : registered, one cycle after `step`... see Array.
+    wait_weights, wait_columns : no step for lack of weights or activations (counters).
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        self._bits = (arch.lane_depth - 1).bit_length()
+        super().__init__({
+            "cmd": In(stream.Signature(array_command())),
+            "values": In(stream.Signature(8 * arch.lanes)),
+            "positions": In(stream.Signature(32 * arch.lanes)),
+            "loaded": In(self._bits + 1), "freed": Out(self._bits + 1), "advance": In(1),
+            "step": Out(1), "first": Out(1), "last": Out(1), "unsigned_a": Out(1),
+            "tile_cols": Out(range(arch.lanes + 1)),
+            "addr": Out(self._bits).array(arch.lanes), "weight": Out(signed(8)).array(arch.lanes),
+            "wait_weights": Out(1), "wait_columns": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        lanes = self._arch.lanes
+        m.submodules.decode = decode = _Decode()
+        wiring.connect(m, wiring.flipped(self.cmd), decode.i)
+        cmd, now, active = decode.o.payload, Signal(decode.layout), Signal()
+        base, next_base = Signal(self._bits + 1), Signal(self._bits + 1)
+        offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
+        group, bit, in_word = Signal(16), Signal(5), Signal(6)
+        cols_left, word_valid = Signal(16), Signal()
+        fire, group_end, tile_end, cmd_end, word_end, start = (Signal() for _ in range(6))
+
+        enough = Signal()  # all columns of the next command are in the lanes
+        m.d.comb += [
+            enough.eq((self.loaded - next_base)[: self._bits + 1] >= cmd.k),
+            fire.eq(active & self.values.valid & (now.dense | word_valid) & self.advance),
+            group_end.eq(in_group + 1 == now.n),
+            tile_end.eq(group_end & (group + now.m >= now.k)),
+            cmd_end.eq(tile_end & (cols_left <= lanes)),
+            word_end.eq(tile_end | (in_word + 1 == now.word_steps)),
+            start.eq((~active | (fire & cmd_end)) & decode.o.valid & enough),
+            decode.o.ready.eq(start), self.values.ready.eq(fire),
+            self.positions.ready.eq(~word_valid | (fire & word_end & ~now.dense)),
+            self.step.eq(fire), self.last.eq(tile_end), self.unsigned_a.eq(now.a_unsigned),
+            self.first.eq((group == 0) & (in_group == 0)),
+            self.tile_cols.eq(Mux(cols_left > lanes, lanes, cols_left)),
+            self.wait_weights.eq(active & ~(self.values.valid & (now.dense | word_valid))),
+            self.wait_columns.eq(~active & decode.o.valid & ~enough),
+        ]
+        with m.If(start):
+            m.d.sync += [now.eq(cmd), base.eq(next_base), next_base.eq(next_base + cmd.k), cols_left.eq(cmd.cols)]
+        with m.If(fire | start):
+            m.d.sync += active.eq(start | ~cmd_end)
+        with m.If(fire & cmd_end):
+            m.d.sync += self.freed.eq(base + now.k)
+        self._walk(m, now, fire, group_end, tile_end, word_end, group, offset, in_group, in_word, bit)
+        with m.If(fire & tile_end & ~cmd_end):
+            m.d.sync += cols_left.eq(cols_left - lanes)
+        with m.If(self.positions.ready):
+            m.d.sync += word_valid.eq(self.positions.valid)
+        self._lanes(m, now, fire, word_end, base, offset, bit)
+        return m
+
+    def _walk(self, m: Module, now, fire, group_end, tile_end, word_end, group, offset, in_group, in_word, bit) -> None:
+        """Counters of step, group and position word."""
+        with m.If(fire):
+            m.d.sync += [in_group.eq(in_group + 1), in_word.eq(in_word + 1), bit.eq(bit + now.bits)]
+            with m.If(group_end):
+                m.d.sync += [in_group.eq(0), group.eq(group + now.m)]
+                with m.If(~now.bitmap):
+                    m.d.sync += offset.eq(offset + now.m)
+            with m.If(word_end):
+                m.d.sync += [in_word.eq(0), bit.eq(0)]
+                with m.If(now.bitmap):
+                    m.d.sync += offset.eq(offset + now.word_span)
+            with m.If(tile_end):
+                m.d.sync += [group.eq(0), offset.eq(0)]
+
+    def _lanes(self, m: Module, now, fire, word_end, base, offset, bit) -> None:
+        """One position decoder per lane; registers of address and weight."""
+        mask, origin = Signal(5), Signal(self._bits)
+        m.d.comb += [mask.eq((C(1, 6) << now.bits) - 1), origin.eq(base + offset)]
+        for lane in range(self._arch.lanes):
+            m.submodules[f"position{lane}"] = position = PositionDecoder()
+            m.d.comb += [
+                position.word.eq(self.positions.payload.word_select(lane, 32)),
+                position.load.eq(self.positions.ready & self.positions.valid),
+                position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask), position.advance.eq(fire),
+            ]
+            with m.If(fire):
+                m.d.sync += [
+                    self.addr[lane].eq(Mux(now.dense, origin, origin + position.position)),
+                    self.weight[lane].eq(self.values.payload.word_select(lane, 8).as_signed()),
+                ]

@@ -1,0 +1,61 @@
+"""Loader: writes activation columns into the lanes' ring buffers, or passes them on to the post unit (source STREAM)."""
+
+from amaranth import Module, Mux, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.arch import Arch
+from hw.commands import loader_command
+
+__all__ = ["Loader"]
+
+
+class Loader(wiring.Component):
+    """One column per cycle, in program order. A command without columns to move is not sent here.
+
+    Members
+    -------
+    cmd : `loader_command`. memory : columns read from memory. row_unit : columns of probabilities.
+    bypass : columns for the post unit. write_en, write_addr, write_data : broadcast to the lanes' RAMs.
+    loaded : columns written so far; freed : columns the array has given back (both wrap at twice `lane_depth`).
+    busy : a column moved. full : a column waits for room in the ring.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        bits = (arch.lane_depth - 1).bit_length()
+        column = stream.Signature(8 * arch.rows)
+        super().__init__({
+            "cmd": In(stream.Signature(loader_command())),
+            "memory": In(column), "row_unit": In(column), "bypass": Out(column),
+            "write_en": Out(1), "write_addr": Out(bits), "write_data": Out(8 * arch.rows),
+            "loaded": Out(bits + 1), "freed": In(bits + 1), "busy": Out(1), "full": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        cmd, moved, last, move = self.cmd.payload, Signal(16), Signal(), Signal()
+        # a freed column may still be on its way out of the RAM: give it back two cycles later
+        freed, freed_soon, room = Signal.like(self.freed), Signal.like(self.freed), Signal()
+        m.d.sync += [freed_soon.eq(self.freed), freed.eq(freed_soon)]
+        to_lanes, available = Signal(), Signal()
+        m.d.comb += [
+            room.eq((self.loaded - freed)[: len(self.loaded)] < self._arch.lane_depth),
+            available.eq(Mux(cmd.from_rows, self.row_unit.valid, self.memory.valid)),
+            to_lanes.eq(self.cmd.valid & ~cmd.bypass & available & room),
+            self.bypass.valid.eq(self.cmd.valid & cmd.bypass & self.memory.valid),
+            self.bypass.payload.eq(self.memory.payload),
+            move.eq(to_lanes | (self.bypass.valid & self.bypass.ready)),
+            self.memory.ready.eq(move & ~cmd.from_rows), self.row_unit.ready.eq(move & cmd.from_rows),
+            last.eq(moved + 1 == cmd.count), self.cmd.ready.eq(move & last),
+            self.busy.eq(move), self.full.eq(self.cmd.valid & ~cmd.bypass & available & ~room),
+        ]
+        with m.If(move):
+            m.d.sync += moved.eq(Mux(last, 0, moved + 1))
+        m.d.sync += self.write_en.eq(to_lanes)
+        with m.If(to_lanes):
+            m.d.sync += [
+                self.write_addr.eq(self.loaded), self.loaded.eq(self.loaded + 1),
+                self.write_data.eq(Mux(cmd.from_rows, self.row_unit.payload, self.memory.payload)),
+            ]
+        return m

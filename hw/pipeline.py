@@ -1,0 +1,53 @@
+"""Register stages between an input and an output stream."""
+
+from types import SimpleNamespace
+
+from amaranth import Module, Signal, Value
+from amaranth.hdl import ValueLike
+from amaranth.lib import stream
+
+__all__ = ["Pipeline"]
+
+
+class Pipeline:
+    """Stages that all move together, whenever the last one is empty or its value is taken.
+
+    Use inside `elaborate`: one `stage` call per stage, then `finish`. Registers of a stage that holds nothing
+    keep their value.
+
+    Parameters
+    ----------
+    m : Module
+        Where the registers go.
+    i : stream.Interface
+        Input; its ``ready`` is driven here.
+    o : stream.Interface
+        Output; its ``valid`` is driven here, its payload by the caller.
+    """
+
+    def __init__(self, m: Module, i: stream.Interface, o: stream.Interface) -> None:
+        self._m = m
+        self._o = o
+        self._valid: Value = i.valid
+        self._count = 0
+        self._en = Signal(name="pipeline_en")
+        m.d.comb += [self._en.eq(~o.valid | o.ready), i.ready.eq(self._en)]
+
+    def stage(self, **values: ValueLike) -> SimpleNamespace:
+        """Register `values`; return the registers under the same names."""
+        self._count += 1
+        valid = Signal(name=f"valid_{self._count}")
+        registers = {
+            name: Signal(Value.cast(value).shape(), name=f"{name}_{self._count}")
+            for name, value in values.items()
+        }
+        with self._m.If(self._en):
+            self._m.d.sync += valid.eq(self._valid)
+        with self._m.If(self._en & self._valid):
+            self._m.d.sync += [register.eq(values[name]) for name, register in registers.items()]
+        self._valid = valid
+        return SimpleNamespace(**registers)
+
+    def finish(self) -> None:
+        """Offer the last stage at the output."""
+        self._m.d.comb += self._o.valid.eq(self._valid)

@@ -1,0 +1,237 @@
+"""Post unit: partial sums, bias, requantisation, residual, activation table; a column of `rows` values per cycle.
+
+Model: `hw.numerics` (requantise, residual_add, table_lookup), applied in the order of docs/numerics.md.
+"""
+
+from amaranth import C, Cat, Module, Mux, Signal, signed
+from amaranth.lib import data, memory, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.arch import Arch
+from hw.commands import column_layout, param_layout, post_command, row_scale_layout
+from hw.isa import Residual, RowOp, Scale, Source
+
+__all__ = ["Post", "PostRow", "RowControl"]
+
+STAGES = ("sum", "product", "scaled", "added", "looked")
+"""Pipeline registers a column passes: after the psum read, the multiply, the shift, the residual add, the table."""
+
+
+def saturate(value, bits: int):
+    """Expression: a signed value clipped to `bits` bits."""
+    high = value[bits - 1:]
+    overflow = high.any() & ~high.all()
+    top = C((1 << (bits - 1)) - 1, bits)
+    return Mux(overflow, top ^ value[-1].replicate(bits), value[:bits]).as_signed()
+
+
+def round_shift(value, shift):
+    """Expression: ``(value + 2^(shift-1)) >> shift``, shift >= 1."""
+    shifted = (Cat(C(0, 1), value).as_signed() >> shift).as_signed()  # keeps the last bit shifted out
+    return (shifted[1:].as_signed() + shifted[0])
+
+
+class RowControl(wiring.Signature):
+    """What all rows do in a stage; each field is aligned with the stage that uses it.
+
+    Members
+    -------
+    take : a column enters; with psum_addr, the stored sums are read. advance : the pipeline moves.
+    keep, keep_addr : the sum (stage 0) goes to the psum RAM. psum_in : add the stored sum. bias : column bias.
+    r_mult, r_shift : residual. add : add the residual. table : use the table.
+    table_en, table_addr, table_data : load one entry.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        psum = (arch.psum_depth - 1).bit_length()
+        super().__init__({
+            "take": Out(1), "advance": Out(1), "psum_addr": Out(psum), "keep": Out(1), "keep_addr": Out(psum),
+            "psum_in": Out(1), "bias": Out(signed(32)), "r_mult": Out(16), "r_shift": Out(6), "add": Out(1),
+            "table": Out(1), "table_en": Out(1), "table_addr": Out(8), "table_data": Out(8),
+        })
+
+
+class PostRow(wiring.Component):
+    """Datapath of one token row. Latency: `len(STAGES)` cycles of `advance`.
+
+    Members
+    -------
+    control : see `RowControl`. acc : int32 sum. mult, shift : multiplier and shift, aligned with stages `sum` and `product`.
+    residual : aligned with stage `sum`. o : int16 result.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        super().__init__({
+            "control": In(RowControl(arch)), "acc": In(signed(32)), "mult": In(signed(16)), "shift": In(6),
+            "residual": In(signed(16)), "o": Out(signed(16)),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        c = self.control
+        m.submodules.psum = psum = memory.Memory(shape=signed(32), depth=self._arch.psum_depth, init=[],
+                                                 attrs={"ram_style": "block"})
+        m.submodules.table = table = memory.Memory(shape=8, depth=256, init=[])
+        keep, stored, entry, looked = psum.write_port(), psum.read_port(), table.write_port(), table.read_port()
+        acc, total, biased = Signal(signed(32)), Signal(signed(32)), Signal(signed(32))
+        product, scaled, added = Signal(signed(48)), Signal(signed(16)), Signal(signed(16))
+        r_product, r_scaled, plain = Signal(signed(33)), Signal(signed(33)), Signal(signed(16))
+        use_table = Signal()
+        m.d.comb += [
+            stored.en.eq(c.take), stored.addr.eq(c.psum_addr),
+            total.eq(acc + Mux(c.psum_in, stored.data, 0)),
+            keep.en.eq(c.keep), keep.addr.eq(c.keep_addr), keep.data.eq(total),
+            biased.eq(total + c.bias),
+            entry.en.eq(c.table_en), entry.addr.eq(c.table_addr), entry.data.eq(c.table_data),
+            looked.en.eq(c.advance & c.table), looked.addr.eq(saturate(added, 8) ^ 0x80),
+            self.o.eq(Mux(use_table, looked.data.as_signed(), plain)),
+        ]
+        with m.If(c.take):
+            m.d.sync += acc.eq(self.acc)
+        with m.If(c.advance):
+            m.d.sync += [
+                product.eq(biased * self.mult), r_product.eq(self.residual * c.r_mult),
+                scaled.eq(saturate(round_shift(product, self.shift), 16)), r_scaled.eq(round_shift(r_product, c.r_shift)),
+                added.eq(Mux(c.add, saturate(scaled + r_scaled, 16), scaled)),
+                plain.eq(added), use_table.eq(c.table),
+            ]
+        return m
+
+
+class Post(wiring.Component):
+    """The unit: takes a column per cycle from the array, the loader's bypass, or nothing (source ZERO).
+
+    Members
+    -------
+    cmd : `post_command` per TILE and TABLE. acc : columns from the array. bypass : int8 columns (source STREAM).
+    params : 8-byte words: column parameters, or 8 table entries. residual : int16 columns.
+    scale : row scales. to_rows : columns for the row unit. to_store : columns for the store unit.
+    busy : a column was taken. wait_input, wait_output : stalled for lack of operands, or by what follows.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        column = column_layout(arch.rows, 16)
+        super().__init__({
+            "cmd": In(stream.Signature(post_command())),
+            "acc": In(stream.Signature(column_layout(arch.rows, 32))),
+            "bypass": In(stream.Signature(8 * arch.rows)),
+            "params": In(stream.Signature(64)),
+            "residual": In(stream.Signature(column)),
+            "scale": In(stream.Signature(row_scale_layout(arch.rows))),
+            "to_rows": Out(stream.Signature(column)), "to_store": Out(stream.Signature(column)),
+            "busy": Out(1), "wait_input": Out(1), "wait_output": Out(1),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        cmd, index, take, advance = self.cmd.payload, Signal(16), Signal(), Signal()
+        # the enables of a column travel with it; residual is consumed one stage later than the sum
+        flags = data.StructLayout({"valid": 1, "psum_in": 1, "keep": 1, "add": 1, "table": 1, "rows": 1, "by_row": 1})
+        stages = [Signal(flags, name=f"stage_{name}") for name in STAGES]
+        enter = Signal(flags)
+        keep_busy, inputs = Signal(), Signal()
+        by_column, by_row = cmd.scale == Scale.COLUMN, cmd.scale == Scale.ROW
+        has_residual = cmd.residual != Residual.NONE
+        tile = self.cmd.valid & ~cmd.load_table
+        last = index + 1 == cmd.cols
+        m.d.comb += [
+            keep_busy.eq(stages[0].valid & stages[0].keep & cmd.psum_in & (index == 0)),
+            inputs.eq(
+                ((cmd.source == Source.ZERO) | ((cmd.source == Source.ARRAY) & self.acc.valid)
+                 | ((cmd.source == Source.STREAM) & self.bypass.valid))
+                & (cmd.psum_out | ~by_column | self.params.valid) & (cmd.psum_out | ~by_row | self.scale.valid)
+                & (~has_residual | self.residual.valid) & ~keep_busy),
+            take.eq(tile & inputs & advance),
+            enter.valid.eq(take), enter.psum_in.eq(cmd.psum_in), enter.keep.eq(cmd.psum_out),
+            enter.add.eq(has_residual), enter.table.eq(cmd.table), enter.rows.eq(cmd.row_op != RowOp.NONE),
+            enter.by_row.eq(by_row),
+            self.acc.ready.eq(take & (cmd.source == Source.ARRAY)),
+            self.bypass.ready.eq(take & (cmd.source == Source.STREAM)),
+            self.residual.ready.eq(take & has_residual),
+            self.scale.ready.eq(take & by_row & last & ~cmd.psum_out),
+            self.busy.eq(take), self.wait_input.eq(tile & ~inputs), self.wait_output.eq(tile & inputs & ~advance),
+        ]
+        with m.If(take):
+            m.d.sync += index.eq(Mux(last, 0, index + 1))
+        self._output(m, stages, advance)
+        with m.If(advance):
+            m.d.sync += [now.eq(before) for now, before in zip(stages, [enter, *stages[:-1]])]
+            # partial sums end here: they are no output
+            m.d.sync += stages[1].valid.eq(stages[0].valid & ~stages[0].keep)
+        control = self._rows(m, enter, stages, take, advance, index)
+        self._table(m, control, tile & take & last, by_column & ~cmd.psum_out & take)
+        return m
+
+    def _output(self, m: Module, stages: list, advance: Signal) -> None:
+        """The last stage goes to the row unit or the store unit; the pipeline moves when it is empty or taken."""
+        out = stages[-1]
+        m.d.comb += [
+            self.to_rows.valid.eq(out.valid & out.rows), self.to_store.valid.eq(out.valid & ~out.rows),
+            advance.eq(~out.valid | Mux(out.rows, self.to_rows.ready, self.to_store.ready)),
+        ]
+
+    def _rows(self, m: Module, enter, stages: list, take: Signal, advance: Signal, index: Signal):
+        """Instances of the row datapath and the operands all rows share."""
+        cmd, rows = self.cmd.payload, self._arch.rows
+        params = data.View(param_layout(), self.params.payload)
+        control = RowControl(self._arch).create()
+        shared = data.StructLayout({"bias": signed(32), "mult": signed(16), "shift": 6, "r_mult": 16, "r_shift": 6})
+        sum_, product, scaled = (Signal(shared, name=f"shared_{name}") for name in ("sum", "product", "scaled"))
+        scale, scale_next = Signal(row_scale_layout(rows)), Signal(row_scale_layout(rows))
+        by_column = cmd.scale == Scale.COLUMN
+        with m.If(take):
+            m.d.sync += [
+                sum_.bias.eq(Mux(by_column, params.bias, 0)), sum_.mult.eq(Mux(by_column, params.mult, cmd.mult)),
+                sum_.shift.eq(Mux(by_column, params.shift, cmd.shift)),
+                sum_.r_mult.eq(cmd.r_mult), sum_.r_shift.eq(cmd.r_shift),
+            ]
+            with m.If(cmd.scale == Scale.ROW):
+                m.d.sync += scale.eq(self.scale.payload)
+        with m.If(advance):
+            m.d.sync += [product.eq(sum_), scaled.eq(product)]
+            with m.If(stages[0].by_row):
+                m.d.sync += scale_next.eq(scale)
+        keep_addr = Signal.like(index)
+        residual = Signal(column_layout(rows, 16))
+        with m.If(take):
+            m.d.sync += [keep_addr.eq(index), residual.eq(self.residual.payload)]
+        m.d.comb += [
+            control.take.eq(take), control.advance.eq(advance), control.psum_addr.eq(index),
+            control.keep.eq(stages[0].valid & stages[0].keep & advance), control.keep_addr.eq(keep_addr),
+            control.psum_in.eq(stages[0].psum_in), control.bias.eq(sum_.bias),
+            control.r_mult.eq(sum_.r_mult), control.r_shift.eq(product.r_shift),
+            control.add.eq(stages[2].add), control.table.eq(stages[3].table),
+        ]
+        for t in range(rows):
+            m.submodules[f"row{t}"] = row = PostRow(self._arch)
+            for name in RowControl(self._arch).members:
+                m.d.comb += getattr(row.control, name).eq(getattr(control, name))
+            acc = Mux(cmd.source == Source.ARRAY, self.acc.payload[t],
+                      Mux(cmd.source == Source.STREAM, self.bypass.payload.word_select(t, 8).as_signed(), 0))
+            m.d.comb += [
+                row.acc.eq(acc), row.residual.eq(residual[t]),
+                row.mult.eq(Mux(stages[0].by_row, scale.mult[t], sum_.mult)),
+                row.shift.eq(Mux(stages[1].by_row, scale_next.shift[t], product.shift)),
+                self.to_rows.payload[t].eq(row.o), self.to_store.payload[t].eq(row.o),
+            ]
+        return control
+
+    def _table(self, m: Module, control, tile_done, param_taken) -> None:
+        """TABLE: 32 parameter words, an entry per cycle, once the columns before it have left the pipeline's table stage."""
+        cmd, entry = self.cmd.payload, Signal(8)
+        loading, flushed = self.cmd.valid & cmd.load_table, Signal(3)
+        ready = loading & self.params.valid & (flushed == 7)
+        with m.If(~loading):
+            m.d.sync += flushed.eq(0)
+        with m.Elif((flushed != 7) & control.advance):
+            m.d.sync += flushed.eq(flushed + 1)
+        m.d.comb += [
+            control.table_en.eq(ready), control.table_addr.eq(entry),
+            control.table_data.eq(self.params.payload.word_select(entry[:3], 8)),
+            self.params.ready.eq(param_taken | (ready & (entry[:3] == 7))),
+            self.cmd.ready.eq(tile_done | (ready & (entry == 255))),
+        ]
+        with m.If(ready):
+            m.d.sync += entry.eq(entry + 1)

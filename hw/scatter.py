@@ -1,0 +1,111 @@
+"""From T values at once to one per cycle, and back: the joints around a datapath that the rows share."""
+
+from amaranth import Module, Signal
+from amaranth.hdl import ShapeLike
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+__all__ = ["Gather", "Scatter"]
+
+
+class Scatter(wiring.Component):
+    """Takes a value per row at once and sends them one by one, row 0 first.
+
+    The first is offered in the cycle after the values were taken; then one per cycle. The next values are
+    taken in the cycle after the last was sent.
+
+    Parameters
+    ----------
+    shape : ShapeLike
+        Shape of one value.
+    rows : int
+        Number of values.
+
+    Members
+    -------
+    valid : In(1)
+        `data` can be taken.
+    ready : Out(1)
+        `data` is taken in this cycle if `valid`. A register: independent of all inputs.
+    data : In(shape).array(rows)
+        Values.
+    o : Out(stream)
+        One value.
+    """
+
+    def __init__(self, shape: ShapeLike, *, rows: int) -> None:
+        self.shape = shape
+        self.rows = rows
+        super().__init__({
+            "valid": In(1),
+            "ready": Out(1),
+            "data":  In(shape).array(rows),
+            "o":     Out(stream.Signature(shape)),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        chain = [Signal(self.shape, name=f"value{row}") for row in range(self.rows)]
+        left = Signal(range(self.rows + 1))
+        m.d.comb += [
+            self.ready.eq(left == 0),
+            self.o.valid.eq(left != 0),
+            self.o.payload.eq(chain[0]),
+        ]
+        with m.If(self.valid & self.ready):
+            m.d.sync += left.eq(self.rows)
+            m.d.sync += [value.eq(new) for value, new in zip(chain, self.data, strict=True)]
+        with m.Elif(self.o.valid & self.o.ready):
+            m.d.sync += left.eq(left - 1)
+            m.d.sync += [value.eq(above) for value, above in zip(chain, chain[1:], strict=False)]
+        return m
+
+
+class Gather(wiring.Component):
+    """Collects a value per row, row 0 first, and offers them at once: the inverse of `Scatter`.
+
+    They are offered in the cycle after the last was taken; the next is taken in the cycle after they left.
+
+    Parameters
+    ----------
+    shape : ShapeLike
+        Shape of one value.
+    rows : int
+        Number of values.
+
+    Members
+    -------
+    i : In(stream)
+        One value. Its ``ready`` is a register.
+    valid : Out(1)
+        `data` is complete.
+    ready : In(1)
+        `data` is taken in this cycle if `valid`.
+    data : Out(shape).array(rows)
+        Values.
+    """
+
+    def __init__(self, shape: ShapeLike, *, rows: int) -> None:
+        self.shape = shape
+        self.rows = rows
+        super().__init__({
+            "i":     In(stream.Signature(shape)),
+            "valid": Out(1),
+            "ready": In(1),
+            "data":  Out(shape).array(rows),
+        })
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        count = Signal(range(self.rows + 1))
+        m.d.comb += [
+            self.valid.eq(count == self.rows),
+            self.i.ready.eq(count != self.rows),
+        ]
+        with m.If(self.valid & self.ready):
+            m.d.sync += count.eq(0)
+        with m.Elif(self.i.valid & self.i.ready):
+            m.d.sync += count.eq(count + 1)
+            m.d.sync += self.data[-1].eq(self.i.payload)
+            m.d.sync += [value.eq(above) for value, above in zip(self.data, self.data[1:], strict=False)]
+        return m

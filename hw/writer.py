@@ -1,0 +1,251 @@
+"""Write side of the memory interface: words in, bursts out, instructions completed in program order."""
+
+from typing import Any
+
+from amaranth.hdl import Cat, Const, Module, Mux, ResetInserter, Signal, signed, unsigned
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.fifo import SyncFIFOBuffered
+from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
+
+from hw.arch import Arch
+from hw.axi import BURST_BEATS, AXI4WriteSignature
+from hw.commands import writer_command
+from hw.gearbox import Widener
+
+__all__ = ["WRITE_COMMAND", "Writer"]
+
+WRITE_COMMAND = writer_command()
+"""Where a `Writer` puts the words of one instruction: `words` (>= 1) from `addr`, `repeats` (>= 1) times, `stride` bytes
+apart; without `store` no words are taken and the instruction only completes in order."""
+
+
+class _Packer(wiring.Component):
+    """Pack words into beats and say where bursts end.
+
+    One word a cycle, also across repeats and commands that store; a command that does not store takes one cycle.
+    Latency from ``i`` to ``o``: 1 cycle.
+
+    Members
+    -------
+    cmd : ``In(stream WRITE_COMMAND)``
+    i : ``In(stream)``
+    room : ``In(1)``
+        Two more beats may come.
+    o : ``Out(stream {data, mask, beat, end, last, null}, always_ready)``
+        Beats: place in memory (in beats), last of its repeat, last of its instruction. ``null``: there is no beat,
+        but an instruction that did not store ends here.
+    busy : ``Out(1)``
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self.arch = arch
+        self.ratio = arch.bus_bytes // arch.rows
+        super().__init__({
+            "cmd":  In(stream.Signature(WRITE_COMMAND)),
+            "i":    In(stream.Signature(unsigned(8 * arch.rows))),
+            "room": In(1),
+            "o":    Out(stream.Signature(data.StructLayout({
+                "data": 8 * arch.bus_bytes, "mask": self.ratio, "beat": 32 - exact_log2(arch.bus_bytes),
+                "end": 1, "last": 1, "null": 1,
+            }), always_ready=True)),
+            "busy": Out(1),
+        })
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        low, high = exact_log2(self.arch.rows), exact_log2(self.arch.bus_bytes)
+        m.submodules.widener = widener = Widener(in_bytes=self.arch.rows, out_bytes=self.arch.bus_bytes)
+        pending, held = Signal(), Signal(WRITE_COMMAND)  # the next command
+        active, null, place, left = Signal(), Signal(), Signal(32 - low), Signal(24)  # the current repeat
+        words, repeats, following, stride = Signal(24), Signal(16), Signal(32 - low), Signal(32 - low)
+        take, final, done = Signal(), Signal(), Signal()
+        beat, end, last, ended = Signal(32 - high), Signal(), Signal(), Signal()  # beside the beat being filled
+        out = self.o.payload
+        m.d.comb += [
+            self.cmd.ready.eq(~pending),
+            self.i.ready.eq(active & ~null & self.room),
+            take.eq(self.i.valid & self.i.ready),
+            final.eq(left == 1),
+            done.eq((take & final & (repeats == 1)) | (active & null & self.room)),
+            widener.i.payload.data.eq(self.i.payload),
+            widener.i.payload.slot.eq(place[:high - low]),
+            widener.i.payload.last.eq(final),
+            widener.i.valid.eq(take),
+            widener.o.ready.eq(1),
+            out.data.eq(widener.o.payload.data),
+            out.mask.eq(widener.o.payload.mask),
+            out.beat.eq(beat),
+            out.end.eq(end),
+            out.last.eq(last),
+            out.null.eq(ended),
+            self.o.valid.eq(widener.o.valid | ended),
+            self.busy.eq(pending | active | self.o.valid),
+        ]
+        m.d.sync += ended.eq(active & null & self.room)
+        with m.If(take):
+            m.d.sync += [
+                beat.eq(place[high - low:]), end.eq(final), last.eq(done),
+                place.eq(place + 1), left.eq(left - 1),
+            ]
+            with m.If(final):
+                m.d.sync += [place.eq(following), left.eq(words), repeats.eq(repeats - 1), following.eq(following + stride)]
+        with m.If(self.cmd.valid & ~pending):
+            m.d.sync += [pending.eq(1), held.eq(self.cmd.payload)]
+        with m.If(~active | done):
+            m.d.sync += active.eq(pending)
+            with m.If(pending):
+                m.d.sync += [
+                    null.eq(~held.store), place.eq(held.addr[low:]), left.eq(held.words), words.eq(held.words),
+                    repeats.eq(held.repeats), stride.eq(held.stride[low:]),
+                    following.eq(held.addr[low:] + held.stride[low:]), pending.eq(0),
+                ]
+        return m
+
+
+class Writer(wiring.Component):
+    """Write the words of instructions to memory and count the instructions completed, in program order.
+
+    A burst (at most 16 beats, ending at multiples of 16 beats, so never crossing 4 KiB) is requested only when all
+    its beats are in the FIFO; the beats then follow without a gap, never before AWVALID of their burst. A repeat starts
+    a new beat and burst. One word of ``rows`` bytes a cycle, also across repeats and commands; commands are
+    taken every other cycle. Latency from a burst's last word to AWVALID and WVALID: 3 cycles; from its BVALID to
+    ``completed``: 1 cycle.
+
+    To abort, raise ``abort`` until ``idle``: what is not yet part of a complete burst is dropped, complete bursts
+    finish. ``completed`` returns to 0. Do not reset the writer itself while ``idle`` is low.
+
+    Parameters
+    ----------
+    arch : Arch
+        Gives bus width and ``rows``.
+    fifo_beats : int
+        Depth of the FIFO in bus beats, at least 32 (two bursts).
+    outstanding : int
+        Bursts and instructions in flight at most, at least 8.
+
+    Members
+    -------
+    cmd : ``In(stream WRITE_COMMAND)``
+        One per instruction, in program order. ``ready`` is independent of ``valid``.
+    i : ``In(stream)``
+        Words of ``rows`` bytes, ``words * repeats`` for each command that stores.
+    completed : ``Out(16)``
+        Number of completed instructions modulo 2^16: all their writes have been answered.
+    bus : ``Out(AXI4WriteSignature)``
+    abort : ``In(1)``
+    idle : ``Out(1)``
+        No command, beat or burst is inside.
+    error : ``Out(1)``
+        A BRESP reported an error; stays until ``abort``.
+    """
+
+    def __init__(self, arch: Arch, *, fifo_beats: int = 64, outstanding: int = 32) -> None:
+        if not isinstance(arch, Arch):
+            raise TypeError(f"arch must be an Arch, not {arch!r}")
+        for name, value, least in (("fifo_beats", fifo_beats, 2 * BURST_BEATS), ("outstanding", outstanding, 8)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, not {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value!r}")
+        self.arch = arch
+        self.fifo_beats = fifo_beats
+        self.outstanding = outstanding
+        super().__init__({
+            "cmd":       In(stream.Signature(WRITE_COMMAND)),
+            "i":         In(stream.Signature(unsigned(8 * arch.rows))),
+            "completed": Out(16),
+            "bus":       Out(AXI4WriteSignature(arch.bus_bytes)),
+            "abort":     In(1),
+            "idle":      Out(1),
+            "error":     Out(1),
+        })
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        m.submodules.packer = packer = ResetInserter(self.abort)(_Packer(self.arch))
+        wiring.connect(m, wiring.flipped(self.cmd), packer.cmd)
+        wiring.connect(m, wiring.flipped(self.i), packer.i)
+        flush = Signal()
+        beats = SyncFIFOBuffered(width=8 * self.arch.bus_bytes + packer.ratio + 1, depth=self.fifo_beats + 1)
+        m.submodules.beats = ResetInserter(flush)(beats)
+        m.submodules.bursts = bursts = SyncFIFOBuffered(width=32 + 4, depth=self.outstanding)
+        m.submodules.tokens = tokens = SyncFIFOBuffered(width=2, depth=self.outstanding)
+        self._commit(m, packer, beats, bursts, tokens)
+        self._send(m, beats, bursts)
+        self._complete(m, tokens)
+        m.d.comb += [
+            flush.eq(self.abort & (tokens.level == 0)),
+            self.idle.eq(~packer.busy & (tokens.level == 0)),
+        ]
+        return m
+
+    def _commit(self, m: Module, packer: _Packer, beats: SyncFIFOBuffered, bursts: SyncFIFOBuffered,
+                tokens: SyncFIFOBuffered) -> None:
+        """Queue beats; at the end of a burst queue the burst and the token that awaits its response."""
+        beat = packer.o.payload
+        skip = exact_log2(self.arch.bus_bytes)
+        inside, first = Signal(), Signal(4)  # a burst is open, and began at this beat modulo 16
+        begin, commit, push = Signal(4), Signal(), Signal()
+        m.d.comb += [
+            push.eq(packer.o.valid & ~beat.null & ~self.abort),
+            commit.eq(beat.end | beat.beat[:4].all()),
+            begin.eq(Mux(inside, first, beat.beat[:4])),
+            beats.w_data.eq(Cat(beat.data, beat.mask, commit)),
+            beats.w_en.eq(push),
+            bursts.w_data.eq(Cat(Const(0, skip), begin, beat.beat[4:], beat.beat[:4] - begin)),
+            bursts.w_en.eq(push & commit),
+            tokens.w_data.eq(Cat(beat.null, beat.null | (beat.last & commit))),
+            tokens.w_en.eq((push & commit) | (packer.o.valid & beat.null & ~self.abort)),
+        ]
+        with m.If(push):
+            m.d.sync += [inside.eq(~commit), first.eq(begin)]
+        with m.If(self.abort):
+            m.d.sync += inside.eq(0)
+        # one cycle late, and one beat may be on its way: hence the margin
+        m.d.sync += packer.room.eq(
+            (beats.level <= self.fifo_beats - 4)
+            & (bursts.level <= self.outstanding - 4)
+            & (tokens.level <= self.outstanding - 4))
+
+    def _send(self, m: Module, beats: SyncFIFOBuffered, bursts: SyncFIFOBuffered) -> None:
+        """Drive AW and W; the beats of a burst follow its AWVALID."""
+        bus = self.bus
+        lead = Signal(signed(self.outstanding.bit_length() + 1))  # bursts accepted on AW less bursts finished on W
+        data_bits = 8 * self.arch.bus_bytes
+        allowed, aw, last = Signal(), Signal(), Signal()
+        mask = beats.r_data[data_bits:-1]
+        m.d.comb += [
+            bus.awid.eq(0),
+            bus.awaddr.eq(bursts.r_data[:32]),
+            bus.awlen.eq(bursts.r_data[32:]),
+            bus.awsize.eq(exact_log2(self.arch.bus_bytes)),
+            bus.awburst.eq(1),
+            bus.awvalid.eq(bursts.r_rdy),
+            bursts.r_en.eq(bus.awready),
+            allowed.eq((lead > 0) | ((lead == 0) & bursts.r_rdy)),
+            bus.wdata.eq(beats.r_data[:data_bits]),
+            bus.wstrb.eq(Cat(bit.replicate(self.arch.rows) for bit in mask)),
+            bus.wlast.eq(beats.r_data[-1]),
+            bus.wvalid.eq(beats.r_rdy & allowed),
+            beats.r_en.eq(bus.wready & allowed),
+            aw.eq(bus.awvalid & bus.awready),
+            last.eq(bus.wvalid & bus.wready & bus.wlast),
+        ]
+        m.d.sync += lead.eq(lead + aw - last)
+
+    def _complete(self, m: Module, tokens: SyncFIFOBuffered) -> None:
+        """Match responses with tokens, in order, and count instructions."""
+        bus = self.bus
+        null, last = tokens.r_data[0], tokens.r_data[1]
+        m.d.comb += [
+            bus.bready.eq(tokens.r_rdy & ~null),
+            tokens.r_en.eq(null | bus.bvalid),
+        ]
+        with m.If(self.abort):
+            m.d.sync += [self.completed.eq(0), self.error.eq(0)]
+        with m.Else():
+            with m.If(tokens.r_rdy & tokens.r_en & last):
+                m.d.sync += self.completed.eq(self.completed + 1)
+            with m.If(bus.bvalid & bus.bready & bus.bresp[1]):
+                m.d.sync += self.error.eq(1)

@@ -1,0 +1,98 @@
+"""The array against a matrix product, for every weight format, with and without stalls."""
+
+import numpy as np
+import pytest
+from amaranth import Module
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from hw.arch import PRESETS
+from hw.array import MacArray
+from hw.commands import array_command, column_layout, loader_command
+from hw.feeder import index_bits, positions_per_word
+from hw.isa import Format
+from hw.loader import Loader
+from tests.hw.bench import pack_bytes, run_streams
+
+TINY = PRESETS["tiny"]
+
+
+class LoaderAndArray(wiring.Component):
+    """The two units joined by the ring buffers, as in the top level."""
+
+    def __init__(self, arch):
+        self._arch = arch
+        super().__init__({
+            "array_cmd": In(stream.Signature(array_command())), "load_cmd": In(stream.Signature(loader_command())),
+            "columns": In(stream.Signature(8 * arch.rows)), "values": In(stream.Signature(8 * arch.lanes)),
+            "positions": In(stream.Signature(32 * arch.lanes)), "o": Out(stream.Signature(column_layout(arch.rows, 32))),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.loader = loader = Loader(self._arch)
+        m.submodules.array = array = MacArray(self._arch)
+        for ours, theirs in ((self.array_cmd, array.cmd), (self.values, array.values), (self.positions, array.positions),
+                             (self.load_cmd, loader.cmd), (self.columns, loader.memory)):
+            wiring.connect(m, wiring.flipped(ours), theirs)
+        wiring.connect(m, array.o, wiring.flipped(self.o))
+        m.d.comb += [array.loaded.eq(loader.loaded), loader.freed.eq(array.freed), array.write_en.eq(loader.write_en),
+                     array.write_addr.eq(loader.write_addr), array.write_data.eq(loader.write_data)]
+        return m
+
+
+def random_tile(rng, fmt, n, m, k, cols, unsigned_a):
+    """Activations, command, weight words, position words and the expected columns of one TILE; naive packing."""
+    rows = lanes = TINY.lanes
+    a = rng.integers(0, 256, (k, rows)) if unsigned_a else rng.integers(-128, 128, (k, rows))
+    groups, tiles = -(-k // m), -(-cols // lanes)
+    values, words = [], []
+    weight = np.zeros((groups * m, tiles * lanes), np.int64)
+    for tile in range(tiles):
+        chosen = np.sort(np.array([[rng.permutation(m)[:n] for _ in range(groups)] for _ in range(lanes)]), axis=2)
+        position_bits = [[] for _ in range(lanes)]
+        for g in range(groups):
+            for j in range(n):
+                step = []
+                for lane in range(lanes):
+                    p = g * m + chosen[lane, g, j]
+                    w = int(rng.integers(-128, 128)) if p < k else 0
+                    weight[p, tile * lanes + lane] = w
+                    step.append(w)
+                    position_bits[lane].append(int(chosen[lane, g, j]))
+                values.append(pack_bytes(step))
+        if fmt != Format.DENSE:
+            per_word = positions_per_word(fmt, n, m)
+            for start in range(0, groups * n, per_word):
+                word = []
+                for lane in range(lanes):
+                    chunk = position_bits[lane][start:start + per_word]
+                    if fmt == Format.INDEX:
+                        word.append(sum(p << (i * index_bits(m)) for i, p in enumerate(chunk)))
+                    else:
+                        word.append(sum(1 << (i // n * m + p) for i, p in enumerate(chunk)))
+                words.append(pack_bytes(word, 32))
+    cmd = {"a_unsigned": unsigned_a, "format": fmt, "n": n, "m": m, "k": k, "cols": cols}
+    return [pack_bytes(c) for c in a], cmd, values, words, (a.T @ weight[:k, :cols]).T.tolist()
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.3])
+@pytest.mark.parametrize("seed", range(4))
+def test_array_equals_matrix_product(stall, seed):
+    rng = np.random.default_rng(seed)
+    loads, cmds, columns, values, words, expected = [], [], [], [], [], []
+    patterns = [(Format.DENSE, 1, 1), (Format.INDEX, 2, 4), (Format.BITMAP, 2, 4), (Format.INDEX, 1, 32), (Format.INDEX, 3, 7),
+                (Format.BITMAP, 31, 32), (Format.BITMAP, 3, 5), (Format.INDEX, 1, 2), (Format.BITMAP, 1, 1)]
+    for i in range(12):
+        fmt, n, m = patterns[(i + seed) % len(patterns)] if i % 3 else patterns[0]
+        k, cols = int(rng.integers(1, 40)), int(rng.integers(1, 14))
+        a, cmd, v, w, out = random_tile(rng, fmt, n, m, k, cols, int(rng.integers(2)))
+        loads.append({"count": k, "from_rows": 0, "bypass": 0})
+        cmds.append(cmd)
+        columns += a
+        values += v
+        words += w
+        expected += out
+    got = run_streams(LoaderAndArray(TINY), stall=stall, seed=seed, outputs={"o": len(expected)},
+                      inputs={"array_cmd": cmds, "load_cmd": loads, "columns": columns, "values": values, "positions": words})
+    assert got["o"] == expected
