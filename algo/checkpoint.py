@@ -86,7 +86,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Describe the first key in which two sets of JSON facts differ, or None: ``"lr was 0.1, is now 0.2"``."""
+    """Describe the first key in which two sets of JSON facts differ, or None: ``"lr was 0.1, is now
+    0.2"``."""
     new = json.loads(json.dumps(new))  # tuples become lists, as they did in the file
     for key in sorted(set(old) | set(new)):
         if old.get(key) != new.get(key):
@@ -95,7 +96,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
 
 
 def save_model(model: nn.Module, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """Write a dense or finalised model to ``folder``: ``model.safetensors`` and ``model.json`` with the patterns.
+    """Write a dense or finalised model to ``folder``: ``model.safetensors`` and ``model.json`` with the
+    patterns.
 
     ``model.json`` has ``patterns`` (layer name -> "N:M") and ``facts``, and is written last.
 
@@ -115,7 +117,8 @@ def save_model(model: nn.Module, folder: Path, facts: Mapping[str, Any] | None =
 
 
 def load_model(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Load what `save_model` wrote into a model of the same shape, in place; its layers get their ``nm_pattern``.
+    """Load what `save_model` wrote into a model of the same shape, in place; its layers get their
+    ``nm_pattern``.
 
     Returns
     -------

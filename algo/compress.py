@@ -1,8 +1,9 @@
 """Exact compressed storage of N:M matrices: only the values that may be non-zero, and where they stand.
 
-A row of K elements has ``K // M`` full groups and, if K is not a multiple of M, one remainder group of ``K % M``
-elements. A full group stores N slots, a remainder group of r elements min(N, r). Slots are in ascending position; when a
-group has fewer non-zeros than slots, its first zeros fill them, so that every group of a kind has the same size.
+A row of K elements has ``K // M`` full groups and, if K is not a multiple of M, one remainder group of
+``K % M`` elements. A full group stores N slots, a remainder group of r elements min(N, r). Slots are in
+ascending position; when a group has fewer non-zeros than slots, its first zeros fill them, so that every
+group of a kind has the same size.
 
 Formats, per group of N:M:
 
@@ -133,7 +134,8 @@ def unpack(packed: Packed) -> NDArray[np.generic]:
     Raises
     ------
     ValueError
-        The values or positions have the wrong size, or the positions name an element twice or one outside its group.
+        The values or positions have the wrong size, or the positions name an element twice or one outside its
+        group.
     """
     width = packed.shape[-1]
     count = int(np.prod(packed.shape[:-1], dtype=np.int64))
@@ -163,7 +165,8 @@ def _slots(pattern: NM, width: int) -> int:
 
 
 def _slot_bitmap(flat: NDArray[np.generic], pattern: NM) -> NDArray[np.bool_]:
-    """Mark, in (rows, K), the elements that take a slot: all non-zeros, then the first zeros up to the group's size."""
+    """Mark, in (rows, K), the elements that take a slot: all non-zeros, then the first zeros up to the
+    group's size."""
     count, width = flat.shape
     # Minus zero counts as a non-zero, so that floating-point round trips are exact.
     stored = (flat != 0) | np.signbit(flat) if flat.dtype.kind == "f" else flat != 0
@@ -175,13 +178,15 @@ def _slot_bitmap(flat: NDArray[np.generic], pattern: NM) -> NDArray[np.bool_]:
         row, group = (int(i) for i in np.argwhere(found > pattern.n)[0])
         raise ValueError(
             f"not {pattern}: row {row}, group {group} (elements {group * pattern.m} to "
-            f"{min(width, (group + 1) * pattern.m) - 1}) has {found[row, group]} non-zeros, at most {pattern.n} allowed"
+            f"{min(width, (group + 1) * pattern.m) - 1}) has {found[row, group]} non-zeros, "
+            f"at most {pattern.n} allowed"
         )
-    # The k-th zero of a group takes a slot while non-zeros + k <= slots. The tail's slots never reach the padding.
+    # The k-th zero of a group takes a slot while non-zeros + k <= slots: the tail's end before its padding.
     slots = np.minimum(pattern.n, np.array(_group_sizes(pattern, width)))
     spare = (slots[None, :] - found)[:, :, None]
     filled = groups | (np.cumsum(~groups, axis=2) <= spare)
-    return filled.reshape(count, -1)[:, :width]
+    taken: NDArray[np.bool_] = filled.reshape(count, -1)[:, :width]
+    return taken
 
 
 def _positions(taken: NDArray[np.bool_], pattern: NM) -> NDArray[np.uint8]:
@@ -192,8 +197,8 @@ def _positions(taken: NDArray[np.bool_], pattern: NM) -> NDArray[np.uint8]:
 
 def _to_bits(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     """Spell (rows, n) numbers as (rows, n * bits) single bits, least significant first."""
-    each = (numbers[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
-    return each.reshape(len(numbers), -1)
+    each = (numbers[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
+    return each.reshape(len(numbers), -1).astype(np.uint8)
 
 
 def _check_sizes(packed: Packed, count: int, width: int) -> None:
@@ -204,8 +209,8 @@ def _check_sizes(packed: Packed, count: int, width: int) -> None:
     for name, shape in expected.items():
         if getattr(packed, name).shape != shape:
             raise ValueError(
-                f"the packed matrix is damaged: {name} is {getattr(packed, name).shape}, but {packed.shape} at "
-                f"{packed.pattern} in {packed.format} needs {shape}"
+                f"the packed matrix is damaged: {name} is {getattr(packed, name).shape}, "
+                f"but {packed.shape} at {packed.pattern} in {packed.format} needs {shape}"
             )
 
 

@@ -1,7 +1,8 @@
 """Real sentences with real ratings: the movie reviews of the VADER study.
 
-10,605 sentences from rottentomatoes.com, each rated from -4 (negative) to 4 (positive) by 20 people; the rating is their mean.
-They are in the source distribution of vaderSentiment 3.3.2 (not in its wheel), in a tar file inside the tar file.
+10,605 sentences from rottentomatoes.com, each rated from -4 (negative) to 4 (positive) by 20 people; the
+rating is their mean. They are in the source distribution of vaderSentiment 3.3.2 (not in its wheel), in a tar
+file inside the tar file.
 
 Ref: C. J. Hutto, E. Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis, ICWSM 2014.
 """
@@ -77,7 +78,8 @@ def movie_ratings() -> list[tuple[float, str]]:
 
 
 def _folders() -> Iterator[Path]:
-    """Where the data may be: NMFORGE_DATA, the cache under the current folder, the cache of this repository."""
+    """Where the data may be: NMFORGE_DATA, the cache under the current folder, the cache of this
+    repository."""
     if "NMFORGE_DATA" in os.environ:
         yield Path(os.environ["NMFORGE_DATA"])
     yield Path.cwd() / CACHE

@@ -16,7 +16,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,7 +39,8 @@ EvaluateFn: TypeAlias = Callable[[nn.Module], float]
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """What to train: the dense stage, each level of pruning, and the target patterns (see `match_patterns`)."""
+    """What to train: the dense stage, each level of pruning, and the target patterns (see
+    `match_patterns`)."""
 
     pattern: Pattern = "2:4"
     exclude: tuple[str, ...] = ()
@@ -49,7 +50,8 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage: its name ("dense", "3:4", ...), accuracy, folder, wall and processor seconds of its training."""
+    """One stage: its name ("dense", "3:4", ...), accuracy, folder, wall and processor seconds of its
+    training."""
 
     name: str
     accuracy: float
@@ -109,9 +111,11 @@ def prune_pipeline(
     out_dir
         See the module's description.
     level_loss
-        Makes the loss of the pruning levels from the dense model, for instance with it as a teacher; else ``loss_fn``.
+        Makes the loss of the pruning levels from the dense model, for instance with it as a teacher; else
+        ``loss_fn``.
     facts
-        Anything else that decides the result (JSON values), such as the data's seed; a reused folder must have the same.
+        Anything else that decides the result (JSON values), such as the data's seed; a reused folder must
+        have the same.
     fresh
         Start over: what ``out_dir`` holds of the dense stage and of these patterns is deleted.
     progress

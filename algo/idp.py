@@ -1,8 +1,9 @@
 """Inherited dynamic pruning: from a dense, fine-tuned model to N:M in steps, M fixed and N going down.
 
-Each level starts from the weights of the level before it (inheritance) and trains with masks that follow the magnitudes at
-every step (dynamic), with SR-STE gradients; masks are frozen for the last part of a level so that the weights that stay can settle.
-Every level is a usable model, kept in its own folder: ``model.safetensors`` (dense weights and masks) and ``level.json``.
+Each level starts from the weights of the level before it (inheritance) and trains with masks that follow the
+magnitudes at every step (dynamic), with SR-STE gradients; masks are frozen for the last part of a level so
+that the weights that stay can settle. Every level is a usable model, kept in its own folder:
+``model.safetensors`` (dense weights and masks) and ``level.json``.
 
 Ref: IDP, arXiv 2208.06118, as reconstructed from its abstract; SR-STE, arXiv 2102.04010.
 """
@@ -39,7 +40,8 @@ class IDPConfig:
     decay
         SR-STE's lambda.
     schedule
-        N of each level, descending, for patterns that should not follow `idp_schedule`: ``{"1:8": (4, 2, 1)}``.
+        N of each level, descending, for patterns that should not follow `idp_schedule`: ``{"1:8": (4, 2,
+        1)}``.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -59,7 +61,8 @@ class IDPConfig:
 
 @dataclass(frozen=True)
 class Level:
-    """One finished level: its patterns by layer, its folder (None if nothing is kept), its training (None if reused)."""
+    """One finished level: its patterns by layer, its folder (None if nothing is kept), its training (None if
+    reused)."""
 
     patterns: Mapping[str, NM]
     folder: Path | None
@@ -72,7 +75,8 @@ class Level:
 
 
 def idp_schedule(target: NM) -> tuple[NM, ...]:
-    """Patterns to pass through, the last being ``target``: N halves from M, in at least two steps where there is room.
+    """Patterns to pass through, the last being ``target``: N halves from M, in at least two steps where there
+    is room.
 
     2:4 -> 3:4, 2:4. 1:4 -> 2:4, 1:4. 2:8 -> 4:8, 2:8. 1:16 -> 8:16, 4:16, 2:16, 1:16. Dense gives ().
     """
@@ -90,7 +94,8 @@ def idp_levels(
 ) -> list[dict[str, NM]]:
     """Patterns of every layer at every level, for layers with different targets.
 
-    There are as many levels as the longest schedule has; shorter ones are spread over them and all end together.
+    There are as many levels as the longest schedule has; shorter ones are spread over them and all end
+    together.
     """
     own = {NM(pattern): counts for pattern, counts in (schedule or {}).items()}
     steps = {
@@ -127,9 +132,10 @@ def run_idp(
     pattern, exclude
         The targets, see `algo.sparsify.match_patterns`.
     batches, loss_fn
-        See `algo.train`. Each level sees epochs 0, 1, ... of its own.
+        See `algo.train`. A level goes on with the epoch number at which the one before it stopped.
     out_dir
-        A folder per level is written here. Finished levels are reused, an unfinished one goes on from its last epoch.
+        A folder per level is written here. Finished levels are reused, an unfinished one goes on from its
+        last epoch.
     facts
         Anything else that decides the result (JSON values): compared on reuse.
     on_level
@@ -152,11 +158,24 @@ def run_idp(
         folder = (
             None if out_dir is None else out_dir / f"level-{number + 1}-{_name(patterns).replace(':', 'of')}"
         )
-        level = _run_level(model, patterns, batches, loss_fn, own, folder, dict(facts or {}), progress)
+        level = _run_level(
+            model,
+            patterns,
+            _later(batches, number * config.train.epochs),
+            loss_fn,
+            own,
+            folder,
+            dict(facts or {}),
+            progress,
+        )
         done.append(level)
         if on_level is not None:
             on_level(level)
     return done
+
+
+def _later(batches: Batches, epochs: int) -> Batches:
+    return lambda epoch: batches(epoch + epochs)
 
 
 def _run_level(

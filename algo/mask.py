@@ -3,13 +3,14 @@
 Groups lie along the dimension that a matrix multiplication sums over:
 
 - Linear weight ``(O, I)``: along ``I``;
-- Conv2d weight ``(O, I, kh, kw)``: along the input channels, in NHWC order, that is along the last dimension of
-  ``(O, kh, kw, I)``.
+- Conv2d weight ``(O, I, kh, kw)``: along the input channels, in NHWC order, that is along the last dimension
+  of ``(O, kh, kw, I)``.
 
 A dimension that is not a multiple of M ends in a shorter remainder group; see `NM.kept` for what it keeps.
 
-Ref: A. Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, arXiv 2102.04010;
-the grouping is that of the authors' ``Sparse_NHWC``, except that groups never straddle two pixels.
+Ref: A. Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, arXiv
+2102.04010; the grouping is that of the authors' ``Sparse_NHWC``, except that groups never straddle two
+pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def rows(weight: Tensor) -> Tensor:
     if weight.ndim == 4:
         return weight.flatten(2).transpose(1, 2)
     raise ValueError(
-        f"a weight must be (out, in) or (out, in, height, width) to have N:M groups, not {tuple(weight.shape)}"
+        "a weight must be (out, in) or (out, in, height, width) to have N:M groups, "
+        f"not {tuple(weight.shape)}"
     )
 
 
@@ -62,8 +64,8 @@ def magnitude_mask(weight: Tensor, pattern: NM) -> Tensor:
     Returns
     -------
     Tensor
-        bool, contiguous, the weight's shape; True = keep. Of equal magnitudes the lower index stays, so the mask is a
-        function of the values alone, whatever the machine and the number of threads.
+        bool, contiguous, the weight's shape; True = keep. Of equal magnitudes the lower index stays, so the
+        mask is a function of the values alone, whatever the machine and the number of threads.
     """
     matrix = rows(weight)
     if pattern.is_dense:
@@ -90,7 +92,8 @@ def _group_mask(matrix: Tensor, m: int, n: int) -> Tensor:
 def _keep_by_pairs(groups: Tensor, n: int) -> Tensor:
     """Keep an element when fewer than ``n`` others of its group beat it.
 
-    Works on columns, so that each comparison runs over contiguous memory: about 10x faster than a sort at M = 4.
+    Works on columns, so that each comparison runs over contiguous memory: about 10x faster than a sort at M =
+    4.
     """
     columns = groups.t().contiguous()
     m = columns.shape[0]

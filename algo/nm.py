@@ -29,16 +29,10 @@ class NM:
     m: int
 
     def __init__(self, n: str | int | NM, m: int | None = None) -> None:
-        if isinstance(n, NM) and m is None:
-            n, m = n.n, n.m
-        elif isinstance(n, str) and m is None:
-            n, m = _parse(n)
-        elif not _is_int(n) or not _is_int(m):
-            given = repr(n) if m is None else f"{n!r}, {m!r}"
-            raise TypeError(f'NM takes a string such as "2:4" or two integers such as (2, 4), not {given}')
-        _check(n, m)
-        object.__setattr__(self, "n", n)
-        object.__setattr__(self, "m", m)
+        first, second = _numbers(n, m)
+        _check(first, second)
+        object.__setattr__(self, "n", first)
+        object.__setattr__(self, "m", second)
 
     @property
     def density(self) -> float:
@@ -54,8 +48,8 @@ class NM:
         """Non-zeros that a mask keeps in a group of ``size`` elements, 0 <= size <= m.
 
         A full group keeps ``n``. The remainder group at the end of a row keeps its share rounded up,
-        ``ceil(n * size / m)``: never more than ``n`` (the hardware reads at most n per group) nor than ``size``,
-        and at least one, so that a short tail is not cut off altogether.
+        ``ceil(n * size / m)``: never more than ``n`` (the hardware reads at most n per group) nor than
+        ``size``, and at least one, so that a short tail is not cut off altogether.
         """
         if not 0 <= size <= self.m:
             raise ValueError(f"a group of {self} has 0 to {self.m} elements, not {size}")
@@ -68,8 +62,16 @@ class NM:
         return f'NM("{self.n}:{self.m}")'
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _numbers(n: object, m: object) -> tuple[int, int]:
+    """Bring every spelling of a pattern to its two numbers, unchecked."""
+    if isinstance(n, NM) and m is None:
+        return n.n, n.m
+    if isinstance(n, str) and m is None:
+        return _parse(n)
+    if isinstance(n, int) and isinstance(m, int) and not isinstance(n, bool) and not isinstance(m, bool):
+        return n, m
+    given = repr(n) if m is None else f"{n!r}, {m!r}"
+    raise TypeError(f'NM takes a string such as "2:4" or two integers such as (2, 4), not {given}')
 
 
 def _parse(text: str) -> tuple[int, int]:

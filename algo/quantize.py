@@ -1,7 +1,8 @@
-"""Symmetric int8 quantisation: weights per output channel, activations by calibration, requantisation constants.
+"""Symmetric int8 quantisation: weights per output channel, activations by calibration, requantisation
+constants.
 
-A real value is ``scale * q`` with ``q`` an integer in [-127, 127] (weights) or [-(2^(bits-1) - 1), 2^(bits-1) - 1]
-(activations). Zero is always exactly zero, so that quantising keeps an N:M pattern.
+A real value is ``scale * q`` with ``q`` an integer in [-127, 127] (weights) or [-(2^(bits-1) - 1), 2^(bits-1)
+- 1] (activations). Zero is always exactly zero, so that quantising keeps an N:M pattern.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple[Tensor, Tensor]
-        int8 of the same shape, in [-127, 127], and the float32 scales ``(O,)`` = absmax / 127; an all-zero channel
-        has scale 1. Zeros stay zeros.
+        int8 of the same shape, in [-127, 127], and the float32 scales ``(O,)`` = absmax / 127; an all-zero
+        channel has scale 1. Zeros stay zeros.
 
     Raises
     ------
@@ -82,14 +83,15 @@ def dequantize_weight(quantised: Tensor, scale: Tensor) -> Tensor:
 class Observer:
     """Watch the values of one tensor over calibration batches and give its quantisation scale.
 
-    Streaming: memory does not grow with the number of updates. Histograms of ``|x|`` have 2048 bins; when a larger
-    value comes, the range doubles and neighbouring bins join.
+    Streaming: memory does not grow with the number of updates. Histograms of ``|x|`` have 2048 bins; when a
+    larger value comes, the range doubles and neighbouring bins join.
 
     Parameters
     ----------
     method
-        ``"minmax"``: the largest magnitude seen. ``"percentile"``: the magnitude that ``percentile`` per cent of the
-        values do not exceed. ``"mse"``: the clipping point with the least mean squared error at the asked bits.
+        ``"minmax"``: the largest magnitude seen. ``"percentile"``: the magnitude that ``percentile`` per cent
+        of the values do not exceed. ``"mse"``: the clipping point with the least mean squared error at the
+        asked bits.
     percentile
         In (0, 100]; used by ``"percentile"`` alone.
     """
@@ -142,7 +144,8 @@ class Observer:
         return min(found, self.absmax)
 
     def scale(self, bits: int = 8) -> float:
-        """The real value of one integer step, ``threshold / (2^(bits-1) - 1)``; 1.0 if all values were zero."""
+        """The real value of one integer step, ``threshold / (2^(bits-1) - 1)``; 1.0 if all values were
+        zero."""
         scale = self.threshold(bits) / ((1 << (bits - 1)) - 1)
         return scale if scale > 0 else 1.0
 
@@ -188,7 +191,8 @@ def requant_params(real_multiplier: float, *, max_shift: int = MAX_SHIFT) -> tup
     Returns
     -------
     tuple[int, int]
-        ``mult`` in [16384, 32767] and ``shift`` in 1..max_shift, relative error at most 2^-15; ``(0, 1)`` for 0.
+        ``mult`` in [16384, 32767] and ``shift`` in 1..max_shift, relative error at most 2^-15; ``(0, 1)`` for
+        0.
 
     Raises
     ------
@@ -207,7 +211,8 @@ def requant_array(
     _check_multipliers(real)
     fraction, exponent = np.frexp(real)  # real = fraction * 2^exponent, fraction in [0.5, 1)
     mult = np.rint(fraction * (MULT_MAX + 1)).astype(np.int32)
-    # Rounding up to 32768 would need a 16th bit: the largest mult is as near as half of it with one shift less.
+    # Rounding up to 32768 would need a 16th bit: the largest mult is as near as half of it with one shift
+    # less.
     carried = mult > MULT_MAX
     mult = np.where(carried, MULT_MIN, mult).astype(np.int32)
     shift = (15 - exponent - carried).astype(np.int32)
@@ -217,8 +222,9 @@ def requant_array(
     if bad.any():
         value, needed = float(real[bad].flat[0]), int(shift[bad].flat[0])
         raise ValueError(
-            f"a requantisation multiplier must be in [2^-{max_shift - 14}, 2^14) or 0, not {value!r} (it needs "
-            f"shift {needed}, the hardware has 1..{max_shift}): check the scales of the layer's input and output"
+            f"a requantisation multiplier must be in [2^-{max_shift - 14}, 2^14) or 0, not {value!r} (it "
+            f"needs shift {needed}, the hardware has 1..{max_shift}): check the scales of the layer's input "
+            "and output"
         )
     return mult, shift
 
@@ -244,4 +250,5 @@ def requantize(
     shift = np.asarray(shift, dtype=np.int64)
     result = (wide * np.asarray(mult, dtype=np.int64) + (np.int64(1) << (shift - 1))) >> shift
     limit = 1 << (bits - 1)
-    return np.clip(result, -limit, limit - 1)
+    clipped: NDArray[np.int64] = np.clip(result, -limit, limit - 1)
+    return clipped

@@ -1,10 +1,12 @@
 """Make the Linear and Conv2d layers of a model N:M sparse, while it trains or at once.
 
-`sparsify` -> train -> `finalize` is the whole use. A training method registers a torch parametrisation: the layer's
-``weight`` is then masked, and the parameter that the optimiser sees (``parametrizations.weight.original``) is dense.
+`sparsify` -> train -> `finalize` is the whole use. A training method registers a torch parametrisation: the
+layer's
+``weight`` is then masked, and the parameter that the optimiser sees (``parametrizations.weight.original``) is
+dense.
 
-Ref: SR-STE, A. Zhou et al., arXiv 2102.04010: forward with the masked weight; backward straight through to all
-weights, pruned ones too, plus ``decay * (1 - mask) * weight``, which pulls pruned weights towards zero.
+Ref: SR-STE, A. Zhou et al., arXiv 2102.04010: forward with the masked weight; backward straight through to
+all weights, pruned ones too, plus ``decay * (1 - mask) * weight``, which pulls pruned weights towards zero.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ SparseLayer: TypeAlias = nn.Linear | nn.Conv2d
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of a `sparsity_report`: ``pattern`` is None for a dense layer, ``violations`` counts groups."""
+    """One layer of a `sparsity_report`: ``pattern`` is None for a dense layer, ``violations`` counts
+    groups."""
 
     layer: str
     shape: tuple[int, ...]

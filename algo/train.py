@@ -1,7 +1,7 @@
 """A seeded training loop that can be stopped at any time and resumed to the same result, bit for bit.
 
-After each epoch the model, the optimiser and the random state go to one file; a stop loses at most one epoch. The result
-is the same on the same machine with the same number of threads, stopped or not.
+After each epoch the model, the optimiser and the random state go to one file; a stop loses at most one epoch.
+The result is the same on the same machine with the same number of threads, stopped or not.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Mean loss of each epoch, and the wall and processor seconds that this call took (not those before a resume)."""
+    """Mean loss of each epoch, and the wall and processor seconds that this call took (not those before a
+    resume)."""
 
     losses: tuple[float, ...]
     seconds: float
@@ -108,8 +109,8 @@ def train(
     Raises
     ------
     ValueError
-        The checkpoint was made with another configuration (names the key), epochs differ in length or are empty, or the
-        loss is not finite.
+        The checkpoint was made with another configuration (names the key), epochs differ in length or are
+        empty, or the loss is not finite.
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     identity = asdict(config) | {"facts": dict(facts or {})}
@@ -139,7 +140,8 @@ def train(
 
 
 def progress_bars(*, quiet: bool = False) -> Progress:
-    """Bars on standard error, with counts, times and the loss; nothing if ``quiet``. Use as a context manager."""
+    """Bars on standard error, with counts, times and the loss; nothing if ``quiet``. Use as a context
+    manager."""
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -202,7 +204,8 @@ def _schedule(config: TrainConfig, steps: int) -> Callable[[int], float]:
 
 
 class _bar:
-    """A progress bar as a context manager; gives ``advance(steps, loss)``, which does nothing without a progress."""
+    """A progress bar as a context manager; gives ``advance(steps, loss)``, which does nothing without a
+    progress."""
 
     def __init__(self, progress: Progress | None, label: str, total: int) -> None:
         self.progress = progress

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from algo.mask import rows
 from algo.nm import NM
@@ -19,7 +20,8 @@ class PatternViolation(ValueError):
     Members
     -------
     layer, row, group, nonzeros, pattern
-        Where the first such group is. For a Conv2d the row counts (output channel, kernel row, kernel column) in order.
+        Where the first such group is. For a Conv2d the row counts (output channel, kernel row, kernel column)
+        in order.
     count
         How many such groups the layer has.
     """
@@ -28,8 +30,9 @@ class PatternViolation(ValueError):
         self.layer, self.pattern, self.row, self.group = layer, pattern, row, group
         self.nonzeros, self.count = nonzeros, count
         super().__init__(
-            f"layer {layer!r} is not {pattern}: row {row}, group {group} has {nonzeros} non-zeros, at most {pattern.n} "
-            f"allowed ({count} such group{'s' if count > 1 else ''} in the layer): prune it with sparsify()"
+            f"layer {layer!r} is not {pattern}: row {row}, group {group} has {nonzeros} non-zeros, "
+            f"at most {pattern.n} allowed "
+            f"({count} such group{'s' if count > 1 else ''} in the layer): prune it with sparsify()"
         )
 
 
@@ -40,13 +43,13 @@ def violations(weight: Tensor, pattern: NM) -> Tensor:
     Returns
     -------
     Tensor
-        int64 ``(count, 3)``: row, group, non-zeros. Rows are those of `algo.mask.rows`, flattened. A remainder group may
-        hold at most N non-zeros like any other.
+        int64 ``(count, 3)``: row, group, non-zeros. Rows are those of `algo.mask.rows`, flattened. A
+        remainder group may hold at most N non-zeros like any other.
     """
     matrix = rows(weight) != 0
     matrix = matrix.reshape(-1, matrix.shape[-1])
-    short = -matrix.shape[1] % pattern.m
-    found = torch.nn.functional.pad(matrix, (0, short)).unflatten(1, (-1, pattern.m)).sum(2)
+    groups = F.pad(matrix, (0, -matrix.shape[1] % pattern.m)).reshape(len(matrix), -1, pattern.m)
+    found = groups.sum(2)
     where = (found > pattern.n).nonzero()
     return torch.cat([where, found[where[:, 0], where[:, 1]][:, None]], dim=1)
 
@@ -81,4 +84,4 @@ def verify(model: nn.Module, patterns: Mapping[str, NM]) -> None:
     for name, pattern in patterns.items():
         if name not in modules or not isinstance(getattr(modules[name], "weight", None), Tensor):
             raise ValueError(f"the model has no layer with a weight named {name!r}")
-        verify_weight(modules[name].weight.detach(), NM(pattern), layer=name)  # type: ignore[union-attr]
+        verify_weight(modules[name].weight.detach(), NM(pattern), layer=name)

@@ -1,46 +1,37 @@
 """Lowering: operators of a `QuantNetwork` become TILE instructions.
 
-In order: `check_network` (law), `choose_layouts` (how each tensor lies in memory), one emitter per kind of operator, `order_steps` (the
-schedule), then the passes of `compiler.steps` (tables, dependences, memory plan, encoding). Deterministic.
+In order: `check_network` (law), `choose_layouts` (how each tensor lies in memory), `order_operators` (the schedule), emission of each
+operator (`compiler.emit`), then the passes of `compiler.steps`: tables, dependences, memory plan, encoding. Deterministic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from algo.nm import NM
-from compiler.ops import Attention, LayerNorm, Linear, Op, Pointwise, QuantNetwork, Requant, ResidualInput
-from compiler.pack import PackedWeights, check_pattern, pack_weights
+from compiler.emit import Emitter, mask_stride
+from compiler.emit_attention import emit_attention
+from compiler.ops import Attention, Linear, Op, QuantNetwork
 from compiler.plan import align_up
 from compiler.program import MaskTable, OperatorInfo, TensorInfo
 from compiler.steps import (
-    At,
     Constants,
-    Region,
     Step,
     assign_dependences,
     encode,
     insert_tables,
     live_ranges,
-    pipelined,
     plan_buffers,
 )
-from compiler.verify_network import LoweringError, check_network, describe
+from compiler.verify_network import LoweringError, check_network
 from hw.arch import Arch
-from hw.isa import INSTRUCTION_BYTES, Format, Opcode, Operand, Out, Residual, RowOp, Scale, Source
-from hw.isa_check import constant_alignment, k_limits
-from hw.numerics import PARAM_DTYPE
-from hw.row import norm_constants
+from hw.isa import INSTRUCTION_BYTES, Format, Opcode
+from hw.isa_check import constant_alignment
 
-__all__ = ["Lowered", "LoweringError", "k_chunks", "lower", "order_steps"]
-
-MAX_COLS = (1 << 16) - 1
-IDENTITY = {"mult": 2, "shift": 1}
-"""Requantisation that changes nothing: rshr(2 x, 1) = x."""
+__all__ = ["Lowered", "LoweringError", "choose_layouts", "lower", "order_operators"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,392 +42,9 @@ class Lowered:
     constants: NDArray[np.uint8]
     constants_address: int
     memory_bytes: int
-    activation_bytes: int
     tensors: tuple[TensorInfo, ...]
     operators: tuple[OperatorInfo, ...]
     masks: tuple[MaskTable, ...]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Segment:
-    """Output columns that one TILE (or one chain of TILEs with partial sums) makes; `block` is its first transposed block."""
-
-    start: int
-    stop: int
-    head: int = 0
-
-
-@dataclass(eq=False)
-class _Emitter:
-    """State of one lowering: constants, tensors by name, steps made so far for each operator."""
-
-    network: QuantNetwork
-    arch: Arch
-    depth: int
-    constants: Constants
-    tensors: dict[str, TensorInfo]
-    copies: dict[tuple[str, int], str] = field(default_factory=dict)
-    tables: dict[tuple[str, int, int], str] = field(default_factory=dict)
-    weights: dict[int, tuple[int, str]] = field(default_factory=dict)
-
-    # -- addresses ---------------------------------------------------------------------------------------------------------------
-
-    def row_tiles(self, name: str) -> int:
-        """Row tiles of one batch entry."""
-        return -(-self.tensors[name].shape[1] // self.arch.rows)
-
-    def units(self, name: str) -> list[tuple[int, int]]:
-        """All (batch entry, row tile) of a tensor in memory order."""
-        return [(b, r) for b in range(self.tensors[name].shape[0]) for r in range(self.row_tiles(name))]
-
-    def region(self, name: str, batch: int, tile: int) -> Region:
-        return name, batch * self.row_tiles(name) + tile
-
-    def column(self, name: str, batch: int, tile: int, channel: int = 0) -> At:
-        """Column `channel` of a row tile (layout "columns")."""
-        info = self.tensors[name]
-        size = self.arch.rows * (2 if info.dtype == "int16" else 1)
-        return At(name, ((batch * self.row_tiles(name) + tile) * info.shape[2] + channel) * size)
-
-    def transposed(self, name: str, batch: int, head: int, row: int) -> At:
-        """Row `row` of the first block of a head (layout "transposed")."""
-        _, heads, blocks, rows, lanes = self.tensors[name].grid(self.arch.rows)
-        return At(name, ((batch * heads + head) * blocks * rows + row) * lanes)
-
-    def block_stride(self, name: str) -> int:
-        """Bytes from one block of features of a transposed tensor to the next."""
-        return self.tensors[name].grid(self.arch.rows)[3] * self.arch.lanes
-
-    # -- parts of instructions ---------------------------------------------------------------------------------------------------
-
-    def store(self, name: str, batch: int, tile: int, segment: _Segment) -> tuple[dict[str, int], dict[str, At]]:
-        """Fields and addresses that store a segment's columns."""
-        info = self.tensors[name]
-        if info.layout == "columns":
-            out = Out.STORE16 if info.dtype == "int16" else Out.STORE8
-            return {"out": out}, {"o_addr": self.column(name, batch, tile, segment.start)}
-        head_dim = info.shape[2] // info.heads
-        at = self.transposed(name, batch, segment.start // head_dim, tile * self.arch.rows)
-        block = segment.start % head_dim // self.arch.lanes
-        stride = self.block_stride(name)
-        return {"out": Out.STORE8T, "o_stride": stride}, {"o_addr": replace(at, offset=at.offset + block * stride)}
-
-    def post(
-        self, op: Linear | Pointwise, batch: int, tile: int, segment: _Segment
-    ) -> tuple[dict[str, int], dict[str, At], tuple[Region, ...]]:
-        """Residual, table, norm and store of a segment: fields, addresses, regions read."""
-        fields, addresses = self.store(op.out, batch, tile, segment)
-        reads: tuple[Region, ...] = ()
-        if op.residual is not None:
-            kind = Residual.INT16 if self.tensors[op.residual.tensor].dtype == "int16" else Residual.INT8
-            fields |= {"residual": kind, "r_mult": op.residual.mult, "r_shift": op.residual.shift}
-            addresses["r_addr"] = self.column(op.residual.tensor, batch, tile, segment.start)
-            reads = (self.region(op.residual.tensor, batch, tile),)
-        if op.table is not None:
-            fields["table"] = 1
-        if op.norm is not None:
-            norm_fields, gamma = self.norm(op.norm, segment.stop - segment.start)
-            fields |= norm_fields
-            addresses["g_addr"] = gamma
-        return fields, addresses, reads
-
-    def norm(self, norm: LayerNorm, cols: int) -> tuple[dict[str, int], At]:
-        """Fields of a row normalisation over `cols` columns, and its parameters."""
-        ln_inv, ln_shift, row_mult, row_shift = norm_constants(cols)
-        fields = {
-            "row_op": RowOp.RMSNORM if norm.rms else RowOp.LAYERNORM,
-            "ln_inv": ln_inv, "ln_shift": ln_shift, "row_mult": row_mult, "row_shift": row_shift, "ln_eps": norm.eps,
-        }
-        return fields, At(self.constants.add(_params(norm.beta, norm.gamma, norm.shift)))
-
-    def table(self, op: Linear | Pointwise) -> str | None:
-        return None if op.table is None else self.constants.add(op.table)
-
-    def segments(self, name: str, *, limit: int = MAX_COLS) -> list[_Segment]:
-        """Cut a tensor's columns so that a segment has at most `limit` columns, and heads of a transposed tensor start blocks."""
-        info, lanes = self.tensors[name], self.arch.lanes
-        channels = info.shape[2]
-        head_dim = channels // info.heads
-        parts = info.heads if info.layout == "transposed" and head_dim % lanes else 1
-        size = channels // parts
-        if size > limit:
-            count = -(-size // (limit // lanes * lanes or limit))
-            width = min(align_up(-(-size // count), lanes), limit)
-        else:
-            width = size
-        return [
-            _Segment(start=p * size + s, stop=p * size + min(size, s + width))
-            for p in range(parts)
-            for s in range(0, size, width)
-        ]
-
-    def copy(self, index: int, name: str, heads: int) -> tuple[str, list[Step]]:
-        """The transposed form of a tensor for that many heads: its name, and the steps that make it if it is new."""
-        info = self.tensors[name]
-        if info.layout == "transposed" and info.heads == heads:
-            return name, []
-        if (name, heads) in self.copies:
-            return self.copies[name, heads], []
-        made = f"{name}@{heads}"
-        self.copies[name, heads] = made
-        self.tensors[made] = replace(info, name=made, layout="transposed", heads=heads)
-        steps = []
-        for batch, tile in self.units(name):
-            for segment in self.segments(made):
-                fields, addresses = self.store(made, batch, tile, segment)
-                steps.append(Step(
-                    op=index,
-                    fields={"source": Source.STREAM, "cols": segment.stop - segment.start, **IDENTITY, **fields},
-                    addresses={"a_addr": self.column(name, batch, tile, segment.start), **addresses},
-                    reads=(self.region(name, batch, tile),), writes=(self.region(made, batch, tile),),
-                    note=f"transpose {name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}",
-                ))
-        return made, steps
-
-    # -- operators ---------------------------------------------------------------------------------------------------------------
-
-    def emit(self, index: int, op: Op) -> list[Step]:
-        """Steps of one operator."""
-        if isinstance(op, Linear):
-            return self.linear(index, op)
-        if isinstance(op, Attention):
-            return self.attention(index, op)
-        return self.pointwise(index, op)
-
-    def linear(self, index: int, op: Linear) -> list[Step]:
-        cols, k = op.weight.shape
-        check_pattern(op.weight, op.pattern, layer=describe(op))
-        single = op.norm is not None  # a row normalisation needs all columns of a row in one instruction
-        splittable = not single or cols <= self.arch.psum_depth
-        chunks = k_chunks(k, op.pattern, self.arch, cols=cols, splittable=splittable)
-        if chunks is None:
-            raise LoweringError(
-                f"{describe(op)}: {k} inputs need partial sums of all {cols} columns before the norm, more than "
-                f"psum_depth = {self.arch.psum_depth} of {self.arch.name}"
-            )
-        segments = self.segments(op.out, limit=MAX_COLS if len(chunks) == 1 else self.arch.psum_depth)
-        packed = [[self.pack(index, op, segment, chunk) for chunk in chunks] for segment in segments]
-        params = [At(self.constants.add(_requant_params(op.requant, segment))) for segment in segments]
-        table = self.table(op)
-        steps = []
-        for batch, tile in self.units(op.x):
-            for segment, streams, p_addr in zip(segments, packed, params, strict=True):
-                for place, (k0, k1) in enumerate(chunks):
-                    weights, weight_fields, weight_addresses = streams[place]
-                    final = place + 1 == len(chunks)
-                    fields = {"k": k1 - k0, "cols": segment.stop - segment.start, "psum_in": int(place > 0), **weight_fields}
-                    addresses = {"a_addr": self.column(op.x, batch, tile, k0), **weight_addresses}
-                    reads = (self.region(op.x, batch, tile),)
-                    if final:
-                        post_fields, post_addresses, post_reads = self.post(op, batch, tile, segment)
-                        fields |= {"scale": Scale.COLUMN, **post_fields}
-                        addresses |= {"p_addr": p_addr, **post_addresses}
-                        reads += post_reads
-                    else:
-                        fields["psum_out"] = 1
-                    steps.append(Step(
-                        op=index, fields=fields, addresses=addresses, reads=reads,
-                        writes=(self.region(op.out, batch, tile),) if final else (),
-                        table=table if final else None,
-                        note=f"{op.name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}, inputs {k0}..{k1 - 1}, "
-                             f"{_pattern_text(weights)}",
-                    ))
-        return steps
-
-    def pack(
-        self, index: int, op: Linear, segment: _Segment, chunk: tuple[int, int]
-    ) -> tuple[PackedWeights, dict[str, int], dict[str, At]]:
-        """Pack a block of a layer's weights and store it."""
-        block = op.weight[segment.start : segment.stop, chunk[0] : chunk[1]]
-        packed = pack_weights(block, op.pattern, lanes=self.arch.lanes, layer=describe(op))
-        fields = {"format": packed.format, "n": packed.n, "m": packed.m, "w_stride": packed.stride}
-        addresses = {"w_addr": At(self.constants.add(packed.values))}
-        if packed.format != Format.DENSE:
-            addresses["x_addr"] = At(self.constants.add(packed.positions))
-        size, name = self.weights.get(index, (0, packed.format.name))
-        self.weights[index] = (size + packed.nbytes, name)
-        return packed, fields, addresses
-
-    def pointwise(self, index: int, op: Pointwise) -> list[Step]:
-        table, steps = self.table(op), []
-        for batch, tile in self.units(op.out):
-            for segment in self.segments(op.out):
-                fields, addresses, reads = self.post(op, batch, tile, segment)
-                fields |= {"source": Source.ZERO, "cols": segment.stop - segment.start, "mult": op.mult, "shift": op.shift}
-                if op.x is not None:
-                    fields["source"] = Source.STREAM
-                    addresses["a_addr"] = self.column(op.x, batch, tile, segment.start)
-                    reads += (self.region(op.x, batch, tile),)
-                steps.append(Step(
-                    op=index, fields=fields, addresses=addresses, reads=reads,
-                    writes=(self.region(op.out, batch, tile),), table=table,
-                    note=f"{op.name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}",
-                ))
-        return steps
-
-    def attention(self, index: int, op: Attention) -> list[Step]:
-        values, steps = self.copy(index, op.v, op.heads)
-        emit = _AttentionEmitter(self, index, op, values)
-        units = [(batch, tile, head) for batch, tile in self.units(op.q) for head in range(op.heads)]
-        if emit.blocks is not None:
-            return steps + [step for unit in units for step in emit.blocked(*unit)]
-        depth = self.depth
-        if depth > 1 and emit.keys + emit.head_dim > self.arch.lane_depth:
-            depth = 1  # the next unit's queries and a row of probabilities must fit the lanes together
-        scores, outputs = [emit.scores(*unit) for unit in units], [emit.output(*unit) for unit in units]
-        return steps + pipelined(scores, outputs, depth=depth)
-
-    def mask_table(self, op: Attention) -> str:
-        """Name of the parameter tables that the host writes for a masked attention."""
-        assert op.mask is not None
-        key = (op.mask, op.score_mult, op.score_shift)
-        return self.tables.setdefault(key, f"mask table {len(self.tables)}")
-
-
-@dataclass(eq=False)
-class _AttentionEmitter:
-    """Steps of one attention operator; `values` names the transposed values."""
-
-    parent: _Emitter
-    index: int
-    op: Attention
-    values: str
-
-    def __post_init__(self) -> None:
-        arch, op = self.parent.arch, self.op
-        self.keys = self.parent.tensors[op.k].shape[1]
-        self.channels = self.parent.tensors[op.k].shape[2]
-        self.head_dim = self.channels // op.heads
-        self.chunks = k_chunks(self.head_dim, None, arch, cols=self.keys, splittable=True) or []
-        one_pass = min(arch.row_depth, arch.lane_depth, arch.psum_depth if len(self.chunks) > 1 else MAX_COLS)
-        self.blocks = None if self.keys <= one_pass else self._blocks()
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        """Blocks of keys [start, stop) of a row that is too long for one pass."""
-        arch = self.parent.arch
-        if len(self.chunks) > 1:
-            raise LoweringError(
-                f"{describe(self.op)}: heads of {self.head_dim} features need partial sums for the scores and {self.keys} keys "
-                f"need them for the output; {arch.name} has one set (lane_depth {arch.lane_depth}, row_depth {arch.row_depth})"
-            )
-        unit = max(arch.lanes, constant_alignment(arch) // PARAM_DTYPE.itemsize)
-        size = min(arch.row_depth, arch.lane_depth // 2) // unit * unit
-        if not size:
-            raise LoweringError(f"{describe(self.op)}: {self.keys} keys need blocks of {unit}, row_depth is {arch.row_depth}")
-        count = -(-self.keys // size)
-        size = align_up(-(-self.keys // count), unit)
-        return [(start, min(self.keys, start + size)) for start in range(0, self.keys, size)]
-
-    def scores(
-        self, batch: int, tile: int, head: int, block: tuple[int, int] | None = None, **fields: int
-    ) -> list[Step]:
-        """Q * K^T for a block of keys, into the row unit."""
-        parent, op, rows = self.parent, self.op, self.parent.arch.rows
-        start, stop = block or (0, self.keys)
-        read = [parent.region(op.k, batch, t) for t in range(start // rows, -(-stop // rows))]
-        fields = {"row_op": RowOp.SOFTMAX, "out": Out.LANES, "row_mult": op.out_mult, "row_shift": op.out_shift, **fields}
-        addresses: dict[str, At] = {}
-        if op.mask is None:
-            fields |= {"scale": Scale.CONST, "mult": op.score_mult, "shift": op.score_shift}
-        else:
-            fields |= {"scale": Scale.COLUMN}
-            stride = _mask_stride(self.keys, parent.arch)
-            addresses["p_addr"] = At(parent.mask_table(op), batch * stride + start * PARAM_DTYPE.itemsize)
-        steps = []
-        for place, (k0, k1) in enumerate(self.chunks):
-            final, channel = place + 1 == len(self.chunks), head * self.head_dim + k0
-            steps.append(Step(
-                op=self.index,
-                fields={
-                    "k": k1 - k0, "cols": stop - start, "w_dep": 1, "w_stride": self.channels * rows, "psum_in": int(place > 0),
-                    **(fields if final else {"psum_out": 1}),
-                },
-                addresses={
-                    "a_addr": parent.column(op.q, batch, tile, channel),
-                    "w_addr": parent.column(op.k, batch, start // rows, channel),
-                    **(addresses if final else {}),
-                },
-                reads=(parent.region(op.q, batch, tile), *read),
-                note=f"{op.name} scores [{batch}, {tile}] head {head}, keys {start}..{stop - 1}",
-            ))
-        return steps
-
-    def output(
-        self, batch: int, tile: int, head: int, block: tuple[int, int] | None = None,
-        features: tuple[int, int] | None = None,
-    ) -> list[Step]:
-        """P * V for a block of keys; partial sums are kept unless the block is the last."""
-        parent, op, arch = self.parent, self.op, self.parent.arch
-        start, stop = block or (0, self.keys)
-        f0, f1 = features or (0, self.head_dim)
-        final, channel = stop == self.keys, head * self.head_dim + f0
-        stride = parent.block_stride(self.values)
-        weights = parent.transposed(self.values, batch, head, start)
-        fields: dict[str, int] = {
-            "operand": Operand.ROWS, "a_unsigned": 1, "k": stop - start, "cols": f1 - f0, "w_dep": 1, "w_stride": stride,
-            "psum_in": int(start > 0),
-        }
-        addresses = {"w_addr": replace(weights, offset=weights.offset + f0 // arch.lanes * stride)}
-        if final:
-            store_fields, store_addresses = parent.store(op.out, batch, tile, _Segment(start=channel, stop=channel + f1 - f0))
-            fields |= {"scale": Scale.ROW, **store_fields}
-            addresses |= store_addresses
-        else:
-            fields["psum_out"] = 1
-        return [Step(
-            op=self.index, fields=fields, addresses=addresses,
-            reads=tuple(parent.region(self.values, batch, t) for t in range(start // arch.rows, -(-stop // arch.rows))),
-            writes=(parent.region(op.out, batch, tile),) if final else (),
-            note=f"{op.name} output [{batch}, {tile}] head {head}, keys {start}..{stop - 1}",
-        )]
-
-    def blocked(self, batch: int, tile: int, head: int) -> list[Step]:
-        """A row in blocks of keys: the maximum over all of them, then block by block exponentials and products with the values."""
-        assert self.blocks is not None
-        arch, steps = self.parent.arch, []
-        for block in self.blocks:
-            steps += self.scores(batch, tile, head, block, row_op=RowOp.MAX, out=Out.NONE, row_first=int(block[0] == 0))
-        width = min(self.head_dim, arch.psum_depth)
-        if width < self.head_dim:
-            width = max(arch.lanes, width // arch.lanes * arch.lanes)
-        if width > arch.psum_depth:
-            raise LoweringError(f"{describe(self.op)}: psum_depth {arch.psum_depth} is less than the {arch.lanes} lanes")
-        for f0 in range(0, self.head_dim, width):
-            for block in self.blocks:
-                first, last = block[0] == 0, block[1] == self.keys
-                steps += self.scores(batch, tile, head, block, row_op=RowOp.EXP, row_first=int(first), row_last=int(last))
-                steps += self.output(batch, tile, head, block, (f0, min(self.head_dim, f0 + width)))
-        return steps
-
-
-def order_steps(groups: Sequence[Sequence[Step]]) -> list[Step]:
-    """The schedule: operator after operator, each over all its row tiles, so that a row tile's producer is long done when it is read."""
-    return [step for group in groups for step in group]
-
-
-def k_chunks(
-    k: int, pattern: NM | None, arch: Arch, *, cols: int, splittable: bool
-) -> list[tuple[int, int]] | None:
-    """Cut a reduction into pieces [start, stop) whose starts are multiples of M.
-
-    One piece if two of it fit the lanes' ring, so that the next TILE loads while this one computes. Else pieces with partial sums,
-    if that is allowed and costs less than loading without overlap; None if it does not fit in one piece and may not be cut.
-    """
-    n, m = (1, 1) if pattern is None or pattern.n == pattern.m else (pattern.n, pattern.m)
-    padded = align_up(k, m)
-    if 2 * padded <= arch.lane_depth:
-        return [(0, k)]
-    piece = arch.lane_depth // 2 // m * m
-    count = -(-k // piece)
-    piece = align_up(-(-k // count), m)
-    pieces = [(start, min(k, start + piece)) for start in range(0, k, piece)]
-    if k > k_limits(arch)[m]:
-        return pieces if splittable else None
-    tiles = -(-cols // arch.lanes)
-    whole = tiles * max(padded // m * n, arch.lanes) + 2 * padded - arch.lane_depth
-    cut = tiles * len(pieces) * max(piece // m * n, arch.lanes)
-    return pieces if splittable and cut < whole else [(0, k)]
 
 
 def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: bool = True) -> Lowered:
@@ -465,11 +73,47 @@ def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: 
     if pipeline_depth not in (0, 1, 2):
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
-    emitter = _Emitter(network, arch, pipeline_depth, Constants(arch), choose_layouts(network, arch))
-    groups = [emitter.emit(index, op) for index, op in enumerate(network.ops)]
-    steps = assign_dependences(insert_tables(order_steps(groups)))
+    emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
+    steps = [step for index in order_operators(network) for step in _emit(emitter, network, index, pipeline_depth)]
+    steps = assign_dependences(insert_tables(steps))
     steps.append(Step(op=-1, opcode=Opcode.HALT, note="end"))
-    return _assemble(emitter, steps, reuse)
+    return _assemble(emitter, network, steps, reuse)
+
+
+def _emit(emitter: Emitter, network: QuantNetwork, index: int, pipeline_depth: int) -> list[Step]:
+    """Steps of one operator, over all its row tiles."""
+    op = network.ops[index]
+    if isinstance(op, Attention):
+        return emit_attention(emitter, index, op, depth=pipeline_depth)
+    return emitter.linear(index, op) if isinstance(op, Linear) else emitter.pointwise(index, op)
+
+
+def order_operators(network: QuantNetwork) -> list[int]:
+    """The schedule: numbers of the operators in the order in which they run, each over all its row tiles.
+
+    An operator comes right before the first one that needs it, and values are made before keys, keys before queries: the first scores wait
+    for all keys but only one row tile of queries, and the values have until the first softmax is done.
+    """
+    producers = {op.out: index for index, op in enumerate(network.ops)}
+    needs = [[producers[name] for name in _operands(op) if name in producers] for op in network.ops]
+    needed = {index for indices in needs for index in indices}
+    order: dict[int, None] = {}
+    for sink in range(len(needs)):
+        stack = [] if sink in needed else [sink]
+        while stack:
+            waiting = [index for index in needs[stack[-1]] if index not in order]
+            if waiting:
+                stack.append(waiting[0])
+            else:
+                order[stack.pop()] = None
+    return list(order)
+
+
+def _operands(op: Op) -> list[str]:
+    """Tensors an operator reads, in the order in which they are to be made."""
+    if isinstance(op, Attention):
+        return [op.v, op.k, op.q]
+    return [name for name in (op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
 def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
@@ -494,7 +138,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             turned = _writes_transposed(producers[name], tensor.shape[2] // min(heads), arch)
         layout = "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "columns"
         infos[name] = TensorInfo(
-            name=name, of=name, shape=tensor.shape, dtype=tensor.dtype, scale=tensor.scale, layout=layout,
+            name=name, of=name, shape=tensor.shape, dtype=tensor.dtype, scale=float(tensor.scale), layout=layout,
             heads=min(heads) if turned else 1, address=0, written=-1, last_use=-1, kept=True,
         )
     return infos
@@ -508,10 +152,9 @@ def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
     return op.norm is None  # one instruction per head; a row normalisation needs the whole row in one
 
 
-def _assemble(emitter: _Emitter, steps: list[Step], reuse: bool) -> Lowered:
+def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse: bool) -> Lowered:
     """Memory plan, code and tables of the finished list of steps."""
-    arch, network = emitter.arch, emitter.network
-    align = constant_alignment(arch)
+    arch, align = emitter.arch, constant_alignment(emitter.arch)
     constants_address = align_up(len(steps) * INSTRUCTION_BYTES, align)
     constants = emitter.constants.image
     sizes = {info.name: info.nbytes(arch.rows) for info in emitter.tensors.values() if info.layout != "keymask"}
@@ -524,53 +167,46 @@ def _assemble(emitter: _Emitter, steps: list[Step], reuse: bool) -> Lowered:
     addresses = {name: constants_address + offset for name, offset in emitter.constants.offsets.items()}
     addresses |= plan.addresses
     ranges = live_ranges(steps)
-    infos = [_placed(info, plan.addresses, ranges, pinned) for info in emitter.tensors.values()]
+    completed = {buffer: index for index, step in enumerate(steps) for buffer, _ in step.writes}
+    infos = [
+        info if info.layout == "keymask" else replace(
+            info, address=plan.addresses[info.name], written=completed.get(info.name, -1),
+            last_use=ranges.get(info.name, (-1, -1))[1],
+        )
+        for info in emitter.tensors.values()
+    ]
     return Lowered(
         code=encode(steps, addresses), constants=constants, constants_address=constants_address,
-        memory_bytes=plan.end, activation_bytes=plan.peak_bytes, tensors=tuple(_mark_kept(infos, arch)),
-        operators=tuple(_operator_info(emitter, index, steps) for index in range(len(network.ops))),
+        memory_bytes=plan.end, tensors=tuple(_mark_kept(infos, arch)),
+        operators=tuple(_operator_info(emitter, network, index, steps) for index in range(len(network.ops))),
         masks=tuple(replace(table, address=addresses[name]) for name, table in masks.items()),
-        notes=tuple(step.note for step in steps),
     )
 
 
-def _mask_tables(emitter: _Emitter) -> dict[str, MaskTable]:
+def _mask_tables(emitter: Emitter) -> dict[str, MaskTable]:
     tables = {}
     for (tensor, mult, shift), name in emitter.tables.items():
         batch, _, keys = emitter.tensors[tensor].shape
         tables[name] = MaskTable(
-            tensor=tensor, address=0, stride=_mask_stride(keys, emitter.arch), batch=batch, keys=keys, mult=mult, shift=shift
+            tensor=tensor, address=0, stride=mask_stride(keys, emitter.arch), batch=batch, keys=keys, mult=mult, shift=shift
         )
     return tables
 
 
-def _mask_stride(keys: int, arch: Arch) -> int:
-    return align_up(keys * PARAM_DTYPE.itemsize, constant_alignment(arch))
-
-
-def _placed(
-    info: TensorInfo, addresses: dict[str, int], ranges: dict[str, tuple[int, int]], pinned: frozenset[str]
-) -> TensorInfo:
-    if info.layout == "keymask":
-        return info
-    first, last = ranges.get(info.name, (-1, -1))
-    return replace(info, address=addresses[info.name], written=-1 if info.name in pinned and first == -1 else first, last_use=last)
-
-
 def _mark_kept(infos: list[TensorInfo], arch: Arch) -> list[TensorInfo]:
-    """`kept` is False for tensors whose bytes a later tensor takes."""
+    """`kept` is False for tensors whose bytes a later tensor takes. Tensors that share bytes do not live at the same time."""
     spans = [(info, info.address, info.address + info.nbytes(arch.rows)) for info in infos]
     return [
         replace(info, kept=not any(
-            other.written > info.last_use and start < other_stop and other_start < stop
+            other.written > info.written and start < other_stop and other_start < stop
             for other, other_start, other_stop in spans
         ))
         for info, start, stop in spans
     ]
 
 
-def _operator_info(emitter: _Emitter, index: int, steps: Sequence[Step]) -> OperatorInfo:
-    op, tensors = emitter.network.ops[index], emitter.network.tensors
+def _operator_info(emitter: Emitter, network: QuantNetwork, index: int, steps: Sequence[Step]) -> OperatorInfo:
+    op, tensors = network.ops[index], network.tensors
     batch, rows, channels = tensors[op.out].shape
     weight_bytes, weight_format, pattern, density = 0, "", "", 1.0
     if isinstance(op, Linear):
@@ -600,18 +236,3 @@ def _spans(indices: list[int]) -> tuple[tuple[int, int], ...]:
         else:
             spans.append((i, i + 1))
     return tuple(spans)
-
-
-def _params(bias: NDArray[np.int32], mult: NDArray[np.int16], shift: NDArray[np.uint8]) -> NDArray[np.void]:
-    params = np.zeros(len(bias), PARAM_DTYPE)
-    params["bias"], params["mult"], params["shift"] = bias, mult, shift
-    return params
-
-
-def _requant_params(requant: Requant, segment: _Segment) -> NDArray[np.void]:
-    part = slice(segment.start, segment.stop)
-    return _params(requant.bias[part], requant.mult[part], requant.shift[part])
-
-
-def _pattern_text(weights: PackedWeights) -> str:
-    return "dense" if weights.format == Format.DENSE else f"{weights.n}:{weights.m} {weights.format.name.lower()}"

@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algo.nm import NM
-from compiler.ops import Attention, LayerNorm, Linear, Pointwise, QuantNetwork, QuantTensor, Requant, ResidualInput
+from compiler.ops import (
+    Attention,
+    LayerNorm,
+    Linear,
+    Pointwise,
+    QuantNetwork,
+    QuantTensor,
+    Requant,
+    ResidualInput,
+)
 
 __all__ = ["network_from_bytes", "network_to_bytes"]
 

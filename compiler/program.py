@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -60,7 +61,8 @@ class TensorInfo:
     layout ``"columns"`` and ``"transposed"`` are those of docs/numerics.md; ``"keymask"`` tensors exist only as the parameter tables that
     `Program.memory_image` makes of them (address 0, no bytes). `heads` is 1 except for transposed tensors. `of` names the network's
     tensor: a copy in a second layout has a name of its own.
-    The bytes hold the tensor from instruction `written` (-1: from the host) to the end if `kept`, else at least to instruction `last_use`.
+    The tensor is complete in memory after instruction `written` (-1: the host wrote it), and stays to the end if `kept`, else at
+    least until instruction `last_use` has completed.
     """
 
     name: str
@@ -220,6 +222,11 @@ class Program:
         return self.effective_macs / self.arch.macs
 
     @property
+    def activation_bytes(self) -> int:
+        """Memory for activations and mask tables, after code and constants."""
+        return self.memory_bytes - self.constants_address - len(self.constants)
+
+    @property
     def weight_bytes(self) -> tuple[int, int]:
         """Weights as dense int8, and as stored."""
         return sum(o.weight_bytes_dense for o in self.operators), sum(o.weight_bytes for o in self.operators)
@@ -302,9 +309,8 @@ class Program:
             **{name: [asdict(item) for item in getattr(self, name)] for name in _TABLES},
             "files": {name: {"bytes": len(data), "sha256": _sha(data)} for name, data in members.items()},
         }
-        body = json.dumps(manifest, indent=1, sort_keys=True)
-        manifest["sha256"] = _sha(body.encode())
-        members = {"manifest.json": json.dumps(manifest, indent=1, sort_keys=True).encode(), **members}
+        manifest["sha256"] = _sha(_json(manifest))
+        members = {"manifest.json": _json(manifest), **members}
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
             for name, data in members.items():
@@ -376,14 +382,18 @@ def _read(path: str | os.PathLike[str]) -> Program:
 
 
 def _read_members(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    data = Path(path).read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "manifest.json" not in names:
-                raise ProgramFileError("not a program file: manifest.json is missing")
-            return {name: archive.read(name) for name in names if name in ("manifest.json", *_MEMBERS)}
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = [e for e in archive.infolist() if e.filename in ("manifest.json", *_MEMBERS)]
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise zipfile.BadZipFile("compressed members")
+            members = {entry.filename: archive.read(entry) for entry in entries}
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, NotImplementedError, RuntimeError, struct.error) as error:
         raise ProgramFileError(f"not a program file, or a truncated one (zip: {error})") from error
+    if "manifest.json" not in members:
+        raise ProgramFileError("not a program file: manifest.json is missing")
+    return members
 
 
 def _read_manifest(raw: bytes) -> dict[str, Any]:
@@ -399,7 +409,7 @@ def _read_manifest(raw: bytes) -> dict[str, Any]:
             f"manifest.json: format_version {version} is newer than {FORMAT_VERSION}, the newest this nmforge reads"
         )
     stated = manifest.pop("sha256", None)
-    if stated != _sha(json.dumps(manifest, indent=1, sort_keys=True).encode()):
+    if stated != _sha(_json(manifest)):
         raise ProgramFileError("manifest.json: sha256 does not match: the file was altered")
     return manifest
 
@@ -423,6 +433,11 @@ def _record(kind: type, values: Any, where: str) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    """Canonical form; numbers of NumPy count as numbers."""
+    return json.dumps(values, indent=1, sort_keys=True, default=lambda number: number.item()).encode()
 
 
 def _sha(data: bytes) -> str:

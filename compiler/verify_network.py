@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from compiler.ops import Attention, LayerNorm, Linear, Op, Pointwise, QuantNetwork, QuantTensor, ResidualInput
+from compiler.graph import CompileError
+from compiler.ops import Attention, LayerNorm, Linear, Op, Pointwise, QuantNetwork, QuantTensor
 from hw.arch import Arch
 
 __all__ = ["LoweringError", "check_network", "describe"]
@@ -12,7 +13,7 @@ __all__ = ["LoweringError", "check_network", "describe"]
 Shape = tuple[int, int, int]
 
 
-class LoweringError(ValueError):
+class LoweringError(CompileError):
     """A network that breaks a rule, or that this architecture cannot run."""
 
 
@@ -47,6 +48,9 @@ def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
         if arch is not None:
             _check_limits(op, network.tensors, arch)
         known.add(op.out)
+    for name in network.tensors:
+        if name not in known:
+            raise LoweringError(f"tensor {name!r} is neither an input nor written by any operator")
     for name in network.outputs:
         if name not in known or network.tensors[name].dtype == "keymask":
             raise LoweringError(f"output {name!r} is not written by any operator")
@@ -116,6 +120,7 @@ def _check_attention(op: Attention, tensors: dict[str, QuantTensor]) -> None:
     _require(op, k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2],
              f"q {q.shape}, k {k.shape} and v {v.shape} do not fit")
     _shape(op, "output", out, q.shape)
+    _dtype(op, "output", out, "int8")
     if op.mask is not None:
         _dtype(op, "mask", tensors[op.mask], "keymask")
         _shape(op, "mask", tensors[op.mask], (k.shape[0], 1, k.shape[1]))

@@ -13,6 +13,7 @@ from hw.arch import Arch
 from hw.commands import array_command, column_layout
 from hw.feeder import Feeder
 from hw.lane import Lane
+from hw.shared import place
 
 __all__ = ["Drain", "MacArray"]
 
@@ -100,7 +101,8 @@ class MacArray(wiring.Component):
         with m.If(advance):
             m.d.sync += [address.eq(issue), ram.eq(address), product.eq(ram), total.eq(product)]
         for index in range(arch.lanes):
-            m.submodules[f"lane{index}"] = lane = Lane(arch)
+            lane = Lane(arch)
+            place(m, platform, f"lane{index}", lane, module="lane")
             m.d.comb += [
                 lane.write_en.eq(self.write_en), lane.write_addr.eq(self.write_addr), lane.write_data.eq(self.write_data),
                 lane.addr.eq(feeder.addr[index]), lane.weight.eq(feeder.weight[index]),

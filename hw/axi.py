@@ -9,10 +9,17 @@ from typing import Any
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["BURST_BEATS", "AXI4LiteSignature", "AXI4ReadSignature", "AXI4WriteSignature", "Response", "axi_ports"]
+__all__ = [
+    "BURST_BEATS",
+    "AXI4LiteSignature",
+    "AXI4ReadSignature",
+    "AXI4WriteSignature",
+    "Response",
+    "axi_ports",
+]
 
 BURST_BEATS = 16
-"""Longest burst of the master. Bursts end at multiples of 16 beats, so none crosses 4 KiB (bus <= 256 bytes)."""
+"""Longest burst of the master. Bursts end at multiples of 16 beats, so none crosses 4 KiB."""
 
 
 class Response(enum.IntEnum):

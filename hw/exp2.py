@@ -85,12 +85,13 @@ class ExpLane(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        mx = Signal(signed(16))
-        distance = Signal(16)
-        masked = Signal()
-        mantissa = Signal(16)
-        octave = Signal(4)
-        zero = Signal()
+        mx = Signal(signed(16), reset_less=True)
+        distance = Signal(16, reset_less=True)
+        masked = Signal(reset_less=True)
+        mantissa = Signal(16, reset_less=True)
+        octave = Signal(4, reset_less=True)
+        zero = Signal(reset_less=True)
+        p = Signal(8, reset_less=True)
         segment, offset = distance[5:8], distance[:5]
         scaled = Signal(16)
 
@@ -105,11 +106,11 @@ class ExpLane(wiring.Component):
                 octave.eq(distance[8:12]),
                 zero.eq(masked | distance[12:].any()),
             ]
-        m.d.comb += scaled.eq(mantissa >> octave)
+        m.d.comb += [scaled.eq(mantissa >> octave), self.p.eq(p)]
         with m.If(self.step[2]):
-            m.d.sync += self.p.eq(Mux(zero, 0, scaled[8:] + scaled[7]))
+            m.d.sync += p.eq(Mux(zero, 0, scaled[8:] + scaled[7]))
         with m.If(self.step[3]):
-            m.d.sync += self.total.eq(Mux(self.first, 0, self.total) + self.p)
+            m.d.sync += self.total.eq(Mux(self.first, 0, self.total) + p)
         return m
 
 
@@ -156,11 +157,11 @@ class ExpPass(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        job = Signal(ROW_COMMAND)
+        job = Signal(ROW_COMMAND, reset_less=True)
         left = Signal.like(job.cols)  # columns of the job still to come
         fresh = Signal()
         valid = Signal(3)
-        token = [Signal(_TOKEN, name=f"token{stage}") for stage in range(3)]
+        token = [Signal(_TOKEN, name=f"token{stage}", reset_less=True) for stage in range(3)]
         blocked, en, take, load = Signal(), Signal(), Signal(), Signal()
         active = Signal()
         step = Cat(take, valid & en.replicate(3))

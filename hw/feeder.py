@@ -12,6 +12,7 @@ from amaranth.lib.wiring import In, Out
 from hw.arch import Arch
 from hw.commands import array_command
 from hw.isa import Format
+from hw.shared import place
 
 __all__ = ["Feeder", "PositionDecoder", "index_bits", "positions_per_word"]
 
@@ -154,7 +155,7 @@ class Feeder(wiring.Component):
             m.d.sync += cols_left.eq(cols_left - lanes)
         with m.If(self.positions.ready):
             m.d.sync += word_valid.eq(self.positions.valid)
-        self._lanes(m, now, fire, word_end, base, offset, bit)
+        self._lanes(m, platform, now, fire, word_end, base, offset, bit)
         return m
 
     def _walk(self, m: Module, now, fire, group_end, tile_end, word_end, group, offset, in_group, in_word, bit) -> None:
@@ -172,12 +173,13 @@ class Feeder(wiring.Component):
             with m.If(tile_end):
                 m.d.sync += [group.eq(0), offset.eq(0)]
 
-    def _lanes(self, m: Module, now, fire, word_end, base, offset, bit) -> None:
+    def _lanes(self, m: Module, platform: object, now, fire, word_end, base, offset, bit) -> None:
         """One position decoder per lane; registers of address and weight."""
         mask, origin = Signal(5), Signal(self._bits)
         m.d.comb += [mask.eq((C(1, 6) << now.bits) - 1), origin.eq(base + offset)]
         for lane in range(self._arch.lanes):
-            m.submodules[f"position{lane}"] = position = PositionDecoder()
+            position = PositionDecoder()
+            place(m, platform, f"position{lane}", position, module="position")
             m.d.comb += [
                 position.word.eq(self.positions.payload.word_select(lane, 32)),
                 position.load.eq(self.positions.ready & self.positions.valid),

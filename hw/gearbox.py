@@ -1,4 +1,5 @@
-"""Width converters of streams, without bubbles: `Narrower` takes wide words apart, `Widener` puts them together."""
+"""Width converters of streams, without bubbles: `Narrower` takes words apart, `Widener` puts them
+together."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -83,7 +84,7 @@ class Narrower(wiring.Component):
 
 
 class Widener(wiring.Component):
-    """Gather narrow words, each in its slot, into a wide word, which leaves when ``last`` or the top slot arrives.
+    """Gather narrow words, each in its slot, into a wide word, until ``last`` or the top slot arrives.
 
     One narrow word a cycle, no bubble between wide words; latency 1 (``o`` is a register).
 
@@ -107,7 +108,8 @@ class Widener(wiring.Component):
         self.in_bytes = in_bytes
         self.out_bytes = out_bytes
         super().__init__({
-            "i": In(stream.Signature(data.StructLayout({"data": 8 * in_bytes, "slot": range(self.ratio), "last": 1}))),
+            "i": In(stream.Signature(data.StructLayout(
+                {"data": 8 * in_bytes, "slot": range(self.ratio), "last": 1}))),
             "o": Out(stream.Signature(data.StructLayout({"data": 8 * out_bytes, "mask": self.ratio}))),
         })
 

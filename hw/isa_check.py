@@ -30,6 +30,7 @@ from hw.isa import (
 )
 
 __all__ = [
+    "MAX_M",
     "MAX_PENDING_ROWS",
     "RULES",
     "Rule",

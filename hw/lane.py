@@ -9,6 +9,7 @@ from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.arch import Arch
+from hw.shared import place
 
 __all__ = ["ARRAY_LATENCY", "Lane", "LaneControl", "Mac"]
 
@@ -94,7 +95,8 @@ class Lane(wiring.Component):
         with m.If(self.control.ram):
             m.d.sync += weight.eq(self.weight)
         for t in range(self._arch.rows):
-            m.submodules[f"mac{t}"] = mac = Mac()
+            mac = Mac()
+            place(m, platform, f"mac{t}", mac, module="mac")
             m.d.comb += [
                 mac.a.eq(read.data.word_select(Const(t), 8)), mac.w.eq(weight),
                 mac.unsigned_a.eq(self.control.unsigned_a), mac.mul.eq(self.control.mul),

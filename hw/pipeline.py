@@ -34,11 +34,11 @@ class Pipeline:
         m.d.comb += [self._en.eq(~o.valid | o.ready), i.ready.eq(self._en)]
 
     def stage(self, **values: ValueLike) -> SimpleNamespace:
-        """Register `values`; return the registers under the same names."""
+        """Register `values`, without reset; return the registers under the same names."""
         self._count += 1
         valid = Signal(name=f"valid_{self._count}")
         registers = {
-            name: Signal(Value.cast(value).shape(), name=f"{name}_{self._count}")
+            name: Signal(Value.cast(value).shape(), name=f"{name}_{self._count}", reset_less=True)
             for name, value in values.items()
         }
         with self._m.If(self._en):

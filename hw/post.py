@@ -10,6 +10,7 @@ from amaranth.lib.wiring import In, Out
 from hw.arch import Arch
 from hw.commands import column_layout, param_layout, post_command, row_scale_layout
 from hw.isa import Residual, RowOp, Scale, Source
+from hw.shared import place
 
 __all__ = ["Post", "PostRow", "RowControl"]
 
@@ -160,7 +161,7 @@ class Post(wiring.Component):
             m.d.sync += [now.eq(before) for now, before in zip(stages, [enter, *stages[:-1]])]
             # partial sums end here: they are no output
             m.d.sync += stages[1].valid.eq(stages[0].valid & ~stages[0].keep)
-        control = self._rows(m, enter, stages, take, advance, index)
+        control = self._rows(m, platform, enter, stages, take, advance, index)
         self._table(m, control, tile & take & last, by_column & ~cmd.psum_out & take)
         return m
 
@@ -172,7 +173,7 @@ class Post(wiring.Component):
             advance.eq(~out.valid | Mux(out.rows, self.to_rows.ready, self.to_store.ready)),
         ]
 
-    def _rows(self, m: Module, enter, stages: list, take: Signal, advance: Signal, index: Signal):
+    def _rows(self, m: Module, platform: object, enter, stages: list, take: Signal, advance: Signal, index: Signal):
         """Instances of the row datapath and the operands all rows share."""
         cmd, rows = self.cmd.payload, self._arch.rows
         params = data.View(param_layout(), self.params.payload)
@@ -205,7 +206,8 @@ class Post(wiring.Component):
             control.add.eq(stages[2].add), control.table.eq(stages[3].table),
         ]
         for t in range(rows):
-            m.submodules[f"row{t}"] = row = PostRow(self._arch)
+            row = PostRow(self._arch)
+            place(m, platform, f"row{t}", row, module="post_row")
             for name in RowControl(self._arch).members:
                 m.d.comb += getattr(row.control, name).eq(getattr(control, name))
             acc = Mux(cmd.source == Source.ARRAY, self.acc.payload[t],

@@ -12,12 +12,13 @@ from hw.arch import Arch
 from hw.axi import BURST_BEATS, AXI4ReadSignature
 from hw.commands import reader_command
 from hw.gearbox import Narrower, Widener
+from hw.stream_util import StreamHold
 
 __all__ = ["BURST", "READ_COMMAND", "ReadArbiter", "Reader"]
 
 READ_COMMAND = reader_command()
-"""What a `Reader` is told to fetch: `words` (>= 1) words from `addr`, `repeats` (>= 1) times, `stride` bytes apart;
-with `wait` only once the writer has completed `wait_seq` instructions."""
+"""What a `Reader` is told to fetch: `words` (>= 1) words from `addr`, `repeats` (>= 1) times, `stride` bytes
+apart; with `wait` only once the writer has completed `wait_seq` instructions."""
 
 BURST = data.StructLayout({"addr": 32, "len": 4})
 """One burst: bus-aligned byte address, number of beats - 1."""
@@ -65,20 +66,28 @@ class _Issuer(wiring.Component):
         m = Module()
         skip = exact_log2(self.bus_bytes)
 
-        pending, held = Signal(), Signal(READ_COMMAND)  # the next command
-        go, wait_distance = Signal(), Signal(16)
+        m.submodules.hold = hold = StreamHold(READ_COMMAND)
+        wiring.connect(m, wiring.flipped(self.cmd), hold.i)
+        cmd = hold.o.payload
+        wait_distance = Signal(16)
+        go = Signal()
         m.d.comb += [
-            self.cmd.ready.eq(~pending),
-            wait_distance.eq(self.completed - held.wait_seq),
-            go.eq(pending & ~(held.wait & wait_distance[15])),
+            wait_distance.eq(self.completed - cmd.wait_seq),
+            go.eq(hold.o.valid & ~(cmd.wait & wait_distance[15])),
         ]
-        with m.If(self.cmd.valid & ~pending):
-            m.d.sync += [pending.eq(1), held.eq(self.cmd.payload)]
-
-        active, beat, left = Signal(), Signal(32 - skip), Signal(32)  # the current repeat
-        words, repeats, following, stride = Signal(24), Signal(16), Signal(32), Signal(32)
-        edge, final, count = Signal(5), Signal(), Signal(5)
-        take, credit = Signal(), Signal(range(self.fifo_beats + 1), init=self.fifo_beats)
+        # the current repeat
+        active = Signal()
+        beat = Signal(32 - skip)
+        left = Signal(32)
+        words = Signal(24)
+        repeats = Signal(16)
+        following = Signal(32)
+        stride = Signal(32)
+        edge = Signal(5)
+        final = Signal()
+        count = Signal(5)
+        take = Signal()
+        credit = Signal(range(self.fifo_beats + 1), init=self.fifo_beats)
         m.d.comb += [
             edge.eq(BURST_BEATS - beat[:4]),
             final.eq(left <= edge),
@@ -103,16 +112,15 @@ class _Issuer(wiring.Component):
         with m.If(take & final & (repeats != 1)):
             m.d.sync += [*start(following, words), repeats.eq(repeats - 1), following.eq(following + stride)]
         with m.Elif(~active | (take & final)):
-            m.d.sync += active.eq(go)
-            with m.If(go):
-                m.d.sync += [
-                    *start(held.addr, held.words),
-                    words.eq(held.words),
-                    repeats.eq(held.repeats),
-                    stride.eq(held.stride),
-                    following.eq(held.addr + held.stride),
-                    pending.eq(0),
-                ]
+            m.d.comb += hold.o.ready.eq(go)
+            m.d.sync += [
+                active.eq(go),
+                *start(cmd.addr, cmd.words),
+                words.eq(cmd.words),
+                repeats.eq(cmd.repeats),
+                stride.eq(cmd.stride),
+                following.eq(cmd.addr + cmd.stride),
+            ]
         return m
 
 
@@ -139,9 +147,17 @@ class _Framer(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         slot = range(self.ratio)
-        active, first, left = Signal(), Signal(slot), Signal(24)  # the current repeat
-        words, repeats, following, stride = Signal(24), Signal(16), Signal(slot), Signal(slot)
-        end, final, take = Signal(25), Signal(), Signal()
+        # the current repeat
+        active = Signal()
+        first = Signal(slot)
+        left = Signal(24)
+        words = Signal(24)
+        repeats = Signal(16)
+        following = Signal(slot)
+        stride = Signal(slot)
+        end = Signal(25)
+        final = Signal()
+        take = Signal()
         m.d.comb += [
             end.eq(first + left),
             final.eq(end <= self.ratio),
@@ -159,7 +175,8 @@ class _Framer(wiring.Component):
             ]
         with m.If(take & final & (repeats != 1)):
             m.d.sync += [
-                first.eq(following), left.eq(words), repeats.eq(repeats - 1), following.eq(following + stride),
+                first.eq(following), left.eq(words), repeats.eq(repeats - 1),
+                following.eq(following + stride),
             ]
         with m.Elif(~active | (take & final)):
             m.d.comb += self.i.ready.eq(1)
@@ -179,11 +196,13 @@ class Reader(wiring.Component):
     """One read stream: ``repeats`` runs of ``words`` words of ``out_bytes`` bytes, ``stride`` bytes apart.
 
     Bursts are requested as long as the FIFO has room for all their beats, across commands, so that data never
-    has to wait on the bus (``data`` is always ready) and the reader runs ahead of its consumer by ``fifo_beats``
-    beats and up to 8 commands. One output word a cycle, as the bus allows, without bubbles between repeats
-    and commands. Latency: ``cmd`` to ``request`` 3 cycles; ``data`` to ``o`` 2 cycles, 3 for words wider than the bus.
+    has to wait on the bus (``data`` is always ready) and the reader runs ahead of its consumer by
+    ``fifo_beats`` beats and up to 8 commands. One output word a cycle, as the bus allows, without bubbles
+    between repeats and commands. Latency: ``cmd`` to ``request`` 3 cycles; ``data`` to ``o`` 2 cycles, 3 for
+    words wider than the bus.
 
-    A word address must be a multiple of ``min(out_bytes, bus_bytes)``, so must ``stride``; lower bits are ignored.
+    A word address must be a multiple of ``min(out_bytes, bus_bytes)``, so must ``stride``; lower bits are
+    ignored.
 
     Parameters
     ----------
@@ -211,7 +230,8 @@ class Reader(wiring.Component):
     def __init__(self, arch: Arch, *, out_bytes: int, fifo_beats: int) -> None:
         if not isinstance(arch, Arch):
             raise TypeError(f"arch must be an Arch, not {arch!r}")
-        for name, value, low, high in (("out_bytes", out_bytes, 1, 1024), ("fifo_beats", fifo_beats, BURST_BEATS, 4096)):
+        limits = (("out_bytes", out_bytes, 1, 1024), ("fifo_beats", fifo_beats, BURST_BEATS, 4096))
+        for name, value, low, high in limits:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, not {value!r}")
             if not low <= value <= high:
@@ -232,7 +252,8 @@ class Reader(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         bus = self.arch.bus_bytes
-        m.submodules.issuer = issuer = _Issuer(bus_bytes=bus, out_bytes=self.out_bytes, fifo_beats=self.fifo_beats)
+        m.submodules.issuer = issuer = _Issuer(
+            bus_bytes=bus, out_bytes=self.out_bytes, fifo_beats=self.fifo_beats)
         m.submodules.fifo = fifo = SyncFIFOBuffered(width=8 * bus, depth=self.fifo_beats + 1)
         accept = Signal(init=1)  # the framer, too, has room for a command
         m.d.comb += [
@@ -250,7 +271,9 @@ class Reader(wiring.Component):
         elif self.out_bytes > bus:
             self._widen(m, fifo)
         else:
-            m.d.comb += [self.o.payload.eq(fifo.r_data), self.o.valid.eq(fifo.r_rdy), fifo.r_en.eq(self.o.ready)]
+            m.d.comb += [
+                self.o.payload.eq(fifo.r_data), self.o.valid.eq(fifo.r_rdy), fifo.r_en.eq(self.o.ready),
+            ]
         return m
 
     def _narrow(self, m: Module, fifo: SyncFIFOBuffered, accept: Signal) -> None:
@@ -297,9 +320,9 @@ class ReadArbiter(wiring.Component):
     All bursts have ID 0, so responses come in order; a queue of owners routes them. One burst a cycle;
     ``request`` to ``arvalid`` 1 cycle, ``rvalid`` to ``data`` 0 cycles.
 
-    To abort, raise ``abort``, reset the readers, and keep ``abort`` high until ``idle``: no request is taken any more,
-    an ARVALID already raised stays until accepted, and the data in flight is dropped. Do not reset the
-    arbiter itself while ``idle`` is low.
+    To abort, raise ``abort``, reset the readers, and keep ``abort`` high until ``idle``: no request is taken
+    any more, an ARVALID already raised stays until accepted, and the data in flight is dropped. Do not reset
+    the arbiter itself while ``idle`` is low.
 
     Parameters
     ----------
@@ -348,7 +371,7 @@ class ReadArbiter(wiring.Component):
         bus = self.bus
         m.submodules.owners = owners = SyncFIFOBuffered(width=max(1, (self.readers - 1).bit_length()),
                                                         depth=self.outstanding)
-        grant = Signal(range(self.readers))  # whose turn it is: the reader that comes first after the last one
+        grant = Signal(range(self.readers))  # the first after the last one that has a request
         last = Signal(range(self.readers))
         with m.Switch(last):
             for k in range(self.readers):
@@ -373,7 +396,8 @@ class ReadArbiter(wiring.Component):
             with m.If(request.valid & request.ready):
                 m.d.comb += owners.w_en.eq(1)
                 m.d.sync += [
-                    last.eq(k), bus.arvalid.eq(1), bus.araddr.eq(request.payload.addr), bus.arlen.eq(request.payload.len),
+                    last.eq(k), bus.arvalid.eq(1), bus.araddr.eq(request.payload.addr),
+                    bus.arlen.eq(request.payload.len),
                 ]
 
         m.d.comb += [

@@ -1,11 +1,11 @@
 """Control and status registers on AXI4-Lite, declared once.
 
-`REGISTERS` and the counters' names give the RTL, the constants of the driver (`register_addresses`) and the page
-`docs/registers.md` (`registers_markdown`).
+`REGISTERS` and the counters' names give the RTL, the constants of the driver (`register_addresses`) and the
+page `docs/registers.md` (`registers_markdown`).
 """
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from amaranth.lib.wiring import In, Out
 from hw.arch import Arch
 from hw.axi import AXI4LiteSignature, Response
 from hw.isa import INSTRUCTION_BYTES, ErrorCode
+from hw.isa_check import MAX_M
 
 __all__ = [
     "ADDR_WIDTH",
@@ -34,13 +35,11 @@ ADDR_WIDTH = 12
 """Address bits of the AXI4-Lite slave: 4 KiB."""
 
 COUNTERS_AT = 0x100
-"""Address of the first performance counter; counter k is at ``COUNTERS_AT + 8 * k`` (low word) and 4 above."""
+"""Address of the first performance counter; counter k is at ``COUNTERS_AT + 8 * k`` (low word) and 4
+above."""
 
 VERSION = 0x0001_0000
 """Version of register map and instruction set: major in the upper half, minor in the lower."""
-
-M_MAX = 32
-"""Largest M of an N:M pattern."""
 
 
 class Access(enum.Enum):
@@ -117,7 +116,8 @@ REGISTERS: tuple[Register, ...] = (
         RegisterField("counters", 8, "number of performance counters"),
     )),
     Register("CTRL", 0x18, Access.READ_WRITE, "control", (
-        RegisterField("start", 1, "run the program; clears STATUS and ERROR; ignored while busy", self_clearing=True),
+        RegisterField("start", 1, "run the program; clears STATUS and ERROR; ignored while busy",
+                      self_clearing=True),
         RegisterField("soft_reset", 1, "stop and forget the program; a start in the same write is ignored",
                       self_clearing=True),
         RegisterField("irq_enable", 1, "let STATUS.irq drive the interrupt line"),
@@ -140,43 +140,45 @@ REGISTERS: tuple[Register, ...] = (
 """The register map below `COUNTERS_AT`."""
 
 
-def _counters(names: Iterable[str]) -> tuple[Register, ...]:
-    registers = []
-    for k, name in enumerate(names):
-        at = COUNTERS_AT + 8 * k
-        registers += [
-            Register(f"{name.upper()}_LO", at, Access.READ, f"counter `{name}`, bits 31..0; reading it latches the rest"),
-            Register(f"{name.upper()}_HI", at + 4, Access.READ, f"counter `{name}`, bits 63..32, as latched"),
-        ]
-    return tuple(registers)
-
-
 def register_addresses(counters: Iterable[str] = ()) -> dict[str, int]:
     """Addresses by register name, for drivers; counter ``x`` gives ``X_LO`` and ``X_HI``."""
-    return {register.name: register.address for register in (*REGISTERS, *_counters(counters))}
+    addresses = {register.name: register.address for register in REGISTERS}
+    for k, name in enumerate(counters):
+        addresses[f"{name.upper()}_LO"] = COUNTERS_AT + 8 * k
+        addresses[f"{name.upper()}_HI"] = COUNTERS_AT + 8 * k + 4
+    return addresses
 
 
-def registers_markdown(counters: Iterable[str] = ()) -> str:
-    """Text of ``docs/registers.md``."""
+def registers_markdown(counters: Mapping[str, str]) -> str:
+    """Text of ``docs/registers.md``; ``counters`` gives the meaning of each counter by name."""
     lines = [
         "# Registers", "",
-        "Generated from `hw/regs.py`. AXI4-Lite, 32-bit data, byte addresses; the two lowest address bits are ignored.",
-        "Reading or writing another address, or writing a read-only register, is answered with SLVERR (and reads 0).",
-        "Byte strobes are honoured.", "",
+        "Generated from `hw/regs.py`. AXI4-Lite, 32-bit data, addresses in bytes (lowest two bits ignored).",
+        "Reading or writing another address, or writing a read-only register, is answered with SLVERR",
+        "(and reads 0). Byte strobes are honoured.", "",
         "| address | name | access | reset | meaning |", "|---|---|---|---|---|",
     ]
     detail = []
-    for register in (*REGISTERS, *_counters(counters)):
+    for register in REGISTERS:
         reset = "by preset" if register.name.startswith("CAP") else f"{register.reset:#x}"
-        lines.append(f"| {register.address:#05x} | {register.name} | {register.access.value} | {reset} | {register.doc} |")
+        cells = (f"{register.address:#05x}", register.name, register.access.value, reset, register.doc)
+        lines.append(f"| {' | '.join(cells)} |")
         for field in register.fields:
             low = register.field_offset(field.name)
             bits = f"{low}" if field.bits == 1 else f"{low + field.bits - 1}..{low}"
             doc = field.doc + (" (self-clearing)" if field.self_clearing else "")
             detail.append(f"| {register.name} | {bits} | {field.name} | {doc} |")
+    meaning = [
+        f"| {COUNTERS_AT + 8 * k:#05x} | {name.upper()}_LO, {name.upper()}_HI | {doc} |"
+        for k, (name, doc) in enumerate(counters.items())
+    ]
     codes = [f"| {code.value} | {code.name} |" for code in ErrorCode]
     return "\n".join([
         *lines, "", "## Fields", "", "| register | bits | field | meaning |", "|---|---|---|---|", *detail,
+        "", "## Performance counters", "",
+        "64 bits, read-only: the low word at the address given, the high word 4 above. Reading a low word",
+        "latches its high word.",
+        "", "| address | names | meaning |", "|---|---|---|", *meaning,
         "", "## Error codes", "", "| value | name |", "|---|---|", *codes, "",
     ])
 
@@ -184,8 +186,9 @@ def registers_markdown(counters: Iterable[str] = ()) -> str:
 class Registers(wiring.Component):
     """AXI4-Lite slave with the registers of `REGISTERS` and 64-bit performance counters.
 
-    Address and data of a write may come in any order; one read and one write at a time. From the later of AW and W
-    to BVALID: 2 cycles; from AR to RVALID: 2 cycles. `start` and `soft_reset` are pulses, one cycle before BVALID.
+    Address and data of a write may come in any order; one read and one write at a time. From the later of AW
+    and W to BVALID: 2 cycles; from AR to RVALID: 2 cycles. `start` and `soft_reset` are pulses, one cycle
+    before BVALID.
 
     Parameters
     ----------
@@ -251,15 +254,18 @@ class Registers(wiring.Component):
         """Contents of the CAP registers' fields."""
         arch = self.arch
         return {
-            "rows": arch.rows, "lanes": arch.lanes, "bus_bytes": arch.bus_bytes, "m_max": M_MAX,
+            "rows": arch.rows, "lanes": arch.lanes, "bus_bytes": arch.bus_bytes, "m_max": MAX_M,
             "lane_depth": arch.lane_depth, "row_depth": arch.row_depth, "psum_depth": arch.psum_depth,
             "instruction_bytes": INSTRUCTION_BYTES, "counters": len(self.names),
         }
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
-        state = {register.name: Signal(32, name=register.name.lower(), init=register.reset) for register in REGISTERS
-                 if register.access is not Access.READ or register.name in ("ERROR", "ERROR_ADDR")}
+        state = {
+            register.name: Signal(32, name=register.name.lower(), init=register.reset)
+            for register in REGISTERS
+            if register.access is not Access.READ or register.name in ("ERROR", "ERROR_ADDR")
+        }
         self._write(m, state)
         self._events(m, state)
         self._read(m, state)
@@ -273,8 +279,11 @@ class Registers(wiring.Component):
     def _write(self, m: Module, state: dict[str, Signal]) -> None:
         """Take AW and W in any order; then write and answer."""
         bus = self.bus
-        have_addr, have_data = Signal(), Signal()
-        addr, value, strobe = Signal(ADDR_WIDTH - 2), Signal(32), Signal(4)
+        have_addr = Signal()
+        have_data = Signal()
+        addr = Signal(ADDR_WIDTH - 2)
+        value = Signal(32)
+        strobe = Signal(4)
         write = Signal()
         m.d.comb += [
             bus.awready.eq(~have_addr),
@@ -297,7 +306,9 @@ class Registers(wiring.Component):
                             m.d.sync += bus.bresp.eq(Response.OKAY)
                             self._write_one(m, register, state[register.name], value & enabled, enabled)
 
-    def _write_one(self, m: Module, register: Register, current: Signal, value: Value, enabled: Value) -> None:
+    def _write_one(
+        self, m: Module, register: Register, current: Signal, value: Value, enabled: Value
+    ) -> None:
         if register.access is Access.CLEAR:
             m.d.sync += current.eq(current & ~value)
         elif not register.fields:
@@ -310,7 +321,7 @@ class Registers(wiring.Component):
                 m.d.sync += current[bit["irq_enable"]].eq(value[bit["irq_enable"]])
 
     def _events(self, m: Module, state: dict[str, Signal]) -> None:
-        """Let start, done and error change STATUS, ERROR and ERROR_ADDR; they win over a write in the same cycle."""
+        """Let start, done and error change STATUS, ERROR and ERROR_ADDR; they win over a write."""
         register = next(register for register in REGISTERS if register.name == "STATUS")
         done, error, irq = (state["STATUS"][register.field_offset(name)] for name in ("done", "error", "irq"))
         control = next(register for register in REGISTERS if register.name == "CTRL")
@@ -319,13 +330,18 @@ class Registers(wiring.Component):
         with m.If(self.done):
             m.d.sync += [done.eq(1), irq.eq(1)]
         with m.If(self.error):
-            m.d.sync += [error.eq(1), irq.eq(1), state["ERROR"].eq(self.error_code), state["ERROR_ADDR"].eq(self.error_addr)]
+            m.d.sync += [
+                error.eq(1), irq.eq(1),
+                state["ERROR"].eq(self.error_code), state["ERROR_ADDR"].eq(self.error_addr),
+            ]
         m.d.comb += self.irq.eq(irq & state["CTRL"][control.field_offset("irq_enable")])
 
     def _read(self, m: Module, state: dict[str, Signal]) -> None:
         """Answer reads; the low word of a counter latches its high word."""
         bus = self.bus
-        have_addr, addr, high = Signal(), Signal(ADDR_WIDTH - 2), Signal(32)
+        have_addr = Signal()
+        addr = Signal(ADDR_WIDTH - 2)
+        high = Signal(32)
         m.d.comb += bus.arready.eq(~have_addr & ~bus.rvalid)
         with m.If(bus.arvalid & bus.arready):
             m.d.sync += [have_addr.eq(1), addr.eq(bus.araddr[2:])]
@@ -339,7 +355,8 @@ class Registers(wiring.Component):
                         m.d.sync += bus.rdata.eq(self._value(register, state))
                 for k, name in enumerate(self.names):
                     with m.Case((COUNTERS_AT >> 2) + 2 * k):
-                        m.d.sync += [bus.rdata.eq(self.counters[name][:32]), high.eq(self.counters[name][32:])]
+                        value = self.counters[name]
+                        m.d.sync += [bus.rdata.eq(value[:32]), high.eq(value[32:])]
                     with m.Case((COUNTERS_AT >> 2) + 2 * k + 1):
                         m.d.sync += bus.rdata.eq(high)
                 with m.Default():

@@ -88,9 +88,11 @@ class RowMoments(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        square = Signal(31)
-        add_square, first_square = Signal(), Signal()
-        total, squares = self.moments.total, self.moments.squares
+        square = Signal(31, reset_less=True)
+        add_square, first_square = Signal(), Signal(reset_less=True)
+        moments = Signal(self.moments.shape(), reset_less=True)
+        total, squares = moments.total, moments.squares
+        m.d.comb += self.moments.eq(moments)
         with m.If(self.use_max & (self.first | (self.x > self.mx))):
             m.d.sync += self.mx.eq(self.x)
         m.d.sync += add_square.eq(self.use_sum)
@@ -204,13 +206,13 @@ class RowUnit(wiring.Component):
     columns; a second pass reads them. Both take a column per cycle and work at the same time on different
     commands; results come in the order of the commands. `docs/numerics.md` says what is computed.
 
-    ========================  =============================================  ===========================
-    row operation             last column in, first column out               shortest distance (C columns)
-    ========================  =============================================  ===========================
-    SOFTMAX, EXP              5 cycles                                       max(C, T) + 1
-    LAYERNORM, RMSNORM        T + 26 cycles                                  max(C, T + 14) + 3 or so
-    MAX                       no output                                      C + 1
-    ========================  =============================================  ===========================
+    ==================  ============================  ============================================
+    row operation       last column in to first out   distance of like commands (C columns each)
+    ==================  ============================  ============================================
+    SOFTMAX, EXP        5 cycles                      max(C, T) + 1 (without row scale: C + 1)
+    LAYERNORM, RMSNORM  T + 25 cycles                 max(C + 3, T + 15)
+    MAX                 no output                     C + 1
+    ==================  ============================  ============================================
 
     The row scale follows the last probability by T + 13 cycles. Going from one of the first two lines to the
     other empties the second pass. Up to three row scales wait inside; then probabilities wait, too.

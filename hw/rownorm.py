@@ -26,6 +26,7 @@ __all__ = [
     "layernorm_rows",
     "moments_layout",
     "norm_constants",
+    "norm_row_scale",
     "rsqrt16",
 ]
 
@@ -65,7 +66,7 @@ def norm_constants(cols: int) -> tuple[int, int, int, int]:
     """``ln_inv, ln_shift, row_mult, row_shift`` of a LAYERNORM or RMSNORM over `cols` columns.
 
     ``ln_inv * 2^-ln_shift ~ 64 / cols`` and ``row_mult * 2^-row_shift ~ cols / 8``, both multipliers in
-    [2^15, 2^16): relative error at most 2^-16.
+    [2^15, 2^16): relative error at most 1.6e-5.
 
     Raises
     ------
@@ -79,6 +80,31 @@ def norm_constants(cols: int) -> tuple[int, int, int, int]:
     if not 1 <= cols <= 65535:
         raise ValueError(f"cols must be in 1..65535, not {cols!r}")
     return (*_scaled(64 / cols, 16), *_scaled(cols / 8, 16))
+
+
+def norm_row_scale(
+    total: ArrayLike,
+    squares: ArrayLike,
+    cols: int,
+    *,
+    ln_inv: int,
+    ln_shift: int,
+    eps: int,
+    row_mult: int,
+    row_shift: int,
+    rms: bool = False,
+) -> tuple[Int, Int, Int]:
+    """Mean (units of 2^-6), multiplier and shift of rows with these sums over `cols` values."""
+    total, variance = np.asarray(total, np.int64), cols * np.asarray(squares, np.int64)
+    if rms:
+        mean = np.zeros_like(total)
+    else:
+        mean = saturate(round_shift(total * ln_inv, ln_shift), _MEAN_BITS)
+        variance = variance - total * total
+    variance = np.maximum(variance + eps, _MIN_VARIANCE)
+    halvings = np.maximum(bit_length(variance) - 15, 0) >> 1
+    m = (rsqrt16(variance >> (2 * halvings)) * row_mult) >> 16
+    return mean, m, np.minimum(row_shift + halvings, 63)
 
 
 def layernorm_rows(
@@ -99,17 +125,12 @@ def layernorm_rows(
     `gamma`, `beta`, `shift` ``(cols,)`` are the column parameters; the others are fields of the instruction.
     """
     x = np.asarray(x, np.int64)
-    total = x.sum(-1, keepdims=True)
-    variance = x.shape[-1] * (x * x).sum(-1, keepdims=True)
-    if rms:
-        mean = np.zeros_like(total)
-    else:
-        mean = saturate(round_shift(total * ln_inv, ln_shift), _MEAN_BITS)
-        variance = variance - total * total
-    variance = np.maximum(variance + eps, _MIN_VARIANCE)
-    halvings = np.maximum(bit_length(variance) - 15, 0) >> 1
-    m = (rsqrt16(variance >> (2 * halvings)) * row_mult) >> 16
-    z = saturate(round_shift(((x << 6) - mean) * m, np.minimum(row_shift + halvings, 63)), 16)
+    total, squares = x.sum(-1, keepdims=True), (x * x).sum(-1, keepdims=True)
+    mean, m, s = norm_row_scale(
+        total, squares, x.shape[-1],
+        ln_inv=ln_inv, ln_shift=ln_shift, eps=eps, row_mult=row_mult, row_shift=row_shift, rms=rms,
+    )
+    z = saturate(round_shift(((x << 6) - mean) * m, s), 16)
     return saturate(round_shift(z * np.asarray(gamma, np.int64) + np.asarray(beta, np.int64), shift), 16)
 
 
@@ -333,14 +354,16 @@ class NormLane(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        row = Signal(_NORM_ROW)
-        difference = Signal(signed(_MEAN_BITS + 1))
-        product = Signal(signed(_MEAN_BITS + 17))
+        row = Signal(_NORM_ROW, reset_less=True)
+        difference = Signal(signed(_MEAN_BITS + 1), reset_less=True)
+        product = Signal(signed(_MEAN_BITS + 17), reset_less=True)
         shifted = Signal.like(product)
-        z = Signal(signed(16))
-        scaled = Signal(signed(32))
-        biased = Signal(signed(33))
+        z = Signal(signed(16), reset_less=True)
+        scaled = Signal(signed(32), reset_less=True)
+        biased = Signal(signed(33), reset_less=True)
         result = Signal.like(biased)
+        y = Signal.like(z)
+        m.d.comb += self.y.eq(y)
         with m.If(self.load):
             m.d.sync += row.eq(self.row)
         actions = (
@@ -351,7 +374,7 @@ class NormLane(wiring.Component):
             scaled.eq(z * self.gamma),
             biased.eq(scaled + self.beta),
             result.eq(biased >> self.shift),
-            self.y.eq(_saturate((result + 1) >> 1, 16)),
+            y.eq(_saturate((result + 1) >> 1, 16)),
         )
         for stage, action in enumerate(actions):
             with m.If(self.step[stage]):
@@ -425,7 +448,7 @@ class NormPass(wiring.Component):
 
         def delay(value: Value, steps: int, name: str) -> Value:
             for stage in range(steps):
-                register = Signal.like(value, name=f"{name}{stage}")
+                register = Signal.like(value, name=f"{name}{stage}", reset_less=True)
                 with m.If(step[stage]):
                     m.d.sync += register.eq(value)
                 value = register

@@ -101,7 +101,7 @@ class SoftmaxScale(wiring.Component):
 
 def _normalise(total: Value) -> tuple[Value, Value]:
     """Mantissa with the leading one at bit 15, and the position of the leading one."""
-    zeros = []
+    zeros: list[Value] = []
     value = total
     for step in (16, 8, 4, 2, 1):
         empty = value[_TOTAL_BITS - step:] == 0
@@ -147,7 +147,7 @@ class RowScale(wiring.Component):
         m.submodules.scatter = scatter = Scatter(unsigned(_TOTAL_BITS), rows=self.rows)
         m.submodules.scale = scale = SoftmaxScale()
         m.submodules.gather = gather = Gather(_SCALE, rows=self.rows)
-        job = Signal(SCALE_JOB)
+        job = Signal(SCALE_JOB, reset_less=True)
         inside = Signal(2)  # sets taken and not yet left
         enter, leave = Signal(), Signal()
         m.d.comb += [

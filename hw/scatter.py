@@ -45,7 +45,7 @@ class Scatter(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        chain = [Signal(self.shape, name=f"value{row}") for row in range(self.rows)]
+        chain = [Signal(self.shape, name=f"value{row}", reset_less=True) for row in range(self.rows)]
         left = Signal(range(self.rows + 1))
         m.d.comb += [
             self.ready.eq(left == 0),
@@ -98,14 +98,16 @@ class Gather(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         count = Signal(range(self.rows + 1))
+        chain = [Signal(self.shape, name=f"value{row}", reset_less=True) for row in range(self.rows)]
         m.d.comb += [
             self.valid.eq(count == self.rows),
             self.i.ready.eq(count != self.rows),
         ]
+        m.d.comb += [port.eq(value) for port, value in zip(self.data, chain, strict=True)]
         with m.If(self.valid & self.ready):
             m.d.sync += count.eq(0)
         with m.Elif(self.i.valid & self.i.ready):
             m.d.sync += count.eq(count + 1)
-            m.d.sync += self.data[-1].eq(self.i.payload)
-            m.d.sync += [value.eq(above) for value, above in zip(self.data, self.data[1:], strict=False)]
+            m.d.sync += chain[-1].eq(self.i.payload)
+            m.d.sync += [value.eq(above) for value, above in zip(chain, chain[1:], strict=False)]
         return m

@@ -12,19 +12,20 @@ from hw.arch import Arch
 from hw.axi import BURST_BEATS, AXI4WriteSignature
 from hw.commands import writer_command
 from hw.gearbox import Widener
+from hw.stream_util import StreamHold
 
 __all__ = ["WRITE_COMMAND", "Writer"]
 
 WRITE_COMMAND = writer_command()
-"""Where a `Writer` puts the words of one instruction: `words` (>= 1) from `addr`, `repeats` (>= 1) times, `stride` bytes
-apart; without `store` no words are taken and the instruction only completes in order."""
+"""Where a `Writer` puts the words of one instruction: `words` (>= 1) from `addr`, `repeats` (>= 1) times,
+`stride` bytes apart; without `store` no words are taken and the instruction only completes in order."""
 
 
 class _Packer(wiring.Component):
     """Pack words into beats and say where bursts end.
 
-    One word a cycle, also across repeats and commands that store; a command that does not store takes one cycle.
-    Latency from ``i`` to ``o``: 1 cycle.
+    One word a cycle, also across repeats and commands that store; a command that does not store takes one
+    cycle. Latency from ``i`` to ``o``: 1 cycle.
 
     Members
     -------
@@ -33,8 +34,8 @@ class _Packer(wiring.Component):
     room : ``In(1)``
         Two more beats may come.
     o : ``Out(stream {data, mask, beat, end, last, null}, always_ready)``
-        Beats: place in memory (in beats), last of its repeat, last of its instruction. ``null``: there is no beat,
-        but an instruction that did not store ends here.
+        Beats: place in memory (in beats), last of its repeat, last of its instruction. ``null``: there is no
+        beat, but an instruction that did not store ends here.
     busy : ``Out(1)``
     """
 
@@ -56,14 +57,29 @@ class _Packer(wiring.Component):
         m = Module()
         low, high = exact_log2(self.arch.rows), exact_log2(self.arch.bus_bytes)
         m.submodules.widener = widener = Widener(in_bytes=self.arch.rows, out_bytes=self.arch.bus_bytes)
-        pending, held = Signal(), Signal(WRITE_COMMAND)  # the next command
-        active, null, place, left = Signal(), Signal(), Signal(32 - low), Signal(24)  # the current repeat
-        words, repeats, following, stride = Signal(24), Signal(16), Signal(32 - low), Signal(32 - low)
-        take, final, done = Signal(), Signal(), Signal()
-        beat, end, last, ended = Signal(32 - high), Signal(), Signal(), Signal()  # beside the beat being filled
+        # the next command
+        m.submodules.hold = hold = StreamHold(WRITE_COMMAND)
+        wiring.connect(m, wiring.flipped(self.cmd), hold.i)
+        cmd = hold.o.payload
+        # the current repeat
+        active = Signal()
+        null = Signal()
+        place = Signal(32 - low)
+        left = Signal(24)
+        words = Signal(24)
+        repeats = Signal(16)
+        following = Signal(32 - low)
+        stride = Signal(32 - low)
+        take = Signal()
+        final = Signal()
+        done = Signal()
+        # beside the beat being filled
+        beat = Signal(32 - high)
+        end = Signal()
+        last = Signal()
+        ended = Signal()
         out = self.o.payload
         m.d.comb += [
-            self.cmd.ready.eq(~pending),
             self.i.ready.eq(active & ~null & self.room),
             take.eq(self.i.valid & self.i.ready),
             final.eq(left == 1),
@@ -80,7 +96,7 @@ class _Packer(wiring.Component):
             out.last.eq(last),
             out.null.eq(ended),
             self.o.valid.eq(widener.o.valid | ended),
-            self.busy.eq(pending | active | self.o.valid),
+            self.busy.eq(hold.o.valid | active | self.o.valid),
         ]
         m.d.sync += ended.eq(active & null & self.room)
         with m.If(take):
@@ -89,31 +105,31 @@ class _Packer(wiring.Component):
                 place.eq(place + 1), left.eq(left - 1),
             ]
             with m.If(final):
-                m.d.sync += [place.eq(following), left.eq(words), repeats.eq(repeats - 1), following.eq(following + stride)]
-        with m.If(self.cmd.valid & ~pending):
-            m.d.sync += [pending.eq(1), held.eq(self.cmd.payload)]
-        with m.If(~active | done):
-            m.d.sync += active.eq(pending)
-            with m.If(pending):
                 m.d.sync += [
-                    null.eq(~held.store), place.eq(held.addr[low:]), left.eq(held.words), words.eq(held.words),
-                    repeats.eq(held.repeats), stride.eq(held.stride[low:]),
-                    following.eq(held.addr[low:] + held.stride[low:]), pending.eq(0),
+                    place.eq(following), left.eq(words), repeats.eq(repeats - 1),
+                    following.eq(following + stride),
                 ]
+        with m.If(~active | done):
+            m.d.comb += hold.o.ready.eq(1)
+            m.d.sync += [
+                active.eq(hold.o.valid), null.eq(~cmd.store), place.eq(cmd.addr[low:]), left.eq(cmd.words),
+                words.eq(cmd.words), repeats.eq(cmd.repeats), stride.eq(cmd.stride[low:]),
+                following.eq(cmd.addr[low:] + cmd.stride[low:]),
+            ]
         return m
 
 
 class Writer(wiring.Component):
     """Write the words of instructions to memory and count the instructions completed, in program order.
 
-    A burst (at most 16 beats, ending at multiples of 16 beats, so never crossing 4 KiB) is requested only when all
-    its beats are in the FIFO; the beats then follow without a gap, never before AWVALID of their burst. A repeat starts
-    a new beat and burst. One word of ``rows`` bytes a cycle, also across repeats and commands; commands are
-    taken every other cycle. Latency from a burst's last word to AWVALID and WVALID: 3 cycles; from its BVALID to
-    ``completed``: 1 cycle.
+    A burst (at most 16 beats, ending at multiples of 16 beats, so never crossing 4 KiB) is requested only
+    when all its beats are in the FIFO; the beats then follow without a gap, never before AWVALID of their
+    burst. A repeat starts a new beat and burst. One word of ``rows`` bytes a cycle, also across repeats and
+    commands; commands are taken every other cycle. Latency from a burst's last word to AWVALID and WVALID: 3
+    cycles; from its BVALID to ``completed``: 1 cycle.
 
-    To abort, raise ``abort`` until ``idle``: what is not yet part of a complete burst is dropped, complete bursts
-    finish. ``completed`` returns to 0. Do not reset the writer itself while ``idle`` is low.
+    To abort, raise ``abort`` until ``idle``: what is not yet part of a complete burst is dropped, complete
+    bursts finish. ``completed`` returns to 0. Do not reset the writer itself while ``idle`` is low.
 
     Parameters
     ----------
@@ -143,7 +159,8 @@ class Writer(wiring.Component):
     def __init__(self, arch: Arch, *, fifo_beats: int = 64, outstanding: int = 32) -> None:
         if not isinstance(arch, Arch):
             raise TypeError(f"arch must be an Arch, not {arch!r}")
-        for name, value, least in (("fifo_beats", fifo_beats, 2 * BURST_BEATS), ("outstanding", outstanding, 8)):
+        limits = (("fifo_beats", fifo_beats, 2 * BURST_BEATS), ("outstanding", outstanding, 8))
+        for name, value, least in limits:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, not {value!r}")
             if value < least:
@@ -185,8 +202,12 @@ class Writer(wiring.Component):
         """Queue beats; at the end of a burst queue the burst and the token that awaits its response."""
         beat = packer.o.payload
         skip = exact_log2(self.arch.bus_bytes)
-        inside, first = Signal(), Signal(4)  # a burst is open, and began at this beat modulo 16
-        begin, commit, push = Signal(4), Signal(), Signal()
+        # a burst is open, and began at this beat modulo 16
+        inside = Signal()
+        first = Signal(4)
+        begin = Signal(4)
+        commit = Signal()
+        push = Signal()
         m.d.comb += [
             push.eq(packer.o.valid & ~beat.null & ~self.abort),
             commit.eq(beat.end | beat.beat[:4].all()),
@@ -211,9 +232,12 @@ class Writer(wiring.Component):
     def _send(self, m: Module, beats: SyncFIFOBuffered, bursts: SyncFIFOBuffered) -> None:
         """Drive AW and W; the beats of a burst follow its AWVALID."""
         bus = self.bus
-        lead = Signal(signed(self.outstanding.bit_length() + 1))  # bursts accepted on AW less bursts finished on W
+        # bursts accepted on AW less bursts finished on W
+        lead = Signal(signed(self.outstanding.bit_length() + 1))
         data_bits = 8 * self.arch.bus_bytes
-        allowed, aw, last = Signal(), Signal(), Signal()
+        allowed = Signal()
+        aw = Signal()
+        last = Signal()
         mask = beats.r_data[data_bits:-1]
         m.d.comb += [
             bus.awid.eq(0),

@@ -1,7 +1,8 @@
 """BERT, post-LayerNorm, as its authors and the MiniLM and TinyBERT authors use it.
 
-Ref: J. Devlin et al., BERT, arXiv 1810.04805; W. Wang et al., MiniLM, arXiv 2002.10957; X. Jiao et al., TinyBERT,
-arXiv 1909.10351. Float outputs equal ``transformers.BertModel`` with the same weights; Hugging Face key names load.
+Ref: J. Devlin et al., BERT, arXiv 1810.04805; W. Wang et al., MiniLM, arXiv 2002.10957; X. Jiao et al.,
+TinyBERT, arXiv 1909.10351. Float outputs equal ``transformers.BertModel`` with the same weights; Hugging Face
+key names load.
 
 Shapes: B sentences, S tokens, C hidden channels, H heads.
 """
@@ -75,7 +76,8 @@ class BertEmbeddings(nn.Module):
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         if input_ids.shape[1] > self.position.num_embeddings:
             raise ValueError(
-                f"{input_ids.shape[1]} tokens, but the model has {self.position.num_embeddings} positions: truncate"
+                f"{input_ids.shape[1]} tokens, but the model has {self.position.num_embeddings} positions: "
+                "truncate the input"
             )
         words = self.word(input_ids)
         positions = self.position.weight[: input_ids.shape[1]]
@@ -103,7 +105,7 @@ class BertAttention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, S, C) -> (B, H, S, C / H)."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class BertLayer(nn.Module):
@@ -126,8 +128,8 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     """The stack of layers, the part that an accelerator runs.
 
-    ``forward(hidden_states, attention_mask)``: float (B, S, C) and 1 / 0 or bool (B, S), 1 = a token, 0 = padding;
-    gives float (B, S, C). Rows of padding hold values of no meaning.
+    ``forward(hidden_states, attention_mask)``: float (B, S, C) and 1 / 0 or bool (B, S), 1 = a token, 0 =
+    padding; gives float (B, S, C). Rows of padding hold values of no meaning.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -209,7 +211,8 @@ _UNUSED = re.compile(r"^(pooler\.|cls\.|embeddings\.position_ids$)")
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a Hugging Face state dict to `BertModel`'s names; heads, the pooler and position_ids are left out."""
+    """Rename a Hugging Face state dict to `BertModel`'s names; heads, the pooler and position_ids are left
+    out."""
     renamed = {}
     for key, value in state.items():
         for pattern, replacement in _RENAMES:
@@ -220,7 +223,8 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load(model: nn.Module, bert: BertModel, path: Path) -> None:
-    """Load a file into ``model`` if it holds that model's own names, else into ``bert`` as Hugging Face names."""
+    """Load a file into ``model`` if it holds that model's own names, else into ``bert`` as Hugging Face
+    names."""
     state = read_weights(path)
     own = set(model.state_dict())
     target, state = (model, state) if own <= set(state) else (bert, from_huggingface(state))

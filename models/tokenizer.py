@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokenizers import Tokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
 from models.bert import DISTRIBUTIONS
 from models.weights import distribution_file

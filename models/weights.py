@@ -24,14 +24,16 @@ def distribution_file(distribution: str, name: str) -> Path:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError(
-            f"{name} comes with the package {distribution}, which is not installed: pip install {distribution}"
+            f"{name} comes with the package {distribution}, which is not installed: "
+            f"pip install {distribution}"
         ) from None
     for file in files:
         path = Path(str(file.locate()))
         if file.name == name and path.is_file():
             return path
     raise FileNotFoundError(
-        f"the installed package {distribution} has no file {name}: pip install --force-reinstall {distribution}"
+        f"the installed package {distribution} has no file {name}: "
+        f"pip install --force-reinstall {distribution}"
     )
 
 

@@ -1,9 +1,10 @@
-"""The demo's task: is a movie sentence positive or negative? MiniLM-L6, fine-tuned and pruned on real sentences."""
+"""The demo's task: is a movie sentence positive or negative? MiniLM-L6, fine-tuned and pruned on real
+sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from algo.checkpoint import load_model
 from algo.data import Sentence, movie_sentences
 from algo.finetune import PipelineConfig, PipelineResult, prune_pipeline
 from algo.idp import IDPConfig
+from algo.nm import NM
 from algo.sparsify import Pattern
 from algo.train import Batches, LossFn, TrainConfig
 from models.bert import BertClassifier
@@ -38,7 +40,8 @@ __all__ = [
 
 
 class Batch(NamedTuple):
-    """``ids`` and ``mask`` int64 (B, S), ``labels`` int64 (B,), ``numbers`` int64 (B,): places in the data set."""
+    """``ids`` and ``mask`` int64 (B, S), ``labels`` int64 (B,), ``numbers`` int64 (B,): places in the data
+    set."""
 
     ids: Tensor
     mask: Tensor
@@ -128,7 +131,7 @@ def build_model(config: SentimentConfig, *, seed: int = 0) -> BertClassifier:
             pretrained=True,
             num_classes=2,
             dropout=config.dropout,
-            attention_dropout=config.dropout,
+            attention_dropout=0.0,
         )
     if not isinstance(model, BertClassifier):
         raise ValueError(f"{config.model} is no sentence classifier")
@@ -151,7 +154,8 @@ def train(
     Parameters
     ----------
     pattern
-        A pattern for every layer of the encoder, or globs of full layer names (``"bert.encoder.layers.0.*"``).
+        A pattern for every layer of the encoder, or globs of full layer names
+        (``"bert.encoder.layers.0.*"``).
     out_dir
         Checkpoints: see `algo.finetune`.
     data, model
@@ -161,7 +165,7 @@ def train(
     data = data or prepare(max_length=config.max_length, model=config.model)
     model = model or build_model(config, seed=data.seed)
     torch.set_flush_denormal(True)  # pruned weights decay towards zero, and denormals are slow
-    globs = pattern if isinstance(pattern, dict) else {"bert.encoder.*": pattern}
+    globs: Pattern = {"bert.encoder.*": pattern} if isinstance(pattern, str | NM) else pattern
     facts = {
         "data_seed": data.seed,
         "train": len(data.train),
@@ -187,7 +191,8 @@ def train(
 
 
 def load_classifier(folder: Path, *, model: str = "minilm_l6") -> BertClassifier:
-    """Load a model that `train` left in ``dense/`` or ``.../sparse/``, in eval mode, with its ``nm_pattern``s."""
+    """Load a model that `train` left in ``dense/`` or ``.../sparse/``, in eval mode, with its
+    ``nm_pattern``s."""
     classifier = create_model(model, num_classes=2)
     load_model(classifier, folder)
     return classifier  # type: ignore[return-value]
@@ -249,17 +254,11 @@ def _batches(data: SentimentData, config: SentimentConfig) -> Batches:
 
 
 def _walk(count: int, size: int, epoch: int, seed: int) -> list[int]:
-    """Numbers of one epoch's sentences: ``size`` at a time along an endless row of permutations."""
-    found: list[int] = []
-    position = epoch * size
-    while len(found) < size:
-        lap, offset = divmod(position, count)
-        permutation = torch.randperm(
-            count, generator=torch.Generator().manual_seed(7919 * seed + lap)
-        ).tolist()
-        part = [
-            index for index in permutation[offset : offset + size - len(found)] if index not in set(found)
-        ]
-        found += part
-        position += max(1, len(part))
-    return found
+    """Numbers of one epoch's sentences: ``size`` at a time along an endless row of permutations of
+    ``count``."""
+    laps = range(epoch * size // count, ((epoch + 1) * size - 1) // count + 1)
+    row: list[int] = []
+    for lap in laps:
+        row += torch.randperm(count, generator=torch.Generator().manual_seed(7919 * seed + lap)).tolist()
+    start = epoch * size - laps.start * count
+    return row[start : start + size]

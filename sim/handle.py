@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from sim.harness import HarnessError
+from sim.harness import HarnessError, check_writeable
 from sim.verilator import Build, build
 
 __all__ = ["Array", "Clock", "Dut", "Scope", "Signal"]
@@ -63,8 +63,8 @@ class Scope:
             raise TypeError(f"{self._name}.{name} is a memory: set its elements")
         if self._name == "io" and signal.direction != _INPUT:
             raise ValueError(f"io.{name} is an output")
-        _set(signal, 0, value, f"{self._name}.{name}")
         self._dut.touch()
+        _set(signal, 0, value, f"{self._name}.{name}")
 
     def _find(self, name: str) -> Signal:
         if name not in self._signals:
@@ -88,6 +88,8 @@ class Scope:
         return [*self._signals, *self._scopes]
 
     def __repr__(self) -> str:
+        if self._dut.closed:
+            return f"{self._name}(closed)"
         values = (f"{name}={_get(signal, 0):#x}" for name, signal in self._signals.items() if not signal.entries)
         return f"{self._name}({', '.join([*values, *self._scopes])})"
 
@@ -114,8 +116,8 @@ class Array:
         return _get(self._signal, self._index(index))
 
     def __setitem__(self, index: int, value: int) -> None:
-        _set(self._signal, self._index(index), value, f"{self._signal.name}[{index}]")
         self._dut.touch()
+        _set(self._signal, self._index(index), value, f"{self._signal.name}[{index}]")
 
     def __len__(self) -> int:
         return self._signal.entries
@@ -217,11 +219,13 @@ class Dut:
     def close(self) -> None:
         """End the simulation and finish its trace. A second call does nothing."""
         if self._pointer is not None:
-            for scope in (self.io, self.internals):
-                scope._signals.clear()
-                scope._scopes.clear()
             self._library.dut_close(self._pointer)
             self._pointer = None
+
+    @property
+    def closed(self) -> bool:
+        """The simulation has ended."""
+        return self._pointer is None
 
     def _handle(self) -> int:
         if self._pointer is None:
@@ -241,11 +245,12 @@ class Dut:
 
     def settle(self) -> None:
         """`eval` if something was set since the last one."""
+        self._handle()
         if self._dirty:
             self.eval()
 
     def touch(self) -> None:
-        """Note that something was set."""
+        """Note that something is about to be set."""
         self._handle()
         self._dirty = True
 
@@ -264,8 +269,8 @@ class Dut:
         """
         if not self._traced:
             raise HarnessError("this module was built without traces: give trace=True")
-        if not self._library.dut_trace(self._handle(), str(path).encode()):
-            raise HarnessError(f"cannot write the trace to {path}")
+        check_writeable(path)
+        self._library.dut_trace(self._handle(), str(path).encode())
 
     def stop_trace(self) -> None:
         """Finish the trace file."""
@@ -293,7 +298,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "dut_signals": (text, (pointer,)),
         "dut_eval": (None, (pointer,)),
         "dut_tick": (None, (pointer, pointer, ctypes.c_uint64)),
-        "dut_trace": (ctypes.c_int, (pointer, text)),
+        "dut_trace": (None, (pointer, text)),
         "dut_close_trace": (None, (pointer,)),
     }
     for name, (result, arguments) in signatures.items():

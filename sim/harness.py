@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sim.memory import MemoryModel
 from sim.verilator import Build, build
 
-__all__ = ["Harness", "HarnessError", "ProtocolError", "Statistics", "WriteLog"]
+__all__ = ["Harness", "HarnessError", "ProtocolError", "Statistics", "WriteLog", "check_writeable"]
 
 _SLICE = 200_000
 """Cycles per call into C++: between slices Python sees Ctrl-C and reports progress."""
@@ -51,8 +51,8 @@ class Statistics:
     """What the harness counted since it was opened.
 
     `cycle` is now; `started` is the cycle that follows the last accepted register write, `finished` the first one after it
-    with the interrupt raised (0: not yet). `hazards` counts reads and writes in flight together on the same beats;
-    the other three describe the first: cycle, read address, write address.
+    with the interrupt raised (0: not yet). `hazards` counts reads and writes in flight together that share more
+    than one beat; the other three describe the first: cycle, read address, write address.
     """
 
     cycle: int
@@ -245,8 +245,8 @@ class Harness:
         if not self._traced:
             raise HarnessError("this simulation was built without traces: give trace=True")
         last = (1 << 64) - 1 if stop is None else stop
-        if not self._library.nm_trace(self._handle(), str(path).encode(), start, last):
-            raise HarnessError(f"cannot write the trace to {path}")
+        check_writeable(path)
+        self._library.nm_trace(self._handle(), str(path).encode(), start, last)
 
     def close_trace(self) -> None:
         """Finish the trace file."""
@@ -270,6 +270,15 @@ class Harness:
     def clear_log(self) -> None:
         """Forget the log so far."""
         self._library.nm_clear_log(self._handle())
+
+
+def check_writeable(path: str | Path) -> None:
+    """Raise `HarnessError` if a trace cannot go there: Verilator's writer would not say."""
+    try:
+        with open(path, "wb"):
+            pass
+    except OSError as error:
+        raise HarnessError(f"cannot write the trace to {path}: {error.strerror}") from error
 
 
 def _copy(pointer: ctypes.c_void_p, size: int) -> NDArray[np.uint8]:
@@ -302,7 +311,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "nm_write": (ctypes.c_int, (pointer, ctypes.c_uint32, ctypes.c_uint32, number)),
         "nm_read": (ctypes.c_int, (pointer, ctypes.c_uint32, pointer, number)),
         "nm_interrupt": (ctypes.c_int, (pointer,)),
-        "nm_trace": (ctypes.c_int, (pointer, text, number, number)),
+        "nm_trace": (None, (pointer, text, number, number)),
         "nm_close_trace": (None, (pointer,)),
         "nm_statistics": (None, (pointer, pointer)),
         "nm_error": (text, (pointer,)),

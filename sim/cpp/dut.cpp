@@ -44,16 +44,14 @@ public:
         }
     }
 
-    bool trace(const char* path) {
+    void trace(const char* path) {
         close_trace();
 #if VM_TRACE
         trace_ = std::make_unique<VerilatedFstC>();
         top_->trace(trace_.get(), 99);
         trace_->open(path);
-        return trace_->isOpen();
 #else
         (void)path;
-        return false;
 #endif
     }
 
@@ -101,6 +99,6 @@ void dut_close(Dut* dut) { delete dut; }
 const char* dut_signals(const Dut* dut) { return dut->signals(); }
 void dut_eval(Dut* dut) { dut->eval(); }
 void dut_tick(Dut* dut, uint8_t* clock, uint64_t cycles) { dut->tick(clock, cycles); }
-int dut_trace(Dut* dut, const char* path) { return dut->trace(path); }
+void dut_trace(Dut* dut, const char* path) { dut->trace(path); }
 void dut_close_trace(Dut* dut) { dut->close_trace(); }
 }

@@ -119,7 +119,7 @@ public:
 
     bool interrupt() const { return top_->irq; }
 
-    bool trace(const char* path, uint64_t first, uint64_t last) {
+    void trace(const char* path, uint64_t first, uint64_t last) {
         close_trace();
 #if VM_TRACE
         trace_first_ = first;
@@ -127,10 +127,8 @@ public:
         trace_ = std::make_unique<VerilatedFstC>();
         top_->trace(trace_.get(), 99);
         trace_->open(path);
-        return trace_->isOpen();
 #else
         (void)path, (void)first, (void)last;
-        return false;
 #endif
     }
 
@@ -194,8 +192,8 @@ int nm_read(Harness* harness, uint32_t address, uint32_t* data, uint64_t patienc
     return harness->access(false, address, data, patience);
 }
 int nm_interrupt(const Harness* harness) { return harness->interrupt(); }
-int nm_trace(Harness* harness, const char* path, uint64_t first, uint64_t last) {
-    return harness->trace(path, first, last);
+void nm_trace(Harness* harness, const char* path, uint64_t first, uint64_t last) {
+    harness->trace(path, first, last);
 }
 void nm_close_trace(Harness* harness) { harness->close_trace(); }
 void nm_statistics(const Harness* harness, Statistics* out) { *out = harness->memory.statistics; }

@@ -1,6 +1,7 @@
 // AXI4 memory with latency, bandwidth and seeded stalls. sim/memory.py documents the timing it keeps.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -218,9 +219,10 @@ private:
 
     bool in_range(uint64_t address, uint64_t bytes) const { return address + bytes <= size_; }
 
-    // A read and a write in flight at once whose beats overlap: legal where only unused bytes are shared.
+    // A read and a write in flight at once that overlap by more than one beat, of which they may use different bytes.
     void note_hazard(uint64_t cycle, const Read& read, const Write& write) {
-        if (read.end <= write.address || write.end <= read.address) return;
+        const uint64_t start = std::max(read.address, write.address), end = std::min(read.end, write.end);
+        if (end < start + 2 * kBus) return;
         if (statistics.hazards++ != 0) return;
         statistics.hazard_cycle = cycle;
         statistics.hazard_read = read.address;

@@ -1,4 +1,4 @@
-"""Behavioural AXI4 memory for the Amaranth simulator: latency, random stalls on all channels, protocol checks."""
+"""Behavioural AXI4 memory for the Amaranth simulator: latency, random stalls, protocol checks."""
 
 import random
 from collections import deque
@@ -53,7 +53,15 @@ class AxiMemory:
         cycle, held = 0, None
         while True:
             *_, arvalid, arready, addr, length, size, burst, rvalid, rready = await ctx.tick().sample(
-                bus.arvalid, bus.arready, bus.araddr, bus.arlen, bus.arsize, bus.arburst, bus.rvalid, bus.rready)
+                bus.arvalid,
+                bus.arready,
+                bus.araddr,
+                bus.arlen,
+                bus.arsize,
+                bus.arburst,
+                bus.rvalid,
+                bus.rready,
+            )
             cycle += 1
             request = (addr, length, size, burst)
             if held is not None and (not arvalid or request != held):
@@ -73,7 +81,7 @@ class AxiMemory:
             ctx.set(bus.arready, self.go())
             if beats and beats[0][0] <= cycle and self.go():
                 _, place, last = beats[0]
-                ctx.set(bus.rdata, int.from_bytes(self.data[place:place + self.bus_bytes], "little"))
+                ctx.set(bus.rdata, int.from_bytes(self.data[place : place + self.bus_bytes], "little"))
                 ctx.set(bus.rlast, last)
                 ctx.set(bus.rresp, self.response(place))
                 ctx.set(bus.rvalid, 1)
@@ -87,10 +95,36 @@ class AxiMemory:
         early: deque[tuple[int, int, int]] = deque()  # W before its AW
         cycle, held_aw, held_w = 0, None, None
         while True:
-            (*_, awvalid, awready, addr, length, size, burst, wvalid, wready, wdata, wstrb, wlast, bvalid, bready,
-             ) = await ctx.tick().sample(
-                bus.awvalid, bus.awready, bus.awaddr, bus.awlen, bus.awsize, bus.awburst,
-                bus.wvalid, bus.wready, bus.wdata, bus.wstrb, bus.wlast, bus.bvalid, bus.bready)
+            (
+                *_,
+                awvalid,
+                awready,
+                addr,
+                length,
+                size,
+                burst,
+                wvalid,
+                wready,
+                wdata,
+                wstrb,
+                wlast,
+                bvalid,
+                bready,
+            ) = await ctx.tick().sample(
+                bus.awvalid,
+                bus.awready,
+                bus.awaddr,
+                bus.awlen,
+                bus.awsize,
+                bus.awburst,
+                bus.wvalid,
+                bus.wready,
+                bus.wdata,
+                bus.wstrb,
+                bus.wlast,
+                bus.bvalid,
+                bus.bready,
+            )
             cycle += 1
             request, beat = (addr, length, size, burst), (wdata, wstrb, wlast)
             if held_aw is not None and (not awvalid or request != held_aw):

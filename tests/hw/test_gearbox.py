@@ -27,7 +27,9 @@ def simulate(dut, words, fields, unpack, *, stall, count):
         nonlocal cycles
         while len(received) < count:
             ctx.set(dut.o.ready, rng.random() >= stall)
-            _clk, _rst, valid, ready, *payload = await ctx.tick().sample(dut.o.valid, dut.o.ready, *unpack(dut.o.payload))
+            _clk, _rst, valid, ready, *payload = await ctx.tick().sample(
+                dut.o.valid, dut.o.ready, *unpack(dut.o.payload)
+            )
             cycles += 1
             if valid and ready:
                 received.append(tuple(payload))
@@ -52,8 +54,10 @@ def test_narrower(in_bytes, out_bytes, stall):
         first = rng.randrange(dut.ratio)
         words.append((rng.getrandbits(8 * in_bytes), first, rng.randrange(first, dut.ratio)))
     expected = dut.compute(words)
-    got, cycles = simulate(dut, words, ("data", "first", "last"), lambda p: [p], stall=stall, count=len(expected))
-    assert [word for word, in got] == expected
+    got, cycles = simulate(
+        dut, words, ("data", "first", "last"), lambda p: [p], stall=stall, count=len(expected)
+    )
+    assert [word for (word,) in got] == expected
     if not stall:
         assert cycles <= len(expected) + 1
 
@@ -69,25 +73,51 @@ def test_widener(in_bytes, out_bytes, stall):
         words.append((rng.getrandbits(8 * in_bytes), slot, last))
         slot = rng.randrange(dut.ratio) if last else (slot + 1) % dut.ratio
     expected = dut.compute(words)
-    got, cycles = simulate(dut, words, ("data", "slot", "last"), lambda p: [p.data, p.mask], stall=stall,
-                           count=len(expected))
+    got, cycles = simulate(
+        dut, words, ("data", "slot", "last"), lambda p: [p.data, p.mask], stall=stall, count=len(expected)
+    )
     for (value, mask), (want, want_mask) in zip(got, expected, strict=True):
         assert mask == want_mask
         for k in range(dut.ratio):
             if mask >> k & 1:
                 shift = 8 * in_bytes * k
-                assert (value >> shift) & ((1 << 8 * in_bytes) - 1) == (want >> shift) & ((1 << 8 * in_bytes) - 1)
+                assert (value >> shift) & ((1 << 8 * in_bytes) - 1) == (want >> shift) & (
+                    (1 << 8 * in_bytes) - 1
+                )
     if not stall:
         assert cycles <= len(words) + 2
 
 
-@pytest.mark.parametrize(("kind", "kwargs", "error", "message"), [
-    (Narrower, {"in_bytes": "8", "out_bytes": 4}, TypeError, "in_bytes must be an int, not '8'"),
-    (Narrower, {"in_bytes": 12, "out_bytes": 4}, ValueError, "in_bytes must be a positive power of two, not 12"),
-    (Narrower, {"in_bytes": 4, "out_bytes": 4}, ValueError, "in_bytes must be at least twice out_bytes (4), not 4"),
-    (Widener, {"in_bytes": 0, "out_bytes": 4}, ValueError, "in_bytes must be a positive power of two, not 0"),
-    (Widener, {"in_bytes": 8, "out_bytes": 4}, ValueError, "out_bytes must be at least twice in_bytes (8), not 4"),
-])
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "error", "message"),
+    [
+        (Narrower, {"in_bytes": "8", "out_bytes": 4}, TypeError, "in_bytes must be an int, not '8'"),
+        (
+            Narrower,
+            {"in_bytes": 12, "out_bytes": 4},
+            ValueError,
+            "in_bytes must be a positive power of two, not 12",
+        ),
+        (
+            Narrower,
+            {"in_bytes": 4, "out_bytes": 4},
+            ValueError,
+            "in_bytes must be at least twice out_bytes (4), not 4",
+        ),
+        (
+            Widener,
+            {"in_bytes": 0, "out_bytes": 4},
+            ValueError,
+            "in_bytes must be a positive power of two, not 0",
+        ),
+        (
+            Widener,
+            {"in_bytes": 8, "out_bytes": 4},
+            ValueError,
+            "out_bytes must be at least twice in_bytes (8), not 4",
+        ),
+    ],
+)
 def test_init_wrong(kind, kwargs, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         kind(**kwargs)

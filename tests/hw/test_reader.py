@@ -16,6 +16,7 @@ from tests.hw.axi_memory import AxiMemory
 TINY = PRESETS["tiny"]
 WIDE = replace(TINY, name="wide", bus_bytes=32)
 PERIOD = 1e-6
+MAX_CYCLES = 50_000
 
 
 class Subject(wiring.Component):
@@ -43,12 +44,15 @@ def fetch(memory, out_bytes, cmd):
         base = cmd["addr"] + repeat * cmd["stride"]
         for k in range(cmd["words"]):
             place = base + k * out_bytes
-            yield int.from_bytes(memory.data[place:place + out_bytes], "little")
+            yield int.from_bytes(memory.data[place : place + out_bytes], "little")
 
 
 def random_command(rng, arch, out_bytes, size):
     unit = min(out_bytes, arch.bus_bytes)
-    words, repeats = rng.choice([1, 2, 3, rng.randrange(1, 80), rng.randrange(1, 300)]), rng.choice([1, 1, 2, 5])
+    words, repeats = (
+        rng.choice([1, 2, 3, rng.randrange(1, 80), rng.randrange(1, 300)]),
+        rng.choice([1, 1, 2, 5]),
+    )
     if out_bytes >= arch.bus_bytes:
         words = 1 + words // (out_bytes // arch.bus_bytes * 4)
     stride = rng.choice([words * out_bytes, rng.randrange(0, 600) * unit, 4096 - unit])
@@ -65,7 +69,12 @@ def simulator(dut, memory):
     async def read(ctx):
         await memory.read(ctx, dut.arbiter.bus)
 
+    async def give_up(ctx):
+        await ctx.delay(MAX_CYCLES * PERIOD)
+        raise TimeoutError(f"not done after {MAX_CYCLES} cycles")
+
     sim.add_testbench(read, background=True)
+    sim.add_testbench(give_up, background=True)
     return sim
 
 
@@ -81,7 +90,9 @@ async def receive(ctx, reader, count, rng=None, stall=0.0):
     cycle = 0
     while len(words) < count:
         ctx.set(reader.o.ready, rng is None or rng.random() >= stall)
-        _clk, _rst, valid, ready, payload = await ctx.tick().sample(reader.o.valid, reader.o.ready, reader.o.payload)
+        _clk, _rst, valid, ready, payload = await ctx.tick().sample(
+            reader.o.valid, reader.o.ready, reader.o.payload
+        )
         cycle += 1
         if valid and ready:
             words.append(payload)
@@ -113,18 +124,25 @@ def run_random(arch, sizes, *, stall, seed, commands, fifo_beats=32):
         sim.add_testbench(sink)
 
     for k, reader in enumerate(dut.readers):
-        add(reader, [random_command(rng, arch, reader.out_bytes, memory.size) for _ in range(commands)], seed + k)
+        add(
+            reader,
+            [random_command(rng, arch, reader.out_bytes, memory.size) for _ in range(commands)],
+            seed + k,
+        )
     sim.run()
     assert not memory.outstanding_reads
     assert len({addr for addr, _ in memory.read_bursts}) > 1
 
 
 @pytest.mark.parametrize("stall", [0.0, 0.3])
-@pytest.mark.parametrize(("arch", "sizes", "commands"), [
-    (TINY, (4, 4, 16, 8, 64), 10),
-    (WIDE, (4, 8, 16, 32, 64), 16),
-    (replace(TINY, name="widest", bus_bytes=128), (4, 64, 8), 16),
-])
+@pytest.mark.parametrize(
+    ("arch", "sizes", "commands"),
+    [
+        (TINY, (4, 4, 16, 8, 64), 10),
+        (WIDE, (4, 8, 16, 32, 64), 16),
+        (replace(TINY, name="widest", bus_bytes=128), (4, 64, 8), 16),
+    ],
+)
 def test_random(arch, sizes, commands, stall):
     run_random(arch, sizes, stall=stall, seed=len(sizes), commands=commands)
 
@@ -133,13 +151,19 @@ def test_random_small_fifo():
     run_random(WIDE, (4, 64), stall=0.2, seed=9, commands=10, fifo_beats=16)
 
 
-@pytest.mark.parametrize(("arch", "out_bytes", "cycles_per_word"), [(TINY, 4, 1), (TINY, 8, 1), (TINY, 16, 2), (WIDE, 4, 1)])
+@pytest.mark.parametrize(
+    ("arch", "out_bytes", "cycles_per_word"), [(TINY, 4, 1), (TINY, 8, 1), (TINY, 16, 2), (WIDE, 4, 1)]
+)
 def test_throughput(arch, out_bytes, cycles_per_word):
     dut = Subject(arch, (out_bytes,), 64)
     memory = AxiMemory(arch.bus_bytes, latency=10)
     sim, reader = simulator(dut, memory), dut.readers[0]
     base = {"addr": 4096 - arch.bus_bytes, "stride": arch.bus_bytes * 7, "wait": 0, "wait_seq": 0}
-    todo = [base | {"words": 50, "repeats": 3}, base | {"words": 16, "repeats": 4}, base | {"words": 100, "repeats": 2}]
+    todo = [
+        base | {"words": 50, "repeats": 3},
+        base | {"words": 16, "repeats": 4},
+        base | {"words": 100, "repeats": 2},
+    ]
     expected = [word for cmd in todo for word in fetch(memory, out_bytes, cmd)]
 
     async def source(ctx):
@@ -164,7 +188,9 @@ def test_one_beat_repeats_keep_the_bus_busy():
     sim, reader = simulator(dut, memory), dut.readers[0]
 
     async def both(ctx):
-        await send(ctx, reader, {"addr": 0, "words": 1, "repeats": 100, "stride": 24, "wait": 0, "wait_seq": 0})
+        await send(
+            ctx, reader, {"addr": 0, "words": 1, "repeats": 100, "stride": 24, "wait": 0, "wait_seq": 0}
+        )
         _, cycles = await receive(ctx, reader, 100)
         assert cycles[-1] - cycles[0] == 99
 
@@ -253,24 +279,30 @@ def test_error():
     sim.run()
 
 
-@pytest.mark.parametrize(("kwargs", "error", "message"), [
-    ({"arch": "tiny"}, TypeError, "arch must be an Arch, not 'tiny'"),
-    ({"out_bytes": 4.0}, TypeError, "out_bytes must be an int, not 4.0"),
-    ({"out_bytes": 6}, ValueError, "out_bytes must be a power of two, not 6"),
-    ({"out_bytes": 2048}, ValueError, "out_bytes must be in 1..1024, not 2048"),
-    ({"fifo_beats": 8}, ValueError, "fifo_beats must be in 16..4096, not 8"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"arch": "tiny"}, TypeError, "arch must be an Arch, not 'tiny'"),
+        ({"out_bytes": 4.0}, TypeError, "out_bytes must be an int, not 4.0"),
+        ({"out_bytes": 6}, ValueError, "out_bytes must be a power of two, not 6"),
+        ({"out_bytes": 2048}, ValueError, "out_bytes must be in 1..1024, not 2048"),
+        ({"fifo_beats": 8}, ValueError, "fifo_beats must be in 16..4096, not 8"),
+    ],
+)
 def test_reader_init_wrong(kwargs, error, message):
     kwargs = {"arch": TINY, "out_bytes": 4, "fifo_beats": 32} | kwargs
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         Reader(kwargs.pop("arch"), **kwargs)
 
 
-@pytest.mark.parametrize(("kwargs", "error", "message"), [
-    ({"arch": None}, TypeError, "arch must be an Arch, not None"),
-    ({"readers": 0}, ValueError, "readers must be positive, not 0"),
-    ({"outstanding": "x"}, TypeError, "outstanding must be an int, not 'x'"),
-])
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"arch": None}, TypeError, "arch must be an Arch, not None"),
+        ({"readers": 0}, ValueError, "readers must be positive, not 0"),
+        ({"outstanding": "x"}, TypeError, "outstanding must be an int, not 'x'"),
+    ],
+)
 def test_arbiter_init_wrong(kwargs, error, message):
     kwargs = {"arch": TINY, "readers": 2} | kwargs
     with pytest.raises(error, match=f"^{re.escape(message)}$"):

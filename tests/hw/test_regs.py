@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 from amaranth.sim import Simulator
@@ -15,6 +16,7 @@ from hw.regs import (
     register_addresses,
     registers_markdown,
 )
+from hw.top import COUNTERS as TOP_COUNTERS
 
 TINY = PRESETS["tiny"]
 AT = register_addresses(["cycles", "beats"])
@@ -43,7 +45,9 @@ class Host:
         ctx.set(bus.awvalid, first != "w")
         ctx.set(bus.wvalid, first != "aw")
         while todo:
-            _clk, _rst, awv, awr, wv, wr = await ctx.tick().sample(bus.awvalid, bus.awready, bus.wvalid, bus.wready)
+            _clk, _rst, awv, awr, wv, wr = await ctx.tick().sample(
+                bus.awvalid, bus.awready, bus.wvalid, bus.wready
+            )
             if awv and awr:
                 todo.discard("aw")
             if wv and wr:
@@ -111,7 +115,11 @@ def test_constants_and_contents(stall):
         assert await host.read(AT["CAP2"]) == (32 | 64 << 16, OKAY)
         assert await host.read(AT["CAP3"]) == (2, OKAY)
         assert await host.read(AT["WATCHDOG"]) == (1 << 20, OKAY)
-        for name, port in (("PROG_ADDR", dut.prog_addr), ("PROG_INSTRS", dut.prog_instrs), ("WATCHDOG", dut.watchdog)):
+        for name, port in (
+            ("PROG_ADDR", dut.prog_addr),
+            ("PROG_INSTRS", dut.prog_instrs),
+            ("WATCHDOG", dut.watchdog),
+        ):
             assert await host.write(AT[name], 0xDEADBEEF) == OKAY
             assert ctx.get(port) == 0xDEADBEEF
             assert await host.write(AT[name], 0x11223344, strobe=0b0101) == OKAY
@@ -224,18 +232,27 @@ def test_fields():
 
 
 def test_markdown():
-    text = registers_markdown(COUNTERS)
-    for name, address in AT.items():
-        assert f"| {address:#05x} | {name} |" in text
+    text = registers_markdown(dict.fromkeys(COUNTERS, "how many"))
+    assert "| 0x108 | BEATS_LO, BEATS_HI | how many |" in text
+    for register in REGISTERS:
+        assert f"| {register.address:#05x} | {register.name} |" in text
     assert "| 7 | END |" in text
 
 
-@pytest.mark.parametrize(("kwargs", "error", "message"), [
-    ({"arch": "tiny"}, TypeError, "arch must be an Arch, not 'tiny'"),
-    ({"counters": [1]}, TypeError, "counter name must be a str, not 1"),
-    ({"counters": ["a b"]}, ValueError, "counter name must be an identifier, not 'a b'"),
-    ({"counters": ["a", "a"]}, ValueError, "counters must have different names, not ('a', 'a')"),
-])
+def test_page_is_current():
+    page = Path(__file__).parents[2] / "docs" / "registers.md"
+    assert page.read_text() == registers_markdown(dict(TOP_COUNTERS)), "write registers_markdown() there"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"arch": "tiny"}, TypeError, "arch must be an Arch, not 'tiny'"),
+        ({"counters": [1]}, TypeError, "counter name must be a str, not 1"),
+        ({"counters": ["a b"]}, ValueError, "counter name must be an identifier, not 'a b'"),
+        ({"counters": ["a", "a"]}, ValueError, "counters must have different names, not ('a', 'a')"),
+    ],
+)
 def test_init_wrong(kwargs, error, message):
     kwargs = {"arch": TINY} | kwargs
     with pytest.raises(error, match=f"^{re.escape(message)}$"):

@@ -1,0 +1,293 @@
+"""Emission: one operator becomes TILE steps, with symbolic addresses.
+
+`Emitter` knows how tensors lie in memory and makes the parts that instructions share; `Linear` and `Pointwise` are emitted here,
+attention in `compiler.emit_attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from algo.nm import NM
+from compiler.ops import Attention, LayerNorm, Linear, Pointwise, Requant
+from compiler.pack import PackedWeights, check_pattern, pack_weights
+from compiler.plan import align_up
+from compiler.program import TensorInfo
+from compiler.steps import At, Constants, Region, Step
+from compiler.verify_network import LoweringError, describe
+from hw.arch import Arch
+from hw.isa import Format, Out, Residual, RowOp, Scale, Source
+from hw.isa_check import constant_alignment, k_limits
+from hw.numerics import PARAM_DTYPE
+from hw.row import norm_constants
+
+__all__ = ["Emitter", "Segment", "k_chunks", "mask_stride"]
+
+MAX_COLS = (1 << 16) - 1
+IDENTITY = {"mult": 2, "shift": 1}
+"""Requantisation that changes nothing: rshr(2 x, 1) = x."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Output columns [start, stop) that one TILE, or one chain of TILEs with partial sums, makes."""
+
+    start: int
+    stop: int
+
+
+@dataclass(eq=False)
+class Emitter:
+    """State of one lowering.
+
+    Members
+    -------
+    constants : constant buffers so far. tensors : layout of each tensor, copies included.
+    copies : name of the transposed copy of a tensor, by (tensor, heads). tables : name of the host-written parameter tables, by (mask,
+    multiplier, shift). weights : stored bytes and format of each Linear, by operator number.
+    """
+
+    arch: Arch
+    constants: Constants
+    tensors: dict[str, TensorInfo]
+    copies: dict[tuple[str, int], str] = field(default_factory=dict)
+    tables: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    weights: dict[int, tuple[int, str]] = field(default_factory=dict)
+
+    # -- addresses ---------------------------------------------------------------------------------------------------------------
+
+    def row_tiles(self, name: str) -> int:
+        """Row tiles of one batch entry."""
+        return -(-self.tensors[name].shape[1] // self.arch.rows)
+
+    def units(self, name: str) -> list[tuple[int, int]]:
+        """All (batch entry, row tile) of a tensor in memory order."""
+        return [(b, r) for b in range(self.tensors[name].shape[0]) for r in range(self.row_tiles(name))]
+
+    def region(self, name: str, batch: int, tile: int) -> Region:
+        return name, batch * self.row_tiles(name) + tile
+
+    def column(self, name: str, batch: int, tile: int, channel: int = 0) -> At:
+        """Column `channel` of a row tile (layout "columns")."""
+        info = self.tensors[name]
+        size = self.arch.rows * (2 if info.dtype == "int16" else 1)
+        return At(name, ((batch * self.row_tiles(name) + tile) * info.shape[2] + channel) * size)
+
+    def transposed(self, name: str, batch: int, head: int, row: int) -> At:
+        """Row `row` of the first block of a head (layout "transposed")."""
+        _, heads, blocks, rows, lanes = self.tensors[name].grid(self.arch.rows)
+        return At(name, ((batch * heads + head) * blocks * rows + row) * lanes)
+
+    def block_stride(self, name: str) -> int:
+        """Bytes from one block of features of a transposed tensor to the next."""
+        return self.tensors[name].grid(self.arch.rows)[3] * self.arch.lanes
+
+    # -- parts of instructions ---------------------------------------------------------------------------------------------------
+
+    def store(self, name: str, batch: int, tile: int, segment: Segment) -> tuple[dict[str, int], dict[str, At]]:
+        """Fields and addresses that store a segment's columns."""
+        info = self.tensors[name]
+        if info.layout == "columns":
+            out = Out.STORE16 if info.dtype == "int16" else Out.STORE8
+            return {"out": out}, {"o_addr": self.column(name, batch, tile, segment.start)}
+        head_dim = info.shape[2] // info.heads
+        at = self.transposed(name, batch, segment.start // head_dim, tile * self.arch.rows)
+        block = segment.start % head_dim // self.arch.lanes
+        stride = self.block_stride(name)
+        return {"out": Out.STORE8T, "o_stride": stride}, {"o_addr": replace(at, offset=at.offset + block * stride)}
+
+    def post(
+        self, op: Linear | Pointwise, batch: int, tile: int, segment: Segment
+    ) -> tuple[dict[str, int], dict[str, At], tuple[Region, ...]]:
+        """Residual, table, norm and store of a segment: fields, addresses, regions read."""
+        fields, addresses = self.store(op.out, batch, tile, segment)
+        reads: tuple[Region, ...] = ()
+        if op.residual is not None:
+            kind = Residual.INT16 if self.tensors[op.residual.tensor].dtype == "int16" else Residual.INT8
+            fields |= {"residual": kind, "r_mult": op.residual.mult, "r_shift": op.residual.shift}
+            addresses["r_addr"] = self.column(op.residual.tensor, batch, tile, segment.start)
+            reads = (self.region(op.residual.tensor, batch, tile),)
+        if op.table is not None:
+            fields["table"] = 1
+        if op.norm is not None:
+            norm_fields, gamma = self.norm(op.norm, segment.stop - segment.start)
+            fields |= norm_fields
+            addresses["g_addr"] = gamma
+        return fields, addresses, reads
+
+    def norm(self, norm: LayerNorm, cols: int) -> tuple[dict[str, int], At]:
+        """Fields of a row normalisation over `cols` columns, and its parameters."""
+        ln_inv, ln_shift, row_mult, row_shift = norm_constants(cols)
+        fields = {
+            "row_op": RowOp.RMSNORM if norm.rms else RowOp.LAYERNORM,
+            "ln_inv": ln_inv, "ln_shift": ln_shift, "row_mult": row_mult, "row_shift": row_shift, "ln_eps": norm.eps,
+        }
+        return fields, At(self.constants.add(_params(norm.beta, norm.gamma, norm.shift)))
+
+    def table(self, op: Linear | Pointwise) -> str | None:
+        return None if op.table is None else self.constants.add(op.table)
+
+    def segments(self, name: str, *, limit: int = MAX_COLS) -> list[Segment]:
+        """Cut a tensor's columns so that a segment has at most `limit` columns, and heads of a transposed tensor start blocks."""
+        info, lanes = self.tensors[name], self.arch.lanes
+        channels = info.shape[2]
+        head_dim = channels // info.heads
+        parts = info.heads if info.layout == "transposed" and head_dim % lanes else 1
+        size = channels // parts
+        if size > limit:
+            count = -(-size // (limit // lanes * lanes or limit))
+            width = min(align_up(-(-size // count), lanes), limit)
+        else:
+            width = size
+        return [
+            Segment(start=p * size + s, stop=p * size + min(size, s + width))
+            for p in range(parts)
+            for s in range(0, size, width)
+        ]
+
+    def copy(self, index: int, name: str, heads: int) -> tuple[str, list[Step]]:
+        """The transposed form of a tensor for that many heads: its name, and the steps that make it if it is new."""
+        info = self.tensors[name]
+        if info.layout == "transposed" and info.heads == heads:
+            return name, []
+        if (name, heads) in self.copies:
+            return self.copies[name, heads], []
+        made = f"{name}@{heads}"
+        self.copies[name, heads] = made
+        self.tensors[made] = replace(info, name=made, layout="transposed", heads=heads)
+        steps = []
+        for batch, tile in self.units(name):
+            for segment in self.segments(made):
+                fields, addresses = self.store(made, batch, tile, segment)
+                steps.append(Step(
+                    op=index,
+                    fields={"source": Source.STREAM, "cols": segment.stop - segment.start, **IDENTITY, **fields},
+                    addresses={"a_addr": self.column(name, batch, tile, segment.start), **addresses},
+                    reads=(self.region(name, batch, tile),), writes=(self.region(made, batch, tile),),
+                    note=f"transpose {name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}",
+                ))
+        return made, steps
+
+    # -- operators ---------------------------------------------------------------------------------------------------------------
+
+    def linear(self, index: int, op: Linear) -> list[Step]:
+        cols, k = op.weight.shape
+        check_pattern(op.weight, op.pattern, layer=describe(op))
+        single = op.norm is not None  # a row normalisation needs all columns of a row in one instruction
+        splittable = not single or cols <= self.arch.psum_depth
+        chunks = k_chunks(k, op.pattern, self.arch, cols=cols, splittable=splittable)
+        if chunks is None:
+            raise LoweringError(
+                f"{describe(op)}: {k} inputs need partial sums of all {cols} columns before the norm, more than "
+                f"psum_depth = {self.arch.psum_depth} of {self.arch.name}"
+            )
+        segments = self.segments(op.out, limit=MAX_COLS if len(chunks) == 1 else self.arch.psum_depth)
+        packed = [[self.pack(index, op, segment, chunk) for chunk in chunks] for segment in segments]
+        params = [At(self.constants.add(_requant_params(op.requant, segment))) for segment in segments]
+        table = self.table(op)
+        steps = []
+        for batch, tile in self.units(op.x):
+            for segment, streams, p_addr in zip(segments, packed, params, strict=True):
+                for place, (k0, k1) in enumerate(chunks):
+                    weights, weight_fields, weight_addresses = streams[place]
+                    final = place + 1 == len(chunks)
+                    fields = {"k": k1 - k0, "cols": segment.stop - segment.start, "psum_in": int(place > 0), **weight_fields}
+                    addresses = {"a_addr": self.column(op.x, batch, tile, k0), **weight_addresses}
+                    reads = (self.region(op.x, batch, tile),)
+                    if final:
+                        post_fields, post_addresses, post_reads = self.post(op, batch, tile, segment)
+                        fields |= {"scale": Scale.COLUMN, **post_fields}
+                        addresses |= {"p_addr": p_addr, **post_addresses}
+                        reads += post_reads
+                    else:
+                        fields["psum_out"] = 1
+                    steps.append(Step(
+                        op=index, fields=fields, addresses=addresses, reads=reads,
+                        writes=(self.region(op.out, batch, tile),) if final else (),
+                        table=table if final else None,
+                        note=f"{op.name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}, inputs {k0}..{k1 - 1}, "
+                             f"{_pattern_text(weights)}",
+                    ))
+        return steps
+
+    def pack(
+        self, index: int, op: Linear, segment: Segment, chunk: tuple[int, int]
+    ) -> tuple[PackedWeights, dict[str, int], dict[str, At]]:
+        """Pack a block of a layer's weights and store it."""
+        block = op.weight[segment.start : segment.stop, chunk[0] : chunk[1]]
+        packed = pack_weights(block, op.pattern, lanes=self.arch.lanes, layer=describe(op))
+        fields = {"format": packed.format, "n": packed.n, "m": packed.m, "w_stride": packed.stride}
+        addresses = {"w_addr": At(self.constants.add(packed.values))}
+        if packed.format != Format.DENSE:
+            addresses["x_addr"] = At(self.constants.add(packed.positions))
+        size, name = self.weights.get(index, (0, packed.format.name))
+        self.weights[index] = (size + packed.nbytes, name)
+        return packed, fields, addresses
+
+    def pointwise(self, index: int, op: Pointwise) -> list[Step]:
+        table, steps = self.table(op), []
+        for batch, tile in self.units(op.out):
+            for segment in self.segments(op.out):
+                fields, addresses, reads = self.post(op, batch, tile, segment)
+                fields |= {"source": Source.ZERO, "cols": segment.stop - segment.start, "mult": op.mult, "shift": op.shift}
+                if op.x is not None:
+                    fields["source"] = Source.STREAM
+                    addresses["a_addr"] = self.column(op.x, batch, tile, segment.start)
+                    reads += (self.region(op.x, batch, tile),)
+                steps.append(Step(
+                    op=index, fields=fields, addresses=addresses, reads=reads,
+                    writes=(self.region(op.out, batch, tile),), table=table,
+                    note=f"{op.name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}",
+                ))
+        return steps
+
+    def mask_table(self, op: Attention) -> str:
+        """Name of the parameter tables that the host writes for a masked attention."""
+        key = (str(op.mask), op.score_mult, op.score_shift)
+        return self.tables.setdefault(key, f"mask table {len(self.tables)}")
+
+
+def k_chunks(
+    k: int, pattern: NM | None, arch: Arch, *, cols: int, splittable: bool
+) -> list[tuple[int, int]] | None:
+    """Cut a reduction into pieces [start, stop) whose starts are multiples of M.
+
+    One piece if two of it fit the lanes' ring, so that the next TILE loads while this one computes. Else pieces with partial sums,
+    if that is allowed and costs less than loading without overlap; None if it does not fit in one piece and may not be cut.
+    """
+    n, m = (1, 1) if pattern is None or pattern.n == pattern.m else (pattern.n, pattern.m)
+    padded = align_up(k, m)
+    if 2 * padded <= arch.lane_depth:
+        return [(0, k)]
+    piece = arch.lane_depth // 2 // m * m
+    count = -(-k // piece)
+    piece = align_up(-(-k // count), m)
+    pieces = [(start, min(k, start + piece)) for start in range(0, k, piece)]
+    if k > k_limits(arch)[m]:
+        return pieces if splittable else None
+    tiles = -(-cols // arch.lanes)
+    whole = tiles * max(padded // m * n, arch.lanes) + 2 * padded - arch.lane_depth
+    cut = tiles * len(pieces) * max(piece // m * n, arch.lanes)
+    return pieces if splittable and cut < whole else [(0, k)]
+
+
+def mask_stride(keys: int, arch: Arch) -> int:
+    return align_up(keys * PARAM_DTYPE.itemsize, constant_alignment(arch))
+
+
+def _params(bias: NDArray[np.int32], mult: NDArray[np.int16], shift: NDArray[np.uint8]) -> NDArray[np.void]:
+    params = np.zeros(len(bias), PARAM_DTYPE)
+    params["bias"], params["mult"], params["shift"] = bias, mult, shift
+    return params
+
+
+def _requant_params(requant: Requant, segment: Segment) -> NDArray[np.void]:
+    part = slice(segment.start, segment.stop)
+    return _params(requant.bias[part], requant.mult[part], requant.shift[part])
+
+
+def _pattern_text(weights: PackedWeights) -> str:
+    return "dense" if weights.format == Format.DENSE else f"{weights.n}:{weights.m} {weights.format.name.lower()}"

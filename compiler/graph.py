@@ -1,0 +1,429 @@
+"""The float graph: what the front end makes of a module, what the passes rewrite, what calibration runs.
+
+A `Graph` is named nodes in execution order. There is one frozen dataclass for each kind of operator; `compiler.legality` says which
+kinds may stand where. A graph can be executed at any time (`Graph.run`), so every pass can be checked against the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from algo.nm import NM
+from compiler.layout import Layout
+
+__all__ = [
+    "Activation",
+    "Add",
+    "Aten",
+    "Attention",
+    "CompileError",
+    "Constant",
+    "Function",
+    "Graph",
+    "Input",
+    "KeyMask",
+    "LayerNorm",
+    "Linear",
+    "MatMul",
+    "Node",
+    "Norm",
+    "Operand",
+    "Pointwise",
+    "Post",
+    "Scale",
+    "ScaledDotProduct",
+    "Softmax",
+    "View",
+]
+
+Shape = tuple[int, ...]
+
+
+class CompileError(ValueError):
+    """A module that cannot be compiled; the message names module path, operator and shapes."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of one number, by name: what an activation table will hold."""
+
+    name: str
+    apply: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """LayerNorm (``rms``: RMSNorm) over the last dimension: gamma, beta float32 (C,)."""
+
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+    rms: bool = False
+
+    def apply(self, x: Tensor) -> Tensor:
+        shape = (x.shape[-1],)
+        if self.rms:
+            return F.rms_norm(x, shape, self.gamma, self.eps) + self.beta
+        return F.layer_norm(x, shape, self.gamma, self.beta, self.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Post:
+    """What follows a sum, in this order: residual (the node's last operand), function, norm."""
+
+    residual: bool = False
+    function: Function | None = None
+    norm: Norm | None = None
+
+    def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        for _, x in self.stages(x, residual):
+            pass
+        return x
+
+    def stages(self, x: Tensor, residual: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
+        """("sum", after the residual), ("function", ...), ("norm", ...): the values that calibration has to see."""
+        if residual is not None:
+            x = x + residual
+        yield "sum", x
+        if self.function is not None:
+            x = self.function.apply(x)
+            yield "function", x
+        if self.norm is not None:
+            x = self.norm.apply(x)
+            yield "norm", x
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Node:
+    """An operator and its result.
+
+    Members
+    -------
+    name
+        Of the result, unique in the graph.
+    inputs
+        Names of the operands.
+    shape
+        Of the result, as traced. A graph without `View`, `Aten` and `ScaledDotProduct` runs on other batch sizes and lengths, too.
+    source
+        Module path, for messages.
+    """
+
+    name: str
+    inputs: tuple[str, ...] = ()
+    shape: Shape
+    source: str = ""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        """The node's float value."""
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def operator(self) -> str:
+        """Name of the operator in messages."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Input(Node):
+    """An argument of the module: float32 data, or a mask of any integer type or bool."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Constant(Node):
+    """A parameter, a buffer, or what the front end computed from them. ``source`` is the parameter's name."""
+
+    value: Tensor
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Place of operand ``index`` within the arguments of an `Aten` node."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Aten(Node):
+    """A torch operator carried along as it is: mask arithmetic until `fold_masks`, otherwise unsupported."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def operator(self) -> str:
+        return str(self.target)
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.target(*_fill(self.args, operands), **_fill(self.kwargs, operands))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class View(Node):
+    """Reshape, transpose, select and slice in one."""
+
+    layout: Layout
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.layout.apply(operands[0])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Linear(Node):
+    """``post(x @ weight.T + bias)``: weight float32 (out, in), N:M along in if ``pattern``; inputs x [, residual]."""
+
+    weight: Tensor
+    bias: Tensor | None
+    pattern: NM | None = None
+    post: Post = Post()
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.post.apply(self.product(operands[0]), *operands[1:])
+
+    def product(self, x: Tensor) -> Tensor:
+        """Before the post-processing."""
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Pointwise(Node):
+    """``post(x)``: post-processing without a product; inputs x [, residual]."""
+
+    post: Post
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.post.apply(*operands)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MatMul(Node):
+    """``a @ b`` of two activations."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0] @ operands[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scale(Node):
+    """``x * factor``."""
+
+    factor: float
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0] * self.factor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Add(Node):
+    """``a + b``."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0] + operands[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Softmax(Node):
+    """Softmax over the last dimension."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0].softmax(-1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerNorm(Node):
+    """Normalisation over the last dimension."""
+
+    norm: Norm
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.norm.apply(operands[0])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Activation(Node):
+    """A function of each element."""
+
+    function: Function
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.function.apply(operands[0])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KeyMask(Node):
+    """Which keys take part: bool (batch, 1, keys) from a mask input (batch, keys); ``keep`` is the input's value for "takes part"."""
+
+    keep: bool
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return ((operands[0] != 0) == self.keep)[:, None, :]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScaledDotProduct(Node):
+    """``softmax(scale * q @ k.T, masked) @ v`` over the last two dimensions; inputs q, k, v [, mask].
+
+    A mask operand is what the module gave (bool or additive, broadcast to the scores), or a `KeyMask` (``key_mask``).
+    """
+
+    scale: float
+    key_mask: bool = False
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        q, k, v, *mask = operands
+        bias = mask[0] if mask else None
+        if bias is not None and self.key_mask:
+            keep = bias[:, None]  # (batch, 1, 1, keys)
+            bias = keep if q.ndim == 4 else keep.expand(-1, q.shape[0] // len(keep), 1, -1).flatten(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attention(Node):
+    """Multi-head softmax attention on (..., rows, heads * head_dim); inputs q, k, v [, `KeyMask`]."""
+
+    heads: int
+    scale: float
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for x in operands[:3])
+        mask = operands[3] if len(operands) > 3 else None
+        if mask is not None:
+            mask = mask[:, None] if q.ndim == 4 else mask
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return mixed.transpose(-2, -3).flatten(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Nodes in execution order, by name, and the names of the results.
+
+    Members
+    -------
+    stage
+        The latest pass that ran (``"trace"`` for none); `compiler.legality` has the law of each.
+    """
+
+    nodes: Mapping[str, Node]
+    outputs: tuple[str, ...]
+    stage: str = "trace"
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The arguments, in order."""
+        return tuple(node for node in self.nodes.values() if isinstance(node, Input))
+
+    def users(self) -> dict[str, list[Node]]:
+        """The nodes that read each node; one that reads it twice is there twice."""
+        found: dict[str, list[Node]] = {name: [] for name in self.nodes}
+        for node in self.nodes.values():
+            for name in node.inputs:
+                found[name].append(node)
+        return found
+
+    def bind(self, inputs: Any) -> dict[str, Tensor]:
+        """Give a tensor, a sequence or a dict of tensors the names of the graph's inputs.
+
+        Raises
+        ------
+        ValueError
+            A missing or surplus input, or one of another rank.
+        """
+        names = [node.name for node in self.inputs]
+        if isinstance(inputs, Tensor):
+            inputs = (inputs,)
+        if not isinstance(inputs, Mapping):
+            inputs = tuple(inputs)
+            if len(inputs) != len(names):
+                raise ValueError(f"the graph has {len(names)} inputs ({', '.join(names)}), not {len(inputs)}")
+            inputs = dict(zip(names, inputs, strict=True))
+        if set(inputs) != set(names):
+            raise ValueError(f"the graph's inputs are {', '.join(names)}, not {', '.join(map(str, inputs)) or 'none'}")
+        for node in self.inputs:
+            value = inputs[node.name]
+            if not isinstance(value, Tensor) or value.ndim != len(node.shape):
+                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"input {node.name!r} must be a tensor like {node.shape}, not {given}")
+        return dict(inputs)
+
+    @torch.no_grad()
+    def run(
+        self, inputs: Any, *, observe: Callable[[Node, tuple[Tensor, ...], Tensor], None] | None = None
+    ) -> dict[str, Tensor]:
+        """Execute in float.
+
+        Parameters
+        ----------
+        inputs
+            A tensor, a sequence in the order of `inputs`, or a dict by name.
+        observe
+            Called after each node with the node, its operands and its value.
+
+        Returns
+        -------
+        dict[str, Tensor]
+            The values of `outputs`.
+        """
+        values = self.bind(inputs)
+        last = {name: node.name for node in self.nodes.values() for name in node.inputs}
+        for node in self.nodes.values():
+            if not isinstance(node, Input):
+                operands = tuple(values[name] for name in node.inputs)
+                values[node.name] = node.evaluate(*operands)
+                if observe is not None:
+                    observe(node, operands, values[node.name])
+            for name in {*node.inputs, node.name}:
+                if last.get(name, node.name) == node.name and name not in self.outputs and name in values:
+                    del values[name]  # nobody reads it any more
+        return {name: values[name] for name in self.outputs}
+
+    def rewrite(self, nodes: Iterable[Node], *, renamed: Mapping[str, str] | None = None, outputs: tuple[str, ...] = ()) -> Graph:
+        """A graph of these nodes: operands and outputs renamed, dead nodes dropped (inputs stay).
+
+        ``nodes`` must be in an order in which operands come first; ``outputs``, if given, are the new ones.
+        """
+        renamed = renamed or {}
+
+        def final(name: str) -> str:
+            while name in renamed:
+                name = renamed[name]
+            return name
+
+        outputs = tuple(final(name) for name in outputs or self.outputs)
+        new = [replace(node, inputs=tuple(map(final, node.inputs))) for node in nodes]
+        needed = set(outputs)
+        for node in reversed(new):
+            if node.name in needed:
+                needed.update(node.inputs)
+        kept = {node.name: node for node in new if node.name in needed or isinstance(node, Input)}
+        return Graph(kept, outputs, self.stage)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{node.name:32} {node.operator:18} {'x'.join(map(str, node.shape)):>14}  ({', '.join(node.inputs)})  {node.source}"
+            for node in self.nodes.values()
+        ]
+        return "\n".join([f"graph after {self.stage}:", *lines, f"outputs: {', '.join(self.outputs)}"])
+
+
+def _fill(value: Any, operands: tuple[Tensor, ...]) -> Any:
+    """Arguments of an `Aten` node with the operands in their places."""
+    if isinstance(value, Operand):
+        return operands[value.index]
+    if isinstance(value, list | tuple):
+        return type(value)(_fill(item, operands) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _fill(item, operands) for key, item in value.items()}
+    return value

@@ -1,0 +1,158 @@
+"""What a graph may hold after each pass: one table, checked between passes.
+
+The table also says no to a user: an operator that is left over where it is not legal any more is one that cannot be compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from compiler.graph import (
+    Activation,
+    Add,
+    Aten,
+    Attention,
+    CompileError,
+    Constant,
+    Graph,
+    Input,
+    KeyMask,
+    LayerNorm,
+    Linear,
+    MatMul,
+    Node,
+    Pointwise,
+    Scale,
+    ScaledDotProduct,
+    Softmax,
+    View,
+)
+
+__all__ = ["LEGAL", "check"]
+
+_PLAIN = {Input, KeyMask, Linear, Add, LayerNorm, Activation, Scale}
+_ATTENTION = {MatMul, Softmax, ScaledDotProduct}
+
+LEGAL: dict[str, frozenset[type[Node]]] = {
+    stage: frozenset(kinds)
+    for stage, kinds in {
+        "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
+        "fold_biases": {*_PLAIN, *_ATTENTION, View},
+        "sink_views": {*_PLAIN, *_ATTENTION, View},
+        "split_linears": {*_PLAIN, *_ATTENTION, View},
+        "match_heads": {*_PLAIN, Attention, View},
+        "drop_views": {*_PLAIN, Attention},
+        "fold_scales": {*_PLAIN, Attention} - {Scale},
+        "fuse": {Input, KeyMask, Linear, Attention, Pointwise},
+    }.items()
+}
+"""Kinds of node that are legal after each pass."""
+
+_REASONS: dict[type[Node], str] = {
+    Aten: "this operator is not supported",
+    Constant: "adding or comparing with a constant tensor is not supported here",
+    MatMul: "a product of two activations is supported only as softmax(q k^T) v attention",
+    Softmax: "softmax is supported only over the keys of an attention",
+    ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), split into heads, with equal sizes",
+    View: "this rearrangement of data is supported only around attention heads",
+    Scale: "scaling is supported only after a Linear layer or within attention",
+}
+
+
+def check(graph: Graph, *, shown: int = 5) -> None:
+    """Refuse a graph that is not legal at its stage.
+
+    Raises
+    ------
+    CompileError
+        Names module path, operator and shapes of the first few offending nodes.
+    """
+    problems = list(_kinds(graph)) or [problem for rule in RULES for problem in rule(graph)]
+    if problems:
+        more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
+        raise CompileError("\n  ".join([f"cannot compile (after {graph.stage}):", *problems[:shown], *more]))
+
+
+def _kinds(graph: Graph) -> Iterator[str]:
+    legal = LEGAL[graph.stage]
+    illegal = [node for node in graph.nodes.values() if type(node) not in legal]
+    if any(isinstance(node, Aten) for node in illegal):
+        illegal = [node for node in illegal if isinstance(node, Aten)]  # the others are most likely consequences
+    for node in illegal:
+        yield describe(graph, node, _REASONS.get(type(node), f"{node.operator} is not legal here"))
+
+
+def describe(graph: Graph, node: Node, reason: str) -> str:
+    """One line about a node: module path, operator, shapes, reason."""
+    operands = ", ".join(str(graph.nodes[name].shape) for name in node.inputs)
+    return f"{node.source or 'the module'}: {node.operator} {node.name!r} ({operands}) -> {node.shape}: {reason}"
+
+
+def _operands_first(graph: Graph) -> Iterator[str]:
+    known: set[str] = set()
+    for name, node in graph.nodes.items():
+        if node.name != name:
+            yield f"node {node.name!r} is filed under {name!r}"
+        for operand in node.inputs:
+            if operand not in known:
+                yield f"{node.source or 'the module'}: {node.operator} {name!r} reads {operand!r}, which is not computed before it"
+        known.add(name)
+    for output in graph.outputs:
+        if output not in known:
+            yield f"output {output!r} is not computed by any node"
+
+
+def _equal_shapes(graph: Graph) -> Iterator[str]:
+    """No broadcasting of data: sums have operands of one shape (constants excepted while there are some)."""
+    for node in graph.nodes.values():
+        if not isinstance(node, Add) or graph.stage in ("trace", "fold_functions", "match_scores", "fold_masks"):
+            continue
+        if any(graph.nodes[name].shape != node.shape for name in node.inputs):
+            yield describe(graph, node, "operands must have equal shapes: broadcasting is not supported")
+
+
+def _masks_only_mask(graph: Graph) -> Iterator[str]:
+    """A key mask is read by attention alone, and made from an input."""
+    for node in graph.nodes.values():
+        for place, name in enumerate(node.inputs):
+            if isinstance(graph.nodes[name], KeyMask) and not (isinstance(node, Attention | ScaledDotProduct) and place == 3):
+                yield describe(graph, node, "a key mask can only mask attention")
+        if isinstance(node, KeyMask) and not isinstance(graph.nodes[node.inputs[0]], Input):
+            yield describe(graph, node, "a key mask must be an input")
+
+
+def _masks_are_no_data(graph: Graph) -> Iterator[str]:
+    """Data is float32; an input of another type is a mask."""
+    if graph.stage in ("trace", "fold_functions", "match_scores"):
+        return
+    for node in graph.nodes.values():
+        if isinstance(node, KeyMask):
+            continue
+        for name in node.inputs:
+            operand = graph.nodes[name]
+            if isinstance(operand, Input) and not operand.dtype.is_floating_point:
+                yield describe(graph, node, f"input {name!r} of {str(operand.dtype).removeprefix('torch.')} can only be a key mask")
+
+
+def _rows_of_channels(graph: Graph) -> Iterator[str]:
+    """At the end every tensor is (rows, C) or (B, S, C), and a residual has its sum's shape."""
+    if graph.stage != "fuse":
+        return
+    for node in graph.nodes.values():
+        if not isinstance(node, Input | KeyMask) and len(node.shape) not in (2, 3):
+            yield describe(graph, node, "tensors must be (rows, channels) or (batch, rows, channels)")
+        if isinstance(node, Linear | Pointwise) and (len(node.inputs) == 2) != node.post.residual:
+            yield describe(graph, node, "a residual is the second operand")
+
+
+RULES: tuple[Callable[[Graph], Iterator[str]], ...] = (
+    _operands_first,
+    _equal_shapes,
+    _masks_only_mask,
+    _masks_are_no_data,
+    _rows_of_channels,
+)
+"""What must hold besides the kinds."""

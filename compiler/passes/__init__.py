@@ -1,0 +1,58 @@
+"""The passes, in the order in which they run.
+
+Each takes a graph and gives a graph that computes the same; `compiler.legality` says what is left afterwards. To add one, write a
+function ``Graph -> Graph``, put it into `PASSES` and its row into `LEGAL`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from compiler.graph import Graph
+from compiler.legality import check
+from compiler.passes.attention import match_heads, match_scores
+from compiler.passes.functions import fold_functions
+from compiler.passes.fuse import fuse
+from compiler.passes.linears import fold_biases, fold_scales, split_linears
+from compiler.passes.masks import fold_masks
+from compiler.passes.views import drop_views, sink_views
+
+__all__ = ["PASSES", "optimise", "run_passes"]
+
+Pass = Callable[[Graph], Graph]
+
+PASSES: tuple[Pass, ...] = (
+    fold_functions,  # x * sigmoid(x) and the like become one function
+    match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
+    fold_masks,  # mask arithmetic becomes one KeyMask
+    fold_biases,  # a constant vector added after a Linear becomes its bias
+    sink_views,  # reshapes and transposes move behind the operators that do not care
+    split_linears,  # a Linear whose result is cut into channel ranges becomes several
+    match_heads,  # ScaledDotProduct between head splits becomes Attention
+    drop_views,  # what is left of the views cancels out
+    fold_scales,  # scales go into weights and attention
+    fuse,  # residual, function and norm go into the operator before them
+)
+
+
+def run_passes(graph: Graph) -> Iterator[Graph]:
+    """The graph after each pass, each one checked."""
+    check(graph)
+    for transform in PASSES:
+        graph = replace(transform(graph), stage=transform.__name__)
+        check(graph)
+        yield graph
+
+
+def optimise(graph: Graph) -> Graph:
+    """Run all passes on what `compiler.frontend.trace` made.
+
+    Raises
+    ------
+    CompileError
+        An operator that cannot be compiled; names module path, operator and shapes.
+    """
+    for graph in run_passes(graph):
+        pass
+    return graph

@@ -1,0 +1,73 @@
+"""fuse: residual, function and norm go into the operator before them; what stands alone becomes `Pointwise`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from compiler.graph import Activation, Add, Graph, LayerNorm, Linear, Node, Pointwise, Post
+
+__all__ = ["fuse"]
+
+
+def fuse(graph: Graph) -> Graph:
+    """Make every sum, function and norm part of a Linear or a Pointwise, in the order of `Post`."""
+    users = graph.users()
+    done: dict[str, Node] = {}
+    renamed: dict[str, str] = {}
+    for node in graph.nodes.values():
+        node = replace(node, inputs=tuple(renamed.get(name, name) for name in node.inputs))
+        if not isinstance(node, Add | Activation | LayerNorm):
+            done[node.name] = node
+            continue
+        place = _producer(node, done, {name for name in done if _private(graph, users, renamed, name)})
+        if place is None:
+            done[node.name] = Pointwise(
+                name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, post=_extended(Post(), node)
+            )
+            continue
+        producer = done.pop(node.inputs[place])
+        operands = producer.inputs if not isinstance(node, Add) else (*producer.inputs, node.inputs[1 - place])
+        # under the last part's place in the order, so that the residual is computed before it
+        done[producer.name] = replace(producer, inputs=operands, post=_extended(producer.post, node))  # type: ignore[attr-defined]
+        renamed[node.name] = producer.name
+    return graph.rewrite(done.values(), renamed=renamed)
+
+
+def _private(graph: Graph, users: dict[str, list[Node]], renamed: dict[str, str], name: str) -> bool:
+    """Whether just one node reads a result, counting what has been fused into its producer."""
+    latest = next((old for old, new in reversed(renamed.items()) if new == name), name)
+    return len(users[latest]) == 1 and latest not in graph.outputs
+
+
+def _producer(node: Node, done: dict[str, Node], private: set[str]) -> int | None:
+    """Which operand of a sum, function or norm can take it in: the latest in execution order that has room."""
+    order = list(done)
+    places = sorted(range(len(node.inputs)), key=lambda i: order.index(node.inputs[i]), reverse=True)
+    if len(set(node.inputs)) < len(node.inputs):
+        return None  # x + x
+    for place in places:
+        producer = done[node.inputs[place]]
+        if node.inputs[place] in private and isinstance(producer, Linear | Pointwise) and _has_room(producer.post, node):
+            if isinstance(node, Add) and isinstance(producer, Pointwise) and producer.post.residual:
+                continue
+            return place
+    return None
+
+
+def _has_room(post: Post, node: Node) -> bool:
+    """Whether the hardware's order (residual, function, norm) allows one more."""
+    if isinstance(node, Add):
+        return not post.residual and post.function is None and post.norm is None
+    if isinstance(node, Activation):
+        return post.function is None and post.norm is None
+    return post.norm is None
+
+
+def _extended(post: Post, node: Node) -> Post:
+    if isinstance(node, Add):
+        return replace(post, residual=True)
+    if isinstance(node, Activation):
+        return replace(post, function=node.function)
+    if isinstance(node, LayerNorm):
+        return replace(post, norm=node.norm)
+    raise TypeError(f"{node.operator} cannot be fused")

@@ -1,0 +1,264 @@
+"""The integer reference: a `QuantNetwork` operator by operator on logical shapes.
+
+What RTL and ISA engine are compared with. It knows no tiles, no packing and no addresses; the arithmetic is that of
+`docs/numerics.md`, the row operations are the models of `hw.row`.
+
+Sums of products run through floating-point matrix products, which are many times faster than integer ones, and exact here:
+a product of integers is an integer, and every partial sum, in whatever order and with or without fused multiply-add, is an
+integer of magnitude at most ``max over outputs of sum |weight| * max |activation|``. If that bound is below 2^24 every partial
+sum is a float32 number; below 2^53 a float64 number; then no rounding ever happens. `_product` checks the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compiler.ops import Attention, LayerNorm, Linear, Op, Pointwise, QuantNetwork, QuantTensor, ResidualInput
+from hw.numerics import MASK_BIAS
+from hw.row import layernorm_rows, norm_constants, softmax_rows
+
+__all__ = ["dequantise", "quantise_inputs", "run_reference"]
+
+_RANGE = {"int8": (-128, 127), "int16": (-32768, 32767), "keymask": (0, 1)}
+_DTYPE = {"int8": np.int8, "int16": np.int16, "keymask": np.uint8}
+_CHUNK = 1 << 22
+"""Elements worked on at once, so that temporaries stay in memory that is near."""
+
+
+def quantise_inputs(network: QuantNetwork, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Integers for the network's inputs from the module's own arguments.
+
+    Parameters
+    ----------
+    network
+        Its `meta` says how masks read (``"keep.<name>"``: the value of a key that takes part).
+    inputs
+        By name: float (rows, C) or (B, S, C) data; (B, S) masks of any integer type or bool. Batch and rows may differ from the
+        network's, if they agree among themselves.
+
+    Returns
+    -------
+    dict[str, NDArray]
+        int8 or int16 ``clip(round(x / scale))`` of shape (B, S, C), half to even; uint8 (B, 1, S) for masks.
+
+    Raises
+    ------
+    ValueError
+        A missing or unknown name, a wrong shape, a NaN or an infinity.
+    """
+    unknown, missing = sorted(set(inputs) - set(network.inputs)), [name for name in network.inputs if name not in inputs]
+    if unknown or missing:
+        raise ValueError(f"the network's inputs are {', '.join(network.inputs)}, not {', '.join(inputs) or 'none'}")
+    result = {name: _integers(network, network.tensors[name], inputs[name]) for name in network.inputs}
+    _check_inputs(network, result)
+    return result
+
+
+def _integers(network: QuantNetwork, tensor: QuantTensor, value: Tensor) -> NDArray[Any]:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"input {tensor.name!r} must be a torch.Tensor, not {type(value).__name__}")
+    if tensor.dtype == "keymask":
+        if value.ndim != 2:
+            raise ValueError(f"input {tensor.name!r} must be a mask of shape (batch, keys), not {tuple(value.shape)}")
+        keep = network.meta.get(f"keep.{tensor.name}", "1") == "1"
+        return ((value != 0) == keep)[:, None, :].numpy().astype(np.uint8)
+    if value.ndim == 2:
+        value = value[None]
+    if value.ndim != 3:
+        raise ValueError(f"input {tensor.name!r} must be (rows, channels) or (batch, rows, channels), not {tuple(value.shape)}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"input {tensor.name!r} has a NaN or an infinity")
+    low, high = _RANGE[tensor.dtype]
+    quantised = torch.round(value.detach().double() / tensor.scale).clamp_(low, high)
+    return quantised.numpy().astype(_DTYPE[tensor.dtype])
+
+
+def dequantise(network: QuantNetwork, name: str, values: NDArray[Any]) -> Tensor:
+    """Real values of a tensor: float32 ``scale * values``, same shape."""
+    return torch.from_numpy(np.asarray(values, np.float64) * network.tensors[name].scale).float()
+
+
+def run_reference(
+    network: QuantNetwork,
+    inputs: Mapping[str, NDArray[Any]],
+    *,
+    keep: Callable[[str], bool] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Execute a network in integer arithmetic.
+
+    Parameters
+    ----------
+    network
+        The arithmetic does not depend on batch and rows, so inputs of another batch size or length are fine.
+    inputs
+        As `quantise_inputs` gives them: int8 or int16 (B, S, C), masks uint8 (B, 1, S).
+    keep
+        Which tensors to return, by name; others are forgotten as soon as nobody reads them. All by default.
+
+    Returns
+    -------
+    dict[str, NDArray]
+        int8 or int16 (B, S, C) of every tensor, inputs included.
+
+    Raises
+    ------
+    ValueError
+        An input is missing, unknown, or has the wrong shape, dtype or range.
+    """
+    _check_inputs(network, inputs)
+    wanted = keep if keep is not None else lambda name: True
+    values = {name: np.asarray(inputs[name]) for name in network.inputs}
+    last = {name: i for i, op in enumerate(network.ops) for name in _reads(op)}
+    result = {name: value for name, value in values.items() if wanted(name)}
+    for i, op in enumerate(network.ops):
+        values[op.out] = _execute(op, values, network.tensors[op.out])
+        if wanted(op.out):
+            result[op.out] = values[op.out]
+        for name in {*_reads(op), op.out}:
+            if last.get(name, i) == i:
+                del values[name]
+    return result
+
+
+def _check_inputs(network: QuantNetwork, inputs: Mapping[str, NDArray[Any]]) -> None:
+    if set(inputs) != set(network.inputs):
+        raise ValueError(f"the network's inputs are {', '.join(network.inputs)}, not {', '.join(inputs) or 'none'}")
+    sizes: dict[str, int] = {}
+    for name in network.inputs:
+        tensor, value = network.tensors[name], np.asarray(inputs[name])
+        low, high = _RANGE[tensor.dtype]
+        if not np.issubdtype(value.dtype, np.integer) or value.ndim != 3 or value.size == 0:
+            raise ValueError(f"input {name!r} must be integers like {tensor.shape}, not {value.dtype} {value.shape}")
+        if value.min() < low or value.max() > high:
+            raise ValueError(f"input {name!r} is {tensor.dtype}: values must be in {low}..{high}, not {value.min()}..{value.max()}")
+        batch, middle, last = value.shape
+        fixed, given = (tensor.shape[1], middle) if tensor.dtype == "keymask" else (tensor.shape[2], last)
+        rows = last if tensor.dtype == "keymask" else middle
+        if fixed != given:
+            raise ValueError(f"input {name!r} must have a shape like {tensor.shape}, not {value.shape}")
+        if sizes.setdefault("batch", batch) != batch or sizes.setdefault("rows", rows) != rows:
+            raise ValueError(f"input {name!r} {value.shape} does not fit the other inputs: batch {sizes['batch']}, rows {sizes['rows']}")
+
+
+def _reads(op: Op) -> tuple[str, ...]:
+    """Names of the tensors that an operator reads."""
+    if isinstance(op, Attention):
+        return tuple(name for name in (op.q, op.k, op.v, op.mask) if name is not None)
+    residual = op.residual.tensor if op.residual is not None else None
+    return tuple(name for name in (op.x, residual) if name is not None)
+
+
+def _execute(op: Op, values: Mapping[str, NDArray[Any]], out: QuantTensor) -> NDArray[Any]:
+    if isinstance(op, Attention):
+        mask = values[op.mask] if op.mask is not None else None
+        result = _attention(op, values[op.q], values[op.k], values[op.v], mask)
+        return _stored(result, out)
+    reference = values[op.x] if op.x is not None else values[op.residual.tensor]  # type: ignore[union-attr]
+    batch, rows, _ = reference.shape
+    residual = values[op.residual.tensor] if op.residual is not None else None
+    result = np.empty((batch * rows, out.shape[2]), _DTYPE[out.dtype])
+    step = max(1, _CHUNK // max(out.shape[2], reference.shape[2]))
+    weight = _Weight(op.weight) if isinstance(op, Linear) else None
+    for start in range(0, batch * rows, step):
+        part = slice(start, start + step)
+        x = None if op.x is None else _tensor(values[op.x].reshape(batch * rows, -1)[part])
+        r = None if residual is None else _tensor(residual.reshape(batch * rows, -1)[part])
+        result[part] = _stored(_rows(op, weight, x, r), out)
+    return result.reshape(batch, rows, -1)
+
+
+def _rows(op: Linear | Pointwise, weight: _Weight | None, x: Tensor | None, residual: Tensor | None) -> NDArray[Any]:
+    """TILE steps 1 to 5 on rows: x (rows, in) int8, residual (rows, out); gives (rows, out)."""
+    if isinstance(op, Linear) and weight is not None and x is not None:
+        requant = op.requant
+        acc = weight.product(x)
+        q = _requantise(acc, requant.bias, requant.mult, requant.shift, weight.bound)
+    elif isinstance(op, Pointwise) and x is not None:
+        q = _requantise(x.double(), np.zeros(1, np.int32), np.array([op.mult]), np.array([op.shift]), 128)
+    else:
+        q = torch.zeros_like(residual, dtype=torch.float64)  # type: ignore[arg-type]
+    if op.residual is not None and residual is not None:
+        q = _add(q, residual, op.residual)
+    if op.table is not None:
+        q = torch.from_numpy(op.table.astype(np.float64))[q.clamp(-128, 127).long() + 128]
+    return _norm(q.numpy(), op.norm) if op.norm is not None else q.numpy()
+
+
+class _Weight:
+    """A weight ready for exact products with int8 rows: (in, out) float32 where the bound allows it, else float64."""
+
+    def __init__(self, weight: NDArray[np.int8]) -> None:
+        self.bound = int(np.abs(weight.astype(np.int64)).sum(1).max()) * 128
+        self.exact = torch.float32 if self.bound < 1 << 24 else torch.float64
+        self.matrix = torch.from_numpy(weight.astype(np.float32)).to(self.exact).t()
+
+    def product(self, x: Tensor) -> Tensor:
+        """float64 integers ``x @ weight.T``."""
+        return (x.to(self.exact) @ self.matrix).double()
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _requantise(acc: Tensor, bias: NDArray[Any], mult: NDArray[Any], shift: NDArray[Any], bound: int) -> Tensor:
+    """``sat16(rshr(wrap32(acc + bias) * mult, shift))`` on float64 integers; |acc| <= bound.
+
+    Exact: the product has at most 31 + 15 bits. Scaling by 2^-shift is exact, and for shift <= 53 so is adding a half, as the sum is
+    a multiple of 2^-shift below 2^46; for a larger shift the scaled product is below 2^-7, and floor gives 0 either way.
+    """
+    biases = torch.from_numpy(np.asarray(bias, np.float64))
+    v = acc + biases
+    if bound + int(np.abs(np.asarray(bias, np.int64)).max()) >= 1 << 31:
+        v = v.long().to(torch.int32).double()  # wrap32
+    factor = np.ldexp(np.asarray(mult, np.float64), -np.asarray(shift, np.int32))
+    return v.mul_(torch.from_numpy(factor)).add_(0.5).floor_().clamp_(-32768, 32767)
+
+
+def _add(q: Tensor, residual: Tensor, operand: ResidualInput) -> Tensor:
+    """``sat16(q + rshr(r * mult, shift))``: exact as in `_requantise`, the product has 31 bits."""
+    scaled = residual.double().mul_(float(np.ldexp(float(operand.mult), -operand.shift))).add_(0.5).floor_()
+    return scaled.add_(q).clamp_(-32768, 32767)
+
+
+def _norm(q: NDArray[Any], norm: LayerNorm) -> NDArray[Any]:
+    ln_inv, ln_shift, row_mult, row_shift = norm_constants(q.shape[-1])
+    return layernorm_rows(
+        q.astype(np.int64), norm.gamma, norm.beta, norm.shift,
+        ln_inv=ln_inv, ln_shift=ln_shift, eps=norm.eps, row_mult=row_mult, row_shift=row_shift, rms=norm.rms,
+    )  # fmt: skip
+
+
+def _attention(
+    op: Attention, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], mask: NDArray[Any] | None
+) -> NDArray[Any]:
+    """(B, S, C): for each batch entry and head, scores, softmax, values."""
+    batch, rows, channels = q.shape
+    heads, width, keys = op.heads, channels // op.heads, k.shape[1]
+    result = np.empty((batch, rows, channels), np.float64)
+    qh, kh, vh = (_tensor(x).view(batch, -1, heads, width).transpose(1, 2) for x in (q, k, v))
+    bias = np.zeros((batch, 1, 1, keys), np.int64) if mask is None else np.where(mask == 0, MASK_BIAS, 0)[:, :, None, :]
+    step = max(1, _CHUNK // (heads * rows * max(keys, width)))
+    score_dtype = torch.float32 if width * 128 * 128 < 1 << 24 else torch.float64
+    value_dtype = torch.float32 if keys * 255 * 128 < 1 << 24 else torch.float64
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        scores = (qh[part].to(score_dtype) @ kh[part].to(score_dtype).transpose(-1, -2)).double()
+        s = _requantise(scores, bias[part], np.array([op.score_mult]), np.array([op.score_shift]), width << 14)
+        p, m, shift = softmax_rows(s.numpy().astype(np.int64), op.out_mult, op.out_shift)
+        mixed = (torch.from_numpy(p).to(value_dtype) @ vh[part].to(value_dtype)).double()
+        out = _requantise(mixed, np.zeros(1, np.int32), m[..., None], shift[..., None], keys * 255 * 128)
+        result[part] = out.transpose(1, 2).reshape(-1, rows, channels).numpy()
+    return result
+
+
+def _stored(q: NDArray[Any], out: QuantTensor) -> NDArray[Any]:
+    """TILE step 6."""
+    low, high = _RANGE[out.dtype]
+    return np.clip(q, low, high).astype(_DTYPE[out.dtype])

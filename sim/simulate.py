@@ -1,0 +1,306 @@
+"""Run a program on an engine, and prove every byte it writes."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compiler.program import Program
+from hw.arch import Arch
+from sim.check import IsaRecord, Mismatch, compare_image, compare_log, record_isa
+from sim.engine import EngineRun, VerilatorEngine
+from sim.memory import MemoryModel
+from sim.model_io import Inputs, dequantise_outputs, quantise_inputs
+from sim.reference import run_reference
+from sim.trace import Trace
+from sim.verilator import Build
+
+__all__ = ["Engine", "EngineNotAvailableError", "Progress", "Run", "simulate"]
+
+Engine = Literal["verilator", "isa", "cycle"]
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with a stage (``"reference"``, ``"isa"``, ``"verilator"``), how far it is, and its end if that is known."""
+
+_CYCLES_ALLOWED = 10_000_000
+_SLOWDOWN_ALLOWED = 200
+
+
+class EngineNotAvailableError(ValueError):
+    """The engine is planned, not built."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run:
+    """Result of `simulate`.
+
+    Attributes
+    ----------
+    outputs : tuple
+        The model's outputs in order: torch tensors with the model's shapes and dtypes; integer arrays if the program was compiled from an
+        integer network.
+    tensors : dict
+        The integer output tensors by the network's names.
+    cycles : int or None
+        From start to done, counted in RTL; None for the engine "isa".
+    utilisation : float or None
+        ``program.effective_macs / (arch.macs * cycles)``.
+    counters : dict
+        Performance counters; `sim.counters` explains them.
+    bit_exact : bool or None
+        Whether every byte agreed; None if not checked.
+    mismatches : tuple of Mismatch
+        The first difference of each comparison that failed.
+    bytes_checked : int
+        Bytes that the program wrote and the check compared.
+    wall_s : float
+        Seconds that the engine ran, without build, reference and comparison.
+    cycles_per_s : float or None
+        Speed of the simulation.
+    check_s : float
+        Seconds for reference, ISA engine and comparison.
+    build_s : float or None
+        Seconds that building the simulator took, now or when it was put into the cache.
+    simulator : str
+        Name and version.
+    outputs_sha256 : str
+        Of the integer output tensors: names, dtypes, shapes, bytes.
+    memory : MemoryModel
+        Timing of the memory.
+    """
+
+    engine: Engine
+    arch: Arch
+    outputs: tuple[torch.Tensor | NDArray[np.integer], ...]
+    tensors: dict[str, NDArray[np.integer]]
+    cycles: int | None
+    utilisation: float | None
+    counters: dict[str, int] = field(default_factory=dict)
+    bit_exact: bool | None = None
+    mismatches: tuple[Mismatch, ...] = ()
+    bytes_checked: int = 0
+    wall_s: float = 0.0
+    cycles_per_s: float | None = None
+    check_s: float = 0.0
+    build_s: float | None = None
+    simulator: str
+    outputs_sha256: str
+    memory: MemoryModel
+
+    def __repr__(self) -> str:
+        return (
+            f"Run(engine={self.engine!r}, arch={self.arch.name!r}, cycles={self.cycles}, utilisation={self.utilisation}, "
+            f"bit_exact={self.bit_exact})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but tensors, as plain values for JSON."""
+        plain = ("engine", "cycles", "utilisation", "counters", "bit_exact", "bytes_checked", "outputs_sha256", "wall_s",
+                 "cycles_per_s", "check_s", "build_s", "simulator")
+        return {
+            **{name: getattr(self, name) for name in plain},
+            "arch": self.arch.name,
+            "mismatches": [str(mismatch) for mismatch in self.mismatches],
+            "memory": self.memory.to_dict(),
+        }
+
+
+def simulate(
+    program: Program,
+    inputs: Inputs,
+    *,
+    engine: Engine = "verilator",
+    check: bool = True,
+    memory: MemoryModel | None = None,
+    max_cycles: int | None = None,
+    trace: Trace | str | None = None,
+    progress: Progress | bool = False,
+) -> Run:
+    """Run a program.
+
+    Parameters
+    ----------
+    program : Program
+    inputs
+        The model's inputs: a tensor, tensors in order, or a dict by name; shapes and dtypes are the model's.
+    engine : str
+        ``"verilator"`` is the RTL, cycle by cycle; ``"isa"`` is functional.
+    check : bool
+        Compare every tensor with the integer reference and every written byte between the engines.
+    memory : MemoryModel
+        Timing of the memory (engine "verilator").
+    max_cycles : int
+        Give up after so many; None allows 10 million and 200 times the ideal.
+    trace : Trace or path
+        Record waveforms (engine "verilator").
+    progress : bool or callable
+        True shows progress on stderr.
+
+    Raises
+    ------
+    ValueError
+        Bad inputs, an unknown engine, a trace of an engine without signals; `EngineNotAvailableError` for "cycle".
+    AcceleratorError
+        The accelerator stopped the program; `IsaError` from the ISA engine.
+    CycleLimitError
+        `max_cycles` are over.
+    ProtocolError
+        The accelerator broke a rule of AXI.
+    ToolMissingError, BuildError
+        The simulator cannot be built.
+    """
+    _check_engine(engine, trace)
+    if max_cycles is not None and max_cycles < 1:
+        raise ValueError(f"max_cycles must be at least 1, not {max_cycles!r}")
+    report, memory, trace = _reporter(progress), memory or MemoryModel(), _as_trace(trace)
+    integers = quantise_inputs(program, inputs)
+    image = _padded(program.memory_image(integers), program.arch.bus_bytes)
+    record = check_s = None
+    if check or engine == "isa":
+        start = time.monotonic()
+        record = _record(program, image, integers if check else None, report)
+        check_s = time.monotonic() - start
+    if engine == "isa":
+        return _isa_run(program, record, check, check_s, memory)
+    return _Verilator(program, image, record, memory, trace, max_cycles, report).run(check_s)
+
+
+def _check_engine(engine: str, trace: Trace | str | None) -> None:
+    if engine not in get_args(Engine):
+        raise ValueError(f"unknown engine {engine!r}; the engines are {', '.join(get_args(Engine))}")
+    if engine == "cycle":
+        raise EngineNotAvailableError("the engine 'cycle' comes with a later version; use 'verilator' or 'isa'")
+    if engine != "verilator" and trace is not None:
+        raise ValueError(f"the engine {engine!r} has no signals to trace; use 'verilator'")
+
+
+def _as_trace(trace: Trace | str | None) -> Trace | None:
+    return trace if trace is None or isinstance(trace, Trace) else Trace(trace)
+
+
+def _padded(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    return np.concatenate([image, np.zeros(-len(image) % size, np.uint8)])
+
+
+def _reporter(progress: Progress | bool) -> Progress:
+    if callable(progress):
+        return progress
+    return _ProgressLine() if progress else lambda stage, done, end: None
+
+
+class _ProgressLine:
+    """One line on stderr, rewritten a few times a second."""
+
+    def __init__(self) -> None:
+        self._stage, self._began, self._shown = "", 0.0, 0.0
+
+    def __call__(self, stage: str, done: int, end: int | None) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._began, self._shown = stage, now, 0.0
+        if now - self._shown < 0.3 and done != end:
+            return
+        self._shown = now
+        unit = "cycles" if stage == "verilator" else "instructions"
+        amount = f"{done:,} of {end:,} {unit}" if end is not None else f"{done:,} {unit}" if done else "running"
+        sys.stderr.write(f"\r{stage}: {amount}, {now - self._began:.1f} s\x1b[K" + ("\n" if done == end else ""))
+        sys.stderr.flush()
+
+
+def _record(
+    program: Program, image: NDArray[np.uint8], integers: dict[str, NDArray[np.integer]] | None, report: Progress
+) -> IsaRecord:
+    """ISA engine on a copy of the image, against the reference if there are `integers` to feed it."""
+    reference = None
+    if integers is not None:
+        report("reference", 0, None)
+        reference = run_reference(program.network, integers)
+    return record_isa(program, image.copy(), reference, lambda done: report("isa", done, program.instruction_count - 1))
+
+
+def _isa_run(program: Program, record: IsaRecord, check: bool, seconds: float, memory: MemoryModel) -> Run:
+    mismatches = (record.mismatch,) if record.mismatch is not None else ()
+    return Run(
+        engine="isa", cycles=None, utilisation=None, wall_s=seconds, simulator="nmforge ISA engine", memory=memory,
+        bit_exact=not mismatches if check else None, mismatches=mismatches,
+        bytes_checked=record.bytes_written if check else 0, **_results(program, record.image),
+    )
+
+
+def _results(program: Program, image: NDArray[np.uint8]) -> dict[str, Any]:
+    """Fields that come from the final memory."""
+    tensors = {name: program.read_tensor(image, name) for name in program.network.outputs}
+    return {
+        "arch": program.arch,
+        "tensors": tensors,
+        "outputs": dequantise_outputs(program, tensors),
+        "outputs_sha256": _sha256(tensors),
+    }
+
+
+def _sha256(tensors: dict[str, NDArray[np.integer]]) -> str:
+    digest = hashlib.sha256()
+    for name, values in tensors.items():
+        digest.update(f"{name} {values.dtype.name} {values.shape}\n".encode())
+        digest.update(np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class _Verilator:
+    """One run of the RTL. record : what it must write; None checks nothing."""
+
+    program: Program
+    image: NDArray[np.uint8]
+    record: IsaRecord | None
+    memory: MemoryModel
+    trace: Trace | None
+    max_cycles: int | None
+    report: Progress
+
+    def run(self, check_s: float) -> Run:
+        program = self.program
+        with VerilatorEngine(
+            program.arch, self.image, model=self.memory, log_writes=self.record is not None,
+            trace=self.trace is not None,
+        ) as engine:
+            start = time.monotonic()
+            result = self._run_program(engine)
+            wall = time.monotonic() - start
+            mismatches = self._compare(engine)
+            build = engine.harness.build
+        checked = self.record is not None
+        return Run(
+            engine="verilator", cycles=result.cycles, counters=result.counters, memory=self.memory,
+            utilisation=program.effective_macs / (program.arch.macs * result.cycles),
+            bit_exact=not mismatches if checked else None, mismatches=mismatches,
+            bytes_checked=self.record.bytes_written if self.record is not None else 0,
+            wall_s=wall, cycles_per_s=result.cycles / wall, check_s=check_s + time.monotonic() - start - wall,
+            build_s=build.seconds, simulator=f"Verilator {build.version}", **_results(program, self.image),
+        )
+
+    def _run_program(self, engine: VerilatorEngine) -> EngineRun:
+        ideal = _CYCLES_ALLOWED + _SLOWDOWN_ALLOWED * self.program.ideal_cycles
+        return engine.run(
+            code_address=self.program.code_address,
+            instructions=self.program.instruction_count,
+            max_cycles=int(ideal) if self.max_cycles is None else self.max_cycles,
+            trace=self.trace,
+            progress=lambda cycles: self.report("verilator", cycles, None),
+        )
+
+    def _compare(self, engine: VerilatorEngine) -> tuple[Mismatch, ...]:
+        if self.record is None:
+            return ()
+        found = (
+            self.record.mismatch,
+            compare_log(self.program, self.record, engine.harness.write_log()),
+            compare_image(self.program, self.record, self.image),
+        )
+        return tuple(mismatch for mismatch in found if mismatch is not None)

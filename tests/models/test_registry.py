@@ -1,0 +1,49 @@
+import pytest
+import torch
+from torch import nn
+
+from models import create_model, list_models, register_model, registry
+
+TINY = {"layers": 1, "hidden": 24, "heads": 2, "intermediate": 16, "vocabulary": 30}
+
+
+def test_lists_sorted_names():
+    assert list_models() == sorted(list_models())
+    assert {"bert_base", "minilm_l6", "tinybert_4"} <= set(list_models())
+
+
+@pytest.mark.parametrize("name", ["bert_base", "minilm_l6", "tinybert_4"])
+def test_every_bert_builds_and_runs(name):
+    model = create_model(name, **TINY)
+    assert not model.training
+    assert model(torch.ones(2, 5, dtype=torch.long)).shape == (2, 5, 24)
+
+
+def test_published_sizes():
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in create_model(name).parameters())
+            for name in ("bert_base", "minilm_l6")
+        }
+    assert sizes == {"bert_base": 108_891_648, "minilm_l6": 22_565_376}
+
+
+def test_unknown_name_offers_near_ones():
+    with pytest.raises(ValueError, match="unknown model 'minilm_l12': did you mean minilm_l6"):
+        create_model("minilm_l12")
+    with pytest.raises(ValueError, match="unknown model 'zzz': known: "):
+        create_model("zzz")
+    with pytest.raises(TypeError, match="must be a string, not int"):
+        create_model(3)  # type: ignore[arg-type]
+
+
+def test_register(monkeypatch):
+    monkeypatch.setattr(registry, "_builders", {})
+
+    @register_model
+    def line(*, pretrained=False, width=3):
+        return nn.Linear(width, 1)
+
+    assert list_models() == ["line"] and create_model("line", width=5).in_features == 5
+    with pytest.raises(ValueError, match="a model named 'line' is already registered"):
+        register_model(line)
