@@ -21,7 +21,8 @@ from hw.arch import Arch, get_arch
 __all__ = ["Progress", "compile_model", "compile_network"]
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with a stage ("trace", "passes", "calibrate", "lower"), how far it is, and its end if that is known."""
+"""Called with a stage ("trace", "passes", "calibrate", "lower"), how far it is, and its end if that is
+known."""
 
 
 def compile_model(
@@ -43,12 +44,13 @@ def compile_model(
     model
         Any `nn.Module` of supported operators; layers in sparse training count with their masked weights.
     example_inputs
-        A tensor, a tuple of positional arguments or a dict of keyword arguments; they fix the shapes of the program.
+        A tensor, a tuple of positional arguments or a dict of keyword arguments; they fix the shapes of the
+        program.
     arch
         Preset name or `Arch`.
     calibration
-        Batches like `example_inputs` (other batch sizes and lengths are fine), from which scales are chosen. Without it the
-        `example_inputs` serve, with a warning.
+        Batches like `example_inputs` (other batch sizes and lengths are fine), from which scales are chosen.
+        Without it the `example_inputs` serve, with a warning.
     observer, residual_bits
         See `compiler.quantise.quantise`.
     pipeline_depth, reuse
@@ -66,7 +68,8 @@ def compile_model(
     compiler.graph.CompileError
         An operator, dtype or shape that cannot be compiled; names module path, operator and shapes.
     TypeError, ValueError
-        Not a module or no tensors; unknown arch; broken N:M pattern (names layer, row and group); bad options.
+        Not a module or no tensors; unknown arch; broken N:M pattern (names layer, row and group); bad
+        options.
     """
     target, report = get_arch(arch), progress or _silent
     report("trace", 0, 1)
@@ -76,15 +79,23 @@ def compile_model(
         report("passes", done + 1, len(PASSES))
     if calibration is None:
         warnings.warn(
-            "no calibration data: scales are chosen from the example inputs alone, which costs accuracy", stacklevel=2
+            "no calibration data: scales are chosen from the example inputs alone, which costs accuracy",
+            stacklevel=2,
         )
         calibration = [example_inputs]
     network = quantise(
-        graph, calibration, activation_observer=observer, residual_bits=residual_bits,
+        graph,
+        calibration,
+        activation_observer=observer,
+        residual_bits=residual_bits,
         progress=lambda done, total: report("calibrate", done, total),
     )
     return compile_network(
-        network, target, pipeline_depth=pipeline_depth, reuse=reuse, progress=report,
+        network,
+        target,
+        pipeline_depth=pipeline_depth,
+        reuse=reuse,
+        progress=report,
         inputs=[_model_tensor(graph, network, name) for name in network.inputs],
         outputs=[_model_tensor(graph, network, name) for name in network.outputs],
     )
@@ -164,7 +175,11 @@ def _own_tensors(network: QuantNetwork, names: Sequence[str]) -> tuple[ModelTens
     tensors = [network.tensors[name] for name in names]
     return tuple(
         ModelTensor(
-            name=tensor.name, tensor=tensor.name, shape=tensor.shape, dtype=tensor.dtype, scale=float(tensor.scale),
+            name=tensor.name,
+            tensor=tensor.name,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            scale=float(tensor.scale),
             kind="keymask" if tensor.dtype == "keymask" else "activation",
         )
         for tensor in tensors

@@ -1,7 +1,7 @@
 """Emission: one operator becomes TILE steps, with symbolic addresses.
 
-`Emitter` knows how tensors lie in memory and makes the parts that instructions share; `Linear` and `Pointwise` are emitted here,
-attention in `compiler.emit_attention`.
+`Emitter` knows how tensors lie in memory and makes the parts that instructions share; `Linear` and
+`Pointwise` are emitted here, attention in `compiler.emit_attention`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from algo.nm import NM
 from compiler.ops import Attention, LayerNorm, Linear, Pointwise, Requant
-from compiler.pack import PackedWeights, check_pattern, pack_weights
+from compiler.pack import check_pattern, pack_weights
 from compiler.plan import align_up
 from compiler.program import TensorInfo
 from compiler.steps import At, Constants, Region, Step
@@ -39,6 +39,16 @@ class Segment:
     stop: int
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Stream:
+    """Packed weights of one segment and chunk of inputs (from `start` on) in the constants, as an instruction
+    names them."""
+
+    start: int
+    fields: dict[str, int]
+    addresses: dict[str, At]
+
+
 @dataclass(eq=False)
 class Emitter:
     """State of one lowering.
@@ -46,8 +56,9 @@ class Emitter:
     Members
     -------
     constants : constant buffers so far. tensors : layout of each tensor, copies included.
-    copies : name of the transposed copy of a tensor, by (tensor, heads). tables : name of the host-written parameter tables, by (mask,
-    multiplier, shift). weights : stored bytes and format of each Linear, by operator number.
+    copies : name of the transposed copy of a tensor, by (tensor, heads). tables : name of the host-written
+    parameter tables, by (mask, multiplier, shift). weights : stored bytes and format of each Linear, by
+    operator number.
     """
 
     arch: Arch
@@ -57,7 +68,7 @@ class Emitter:
     tables: dict[tuple[str, int, int], str] = field(default_factory=dict)
     weights: dict[int, tuple[int, str]] = field(default_factory=dict)
 
-    # -- addresses ---------------------------------------------------------------------------------------------------------------
+    # -- addresses -------------------------------------------------------------------------------------------
 
     def row_tiles(self, name: str) -> int:
         """Row tiles of one batch entry."""
@@ -85,9 +96,11 @@ class Emitter:
         """Bytes from one block of features of a transposed tensor to the next."""
         return self.tensors[name].grid(self.arch.rows)[3] * self.arch.lanes
 
-    # -- parts of instructions ---------------------------------------------------------------------------------------------------
+    # -- parts of instructions -------------------------------------------------------------------------------
 
-    def store(self, name: str, batch: int, tile: int, segment: Segment) -> tuple[dict[str, int], dict[str, At]]:
+    def store(
+        self, name: str, batch: int, tile: int, segment: Segment
+    ) -> tuple[dict[str, int], dict[str, At]]:
         """Fields and addresses that store a segment's columns."""
         info = self.tensors[name]
         if info.layout == "columns":
@@ -97,7 +110,8 @@ class Emitter:
         at = self.transposed(name, batch, segment.start // head_dim, tile * self.arch.rows)
         block = segment.start % head_dim // self.arch.lanes
         stride = self.block_stride(name)
-        return {"out": Out.STORE8T, "o_stride": stride}, {"o_addr": replace(at, offset=at.offset + block * stride)}
+        address = replace(at, offset=at.offset + block * stride)
+        return {"out": Out.STORE8T, "o_stride": stride}, {"o_addr": address}
 
     def post(
         self, op: Linear | Pointwise, batch: int, tile: int, segment: Segment
@@ -123,7 +137,11 @@ class Emitter:
         ln_inv, ln_shift, row_mult, row_shift = norm_constants(cols)
         fields = {
             "row_op": RowOp.RMSNORM if norm.rms else RowOp.LAYERNORM,
-            "ln_inv": ln_inv, "ln_shift": ln_shift, "row_mult": row_mult, "row_shift": row_shift, "ln_eps": norm.eps,
+            "ln_inv": ln_inv,
+            "ln_shift": ln_shift,
+            "row_mult": row_mult,
+            "row_shift": row_shift,
+            "ln_eps": norm.eps,
         }
         return fields, At(self.constants.add(_params(norm.beta, norm.gamma, norm.shift)))
 
@@ -131,7 +149,8 @@ class Emitter:
         return None if op.table is None else self.constants.add(op.table)
 
     def segments(self, name: str, *, limit: int = MAX_COLS) -> list[Segment]:
-        """Cut a tensor's columns so that a segment has at most `limit` columns, and heads of a transposed tensor start blocks."""
+        """Cut a tensor's columns so that a segment has at most `limit` columns, and heads of a transposed
+        tensor start blocks."""
         info, lanes = self.tensors[name], self.arch.lanes
         channels = info.shape[2]
         head_dim = channels // info.heads
@@ -149,7 +168,8 @@ class Emitter:
         ]
 
     def copy(self, index: int, name: str, heads: int) -> tuple[str, list[Step]]:
-        """The transposed form of a tensor for that many heads: its name, and the steps that make it if it is new."""
+        """The transposed form of a tensor for that many heads: its name, and the steps that make it if it is
+        new."""
         info = self.tensors[name]
         if info.layout == "transposed" and info.heads == heads:
             return name, []
@@ -162,86 +182,138 @@ class Emitter:
         for batch, tile in self.units(name):
             for segment in self.segments(made):
                 fields, addresses = self.store(made, batch, tile, segment)
-                steps.append(Step(
-                    op=index,
-                    fields={"source": Source.STREAM, "cols": segment.stop - segment.start, **IDENTITY, **fields},
-                    addresses={"a_addr": self.column(name, batch, tile, segment.start), **addresses},
-                    reads=(self.region(name, batch, tile),), writes=(self.region(made, batch, tile),),
-                    note=f"transpose {name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}",
-                ))
+                steps.append(
+                    Step(
+                        op=index,
+                        fields={
+                            "source": Source.STREAM,
+                            "cols": segment.stop - segment.start,
+                            **IDENTITY,
+                            **fields,
+                        },
+                        addresses={"a_addr": self.column(name, batch, tile, segment.start), **addresses},
+                        reads=(self.region(name, batch, tile),),
+                        writes=(self.region(made, batch, tile),),
+                        note=f"transpose {name} [{batch}, {tile}] from column {segment.start}",
+                    )
+                )
         return made, steps
 
-    # -- operators ---------------------------------------------------------------------------------------------------------------
+    # -- operators -------------------------------------------------------------------------------------------
 
     def linear(self, index: int, op: Linear) -> list[Step]:
-        cols, k = op.weight.shape
+        """One TILE for each row tile and segment of columns, or a chain of them over chunks of the inputs."""
         check_pattern(op.weight, op.pattern, layer=describe(op))
-        single = op.norm is not None  # a row normalisation needs all columns of a row in one instruction
-        splittable = not single or cols <= self.arch.psum_depth
+        chunks = self.linear_chunks(op)
+        limit = MAX_COLS if len(chunks) == 1 else self.arch.psum_depth
+        segments = [
+            (
+                segment,
+                At(self.constants.add(_requant_params(op.requant, segment))),
+                [self.pack(index, op, segment, chunk) for chunk in chunks],
+            )
+            for segment in self.segments(op.out, limit=limit)
+        ]
+        return [
+            step
+            for unit in self.units(op.x)
+            for segment, p_addr, streams in segments
+            for step in self.linear_chain(index, op, unit, segment, p_addr, streams)
+        ]
+
+    def linear_chunks(self, op: Linear) -> list[tuple[int, int]]:
+        """How the inputs are cut; a row normalisation needs all columns of a row in one instruction."""
+        cols, k = op.weight.shape
+        splittable = op.norm is None or cols <= self.arch.psum_depth
         chunks = k_chunks(k, op.pattern, self.arch, cols=cols, splittable=splittable)
         if chunks is None:
             raise LoweringError(
-                f"{describe(op)}: {k} inputs need partial sums of all {cols} columns before the norm, more than "
-                f"psum_depth = {self.arch.psum_depth} of {self.arch.name}"
+                f"{describe(op)}: {k} inputs need partial sums of all {cols} columns before the norm, "
+                f"more than psum_depth = {self.arch.psum_depth} of {self.arch.name}"
             )
-        segments = self.segments(op.out, limit=MAX_COLS if len(chunks) == 1 else self.arch.psum_depth)
-        packed = [[self.pack(index, op, segment, chunk) for chunk in chunks] for segment in segments]
-        params = [At(self.constants.add(_requant_params(op.requant, segment))) for segment in segments]
-        table = self.table(op)
-        steps = []
-        for batch, tile in self.units(op.x):
-            for segment, streams, p_addr in zip(segments, packed, params, strict=True):
-                for place, (k0, k1) in enumerate(chunks):
-                    weights, weight_fields, weight_addresses = streams[place]
-                    final = place + 1 == len(chunks)
-                    fields = {"k": k1 - k0, "cols": segment.stop - segment.start, "psum_in": int(place > 0), **weight_fields}
-                    addresses = {"a_addr": self.column(op.x, batch, tile, k0), **weight_addresses}
-                    reads = (self.region(op.x, batch, tile),)
-                    if final:
-                        post_fields, post_addresses, post_reads = self.post(op, batch, tile, segment)
-                        fields |= {"scale": Scale.COLUMN, **post_fields}
-                        addresses |= {"p_addr": p_addr, **post_addresses}
-                        reads += post_reads
-                    else:
-                        fields["psum_out"] = 1
-                    steps.append(Step(
-                        op=index, fields=fields, addresses=addresses, reads=reads,
-                        writes=(self.region(op.out, batch, tile),) if final else (),
-                        table=table if final else None,
-                        note=f"{op.name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}, inputs {k0}..{k1 - 1}, "
-                             f"{_pattern_text(weights)}",
-                    ))
+        return chunks
+
+    def linear_chain(
+        self,
+        index: int,
+        op: Linear,
+        unit: tuple[int, int],
+        segment: Segment,
+        p_addr: At,
+        streams: list[_Stream],
+    ) -> list[Step]:
+        """The TILEs of one row tile and segment: partial sums, and post-processing in the last."""
+        steps, read = [], self.region(op.x, *unit)
+        what = f"{op.name} {list(unit)} columns {segment.start}..{segment.stop - 1}"
+        for place, stream in enumerate(streams):
+            fields = {**stream.fields, "cols": segment.stop - segment.start, "psum_in": int(place > 0)}
+            addresses = {**stream.addresses, "a_addr": self.column(op.x, *unit, stream.start)}
+            note = f"{what}, inputs from {stream.start}"
+            if place + 1 < len(streams):
+                fields["psum_out"] = 1
+                steps.append(Step(op=index, fields=fields, addresses=addresses, reads=(read,), note=note))
+                continue
+            post_fields, post_addresses, reads = self.post(op, *unit, segment)
+            steps.append(
+                Step(
+                    op=index,
+                    fields={**fields, "scale": Scale.COLUMN, **post_fields},
+                    addresses={**addresses, "p_addr": p_addr, **post_addresses},
+                    reads=(read, *reads),
+                    writes=(self.region(op.out, *unit),),
+                    table=self.table(op),
+                    note=note,
+                )
+            )
         return steps
 
-    def pack(
-        self, index: int, op: Linear, segment: Segment, chunk: tuple[int, int]
-    ) -> tuple[PackedWeights, dict[str, int], dict[str, At]]:
+    def pack(self, index: int, op: Linear, segment: Segment, chunk: tuple[int, int]) -> _Stream:
         """Pack a block of a layer's weights and store it."""
         block = op.weight[segment.start : segment.stop, chunk[0] : chunk[1]]
         packed = pack_weights(block, op.pattern, lanes=self.arch.lanes, layer=describe(op))
-        fields = {"format": packed.format, "n": packed.n, "m": packed.m, "w_stride": packed.stride}
         addresses = {"w_addr": At(self.constants.add(packed.values))}
         if packed.format != Format.DENSE:
             addresses["x_addr"] = At(self.constants.add(packed.positions))
         size, name = self.weights.get(index, (0, packed.format.name))
         self.weights[index] = (size + packed.nbytes, name)
-        return packed, fields, addresses
+        return _Stream(
+            start=chunk[0],
+            fields={
+                "k": packed.k,
+                "format": packed.format,
+                "n": packed.n,
+                "m": packed.m,
+                "w_stride": packed.stride,
+            },
+            addresses=addresses,
+        )
 
     def pointwise(self, index: int, op: Pointwise) -> list[Step]:
         table, steps = self.table(op), []
         for batch, tile in self.units(op.out):
             for segment in self.segments(op.out):
                 fields, addresses, reads = self.post(op, batch, tile, segment)
-                fields |= {"source": Source.ZERO, "cols": segment.stop - segment.start, "mult": op.mult, "shift": op.shift}
+                fields |= {
+                    "source": Source.ZERO,
+                    "cols": segment.stop - segment.start,
+                    "mult": op.mult,
+                    "shift": op.shift,
+                }
                 if op.x is not None:
                     fields["source"] = Source.STREAM
                     addresses["a_addr"] = self.column(op.x, batch, tile, segment.start)
                     reads += (self.region(op.x, batch, tile),)
-                steps.append(Step(
-                    op=index, fields=fields, addresses=addresses, reads=reads,
-                    writes=(self.region(op.out, batch, tile),), table=table,
-                    note=f"{op.name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}",
-                ))
+                steps.append(
+                    Step(
+                        op=index,
+                        fields=fields,
+                        addresses=addresses,
+                        reads=reads,
+                        writes=(self.region(op.out, batch, tile),),
+                        table=table,
+                        note=f"{op.name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}",
+                    )
+                )
         return steps
 
     def mask_table(self, op: Attention) -> str:
@@ -255,8 +327,9 @@ def k_chunks(
 ) -> list[tuple[int, int]] | None:
     """Cut a reduction into pieces [start, stop) whose starts are multiples of M.
 
-    One piece if two of it fit the lanes' ring, so that the next TILE loads while this one computes. Else pieces with partial sums,
-    if that is allowed and costs less than loading without overlap; None if it does not fit in one piece and may not be cut.
+    One piece if two of it fit the lanes' ring, so that the next TILE loads while this one computes. Else
+    pieces with partial sums, if that is allowed and costs less than loading without overlap; None if it does
+    not fit in one piece and may not be cut.
     """
     n, m = (1, 1) if pattern is None or pattern.n == pattern.m else (pattern.n, pattern.m)
     padded = align_up(k, m)
@@ -287,7 +360,3 @@ def _params(bias: NDArray[np.int32], mult: NDArray[np.int16], shift: NDArray[np.
 def _requant_params(requant: Requant, segment: Segment) -> NDArray[np.void]:
     part = slice(segment.start, segment.stop)
     return _params(requant.bias[part], requant.mult[part], requant.shift[part])
-
-
-def _pattern_text(weights: PackedWeights) -> str:
-    return "dense" if weights.format == Format.DENSE else f"{weights.n}:{weights.m} {weights.format.name.lower()}"

@@ -1,4 +1,5 @@
-"""Reading a program back: disassembly of code bytes, cycle bounds, and the listing of a whole program with its tensors' names."""
+"""Reading a program back: disassembly of code bytes, cycle bounds, and the listing of a whole program with
+its tensors' names."""
 
 from __future__ import annotations
 
@@ -31,10 +32,11 @@ _NUMBERS = tuple(f for f in FIELDS if f.kind is None and not f.name.endswith("_a
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """Cycles that each unit of the accelerator is busy at the least; units overlap, so the largest is the bound.
+    """Cycles that each unit of the accelerator is busy at the least; units overlap, so the largest is the
+    bound.
 
-    load: columns into the lanes. array: steps. post: columns through post-processing. store: words of `rows` bytes written.
-    bus: bytes read and written, over the width of the bus.
+    load: columns into the lanes. array: steps. post: columns through post-processing. store: words of `rows`
+    bytes written. bus: bytes read and written, over the width of the bus.
     """
 
     load: int = 0
@@ -75,7 +77,11 @@ def bound(instruction: Instruction, arch: Arch) -> Bound:
     stored = {Out.STORE8: i.cols, Out.STORE16: 2 * i.cols, Out.STORE8T: tiles * rows}.get(Out(i.out), 0)
     columns = {Residual.INT8: i.cols, Residual.INT16: 2 * i.cols}.get(Residual(i.residual), 0)
     from_memory = 0 if in_array and i.operand == Operand.ROWS else load
-    params = 8 * i.cols * ((i.scale == Scale.COLUMN and not i.psum_out) + (i.row_op in (RowOp.LAYERNORM, RowOp.RMSNORM)))
+    params = (
+        8
+        * i.cols
+        * ((i.scale == Scale.COLUMN and not i.psum_out) + (i.row_op in (RowOp.LAYERNORM, RowOp.RMSNORM)))
+    )
     bytes_moved = tiles * lanes * (steps + 4 * words) + rows * (from_memory + columns + stored) + params
     return Bound(load=load, array=tiles * steps, post=i.cols, store=stored, bus=_beats(bytes_moved, arch))
 
@@ -94,7 +100,8 @@ def _beats(size: int, arch: Arch) -> int:
 
 
 def to_text(instruction: Instruction) -> str:
-    """One line of assembly: opcode, then every field that is not zero; names for enums, hexadecimal addresses."""
+    """One line of assembly: opcode, then every field that is not zero; names for enums, hexadecimal
+    addresses."""
     parts = [Opcode(instruction.opcode).name]
     for field in FIELDS[1:]:
         value = getattr(instruction, field.name)
@@ -103,7 +110,9 @@ def to_text(instruction: Instruction) -> str:
         if field.kind is not None:
             parts.append(f"{field.name}={field.kind(value).name}")
         else:
-            parts.append(f"{field.name}={value:#x}" if field.name.endswith("_addr") else f"{field.name}={value}")
+            parts.append(
+                f"{field.name}={value:#x}" if field.name.endswith("_addr") else f"{field.name}={value}"
+            )
     return " ".join(parts)
 
 
@@ -128,10 +137,16 @@ def disassemble(code: bytes) -> list[str]:
 
 
 def listing(program: Program) -> str:
-    """The whole program as text: memory map, then operator by operator its instructions with cycle bounds and tensor names."""
+    """The whole program as text: memory map, then operator by operator its instructions with cycle bounds and
+    tensor names."""
     arch = program.arch
     lines = [repr(program), "", *_memory_map(program), ""]
-    owners = {i: operator for operator in program.operators for start, stop in operator.spans for i in range(start, stop)}
+    owners = {
+        i: operator
+        for operator in program.operators
+        for start, stop in operator.spans
+        for i in range(start, stop)
+    }
     current: OperatorInfo | None = None
     for index, instruction in enumerate(program.instructions):
         owner = owners.get(index)
@@ -141,10 +156,15 @@ def listing(program: Program) -> str:
         cost = bound(instruction, arch)
         names = ", ".join(_references(index, instruction, program))
         lines.append(
-            f"{index:6}  {cost.cycles:7} {cost.unit:5}  {to_text(instruction)}" + (f"  ; {names}" if names else "")
+            f"{index:6}  {cost.cycles:7} {cost.unit:5}  {to_text(instruction)}"
+            + (f"  ; {names}" if names else "")
         )
     total = bound_of(program.instructions, arch)
-    lines += ["", f"bound: {total.cycles} cycles ({total.unit}); " + ", ".join(f"{n} {v}" for n, v in asdict(total).items())]
+    lines += [
+        "",
+        f"bound: {total.cycles} cycles ({total.unit}); "
+        + ", ".join(f"{n} {v}" for n, v in asdict(total).items()),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -154,14 +174,18 @@ def _memory_map(program: Program) -> list[str]:
         f"{program.code_address:#010x}  {len(program.code):9}  code",
         f"{program.constants_address:#010x}  {len(program.constants):9}  constants",
     ]
-    for info in sorted((t for t in program.tensors if t.layout != "keymask"), key=lambda t: (t.address, t.written)):
+    for info in sorted(
+        (t for t in program.tensors if t.layout != "keymask"), key=lambda t: (t.address, t.written)
+    ):
         shape = "x".join(map(str, info.shape))
         lines.append(
             f"{info.address:#010x}  {info.nbytes(rows):9}  {info.name}: {info.dtype} {shape} {info.layout}, "
             f"instructions {info.written}..{info.last_use}"
         )
     for mask in program.masks:
-        lines.append(f"{mask.address:#010x}  {mask.batch * mask.stride:9}  key mask parameters of {mask.tensor}")
+        lines.append(
+            f"{mask.address:#010x}  {mask.batch * mask.stride:9}  key mask parameters of {mask.tensor}"
+        )
     return lines
 
 
@@ -169,7 +193,9 @@ def _headline(operator: OperatorInfo, program: Program) -> str:
     cost = Bound()
     for start, stop in operator.spans:
         cost += bound_of(program.instructions[start:stop], program.arch)
-    what = " x ".join(map(str, operator.shape)) + (f", {operator.pattern} {operator.weight_format}" if operator.pattern else "")
+    what = " x ".join(map(str, operator.shape)) + (
+        f", {operator.pattern} {operator.weight_format}" if operator.pattern else ""
+    )
     source = f" ({operator.source})" if operator.source else ""
     return f"# {operator.name}{source}: {operator.kind} {what}; bound {cost.cycles} cycles ({cost.unit})"
 
@@ -190,7 +216,8 @@ def _references(index: int, instruction: Instruction, program: Program) -> list[
 
 
 def _tensor_at(address: int, index: int, program: Program) -> TensorInfo | None:
-    """The tensor that has an address at the time of an instruction: of those that share it, the next one to end."""
+    """The tensor that has an address at the time of an instruction: of those that share it, the next one to
+    end."""
     rows = program.arch.rows
     there = [t for t in program.tensors if t.address <= address < t.address + t.nbytes(rows)]
     live = [t for t in there if max(t.written, t.last_use) >= index]

@@ -1,7 +1,8 @@
 """Lowering: operators of a `QuantNetwork` become TILE instructions.
 
-In order: `check_network` (law), `choose_layouts` (how each tensor lies in memory), `order_operators` (the schedule), emission of each
-operator (`compiler.emit`), then the passes of `compiler.steps`: tables, dependences, memory plan, encoding. Deterministic.
+In order: `check_network` (law), `choose_layouts` (how each tensor lies in memory), `order_operators` (the
+schedule), emission of each operator (`compiler.emit`), then the passes of `compiler.steps`: tables,
+dependences, memory plan, encoding. Deterministic.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention
 from compiler.ops import Attention, Linear, Op, QuantNetwork
 from compiler.plan import align_up
-from compiler.program import MaskTable, OperatorInfo, TensorInfo
+from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
 from compiler.steps import (
     Constants,
     Step,
@@ -64,7 +65,8 @@ def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: 
     Raises
     ------
     LoweringError
-        The network breaks a rule or does not fit the architecture; the message names operator, module path and shapes.
+        The network breaks a rule or does not fit the architecture; the message names operator, module path
+        and shapes.
     compiler.pack.PatternError
         Weights that break their declared pattern.
     compiler.plan.PlanError
@@ -74,7 +76,9 @@ def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: 
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
     emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
-    steps = [step for index in order_operators(network) for step in _emit(emitter, network, index, pipeline_depth)]
+    steps = [
+        step for index in order_operators(network) for step in _emit(emitter, network, index, pipeline_depth)
+    ]
     steps = assign_dependences(insert_tables(steps))
     steps.append(Step(op=-1, opcode=Opcode.HALT, note="end"))
     return _assemble(emitter, network, steps, reuse)
@@ -91,8 +95,9 @@ def _emit(emitter: Emitter, network: QuantNetwork, index: int, pipeline_depth: i
 def order_operators(network: QuantNetwork) -> list[int]:
     """The schedule: numbers of the operators in the order in which they run, each over all its row tiles.
 
-    An operator comes right before the first one that needs it, and values are made before keys, keys before queries: the first scores wait
-    for all keys but only one row tile of queries, and the values have until the first softmax is done.
+    An operator comes right before the first one that needs it, and values are made before keys, keys before
+    queries: the first scores wait for all keys but only one row tile of queries, and the values have until
+    the first softmax is done.
     """
     producers = {op.out: index for index, op in enumerate(network.ops)}
     needs = [[producers[name] for name in _operands(op) if name in producers] for op in network.ops]
@@ -117,8 +122,8 @@ def _operands(op: Op) -> list[str]:
 
 
 def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
-    """Layout of every tensor: transposed if it is only ever the values of attentions with one number of heads, and whoever
-    writes it can write it so; else columns (attention then makes a transposed copy)."""
+    """Layout of every tensor: transposed if it is only ever the values of attentions with one number of
+    heads, and whoever writes it can write it so; else columns (attention then makes a transposed copy)."""
     value_heads: dict[str, set[int]] = {}
     plain: set[str] = set()
     for op in network.ops:
@@ -136,10 +141,19 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
         turned = len(heads) == 1 and name not in plain
         if turned and name in producers:
             turned = _writes_transposed(producers[name], tensor.shape[2] // min(heads), arch)
-        layout = "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "columns"
+        layout: Layout = "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "columns"
         infos[name] = TensorInfo(
-            name=name, of=name, shape=tensor.shape, dtype=tensor.dtype, scale=float(tensor.scale), layout=layout,
-            heads=min(heads) if turned else 1, address=0, written=-1, last_use=-1, kept=True,
+            name=name,
+            of=name,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            scale=float(tensor.scale),
+            layout=layout,
+            heads=min(heads) if turned else 1,
+            address=0,
+            written=-1,
+            last_use=-1,
+            kept=True,
         )
     return infos
 
@@ -157,27 +171,41 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     arch, align = emitter.arch, constant_alignment(emitter.arch)
     constants_address = align_up(len(steps) * INSTRUCTION_BYTES, align)
     constants = emitter.constants.image
-    sizes = {info.name: info.nbytes(arch.rows) for info in emitter.tensors.values() if info.layout != "keymask"}
+    sizes = {
+        info.name: info.nbytes(arch.rows) for info in emitter.tensors.values() if info.layout != "keymask"
+    }
     masks = _mask_tables(emitter)
     sizes |= {name: table.batch * table.stride for name, table in masks.items()}
     pinned = frozenset({*network.inputs, *network.outputs, *masks})
     plan = plan_buffers(
-        sizes, steps, pinned=pinned, base=align_up(constants_address + len(constants), align), align=align, reuse=reuse
+        sizes,
+        steps,
+        pinned=pinned,
+        base=align_up(constants_address + len(constants), align),
+        align=align,
+        reuse=reuse,
     )
     addresses = {name: constants_address + offset for name, offset in emitter.constants.offsets.items()}
     addresses |= plan.addresses
     ranges = live_ranges(steps)
     completed = {buffer: index for index, step in enumerate(steps) for buffer, _ in step.writes}
     infos = [
-        info if info.layout == "keymask" else replace(
-            info, address=plan.addresses[info.name], written=completed.get(info.name, -1),
+        info
+        if info.layout == "keymask"
+        else replace(
+            info,
+            address=plan.addresses[info.name],
+            written=completed.get(info.name, -1),
             last_use=ranges.get(info.name, (-1, -1))[1],
         )
         for info in emitter.tensors.values()
     ]
     return Lowered(
-        code=encode(steps, addresses), constants=constants, constants_address=constants_address,
-        memory_bytes=plan.end, tensors=tuple(_mark_kept(infos, arch)),
+        code=encode(steps, addresses),
+        constants=constants,
+        constants_address=constants_address,
+        memory_bytes=plan.end,
+        tensors=tuple(_mark_kept(infos, arch)),
         operators=tuple(_operator_info(emitter, network, index, steps) for index in range(len(network.ops))),
         masks=tuple(replace(table, address=addresses[name]) for name, table in masks.items()),
     )
@@ -188,43 +216,64 @@ def _mask_tables(emitter: Emitter) -> dict[str, MaskTable]:
     for (tensor, mult, shift), name in emitter.tables.items():
         batch, _, keys = emitter.tensors[tensor].shape
         tables[name] = MaskTable(
-            tensor=tensor, address=0, stride=mask_stride(keys, emitter.arch), batch=batch, keys=keys, mult=mult, shift=shift
+            tensor=tensor,
+            address=0,
+            stride=mask_stride(keys, emitter.arch),
+            batch=batch,
+            keys=keys,
+            mult=mult,
+            shift=shift,
         )
     return tables
 
 
 def _mark_kept(infos: list[TensorInfo], arch: Arch) -> list[TensorInfo]:
-    """`kept` is False for tensors whose bytes a later tensor takes. Tensors that share bytes do not live at the same time."""
+    """`kept` is False for tensors whose bytes a later tensor takes. Tensors that share bytes do not live at
+    the same time."""
     spans = [(info, info.address, info.address + info.nbytes(arch.rows)) for info in infos]
     return [
-        replace(info, kept=not any(
-            other.written > info.written and start < other_stop and other_start < stop
-            for other, other_start, other_stop in spans
-        ))
+        replace(
+            info,
+            kept=not any(
+                other.written > info.written and start < other_stop and other_start < stop
+                for other, other_start, other_stop in spans
+            ),
+        )
         for info, start, stop in spans
     ]
 
 
-def _operator_info(emitter: Emitter, network: QuantNetwork, index: int, steps: Sequence[Step]) -> OperatorInfo:
+def _operator_info(
+    emitter: Emitter, network: QuantNetwork, index: int, steps: Sequence[Step]
+) -> OperatorInfo:
     op, tensors = network.ops[index], network.tensors
     batch, rows, channels = tensors[op.out].shape
     weight_bytes, weight_format, pattern, density = 0, "", "", 1.0
     if isinstance(op, Linear):
+        kind: Kind = "linear"
         shape = (batch * rows, op.weight.shape[1], channels)
         weight_bytes, weight_format = emitter.weights[index]
         pattern = "dense" if weight_format == Format.DENSE.name else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
         macs = shape[0] * shape[1] * shape[2]
     elif isinstance(op, Attention):
+        kind = "attention"
         shape = (batch * op.heads * rows, tensors[op.k].shape[1], channels // op.heads)
         macs = 2 * shape[0] * shape[1] * shape[2]
     else:
-        shape, macs = (batch * rows, channels, channels), 0
+        kind, shape, macs = "pointwise", (batch * rows, channels, channels), 0
     return OperatorInfo(
-        name=op.name, source=op.source, kind=type(op).__name__.lower(), pattern=pattern, shape=shape,
-        macs=macs, effective_macs=macs * density,
-        weight_bytes_dense=op.weight.size if isinstance(op, Linear) else 0, weight_bytes=weight_bytes,
-        weight_format=weight_format.lower(), spans=_spans([i for i, step in enumerate(steps) if step.op == index]),
+        name=op.name,
+        source=op.source,
+        kind=kind,
+        pattern=pattern,
+        shape=shape,
+        macs=macs,
+        effective_macs=macs * density,
+        weight_bytes_dense=op.weight.size if isinstance(op, Linear) else 0,
+        weight_bytes=weight_bytes,
+        weight_format=weight_format.lower(),
+        spans=_spans([i for i, step in enumerate(steps) if step.op == index]),
     )
 
 

@@ -1,4 +1,5 @@
-"""A `QuantNetwork` as bytes and back: JSON for the structure, one block of raw little-endian arrays beside it. No pickle."""
+"""A `QuantNetwork` as bytes and back: JSON for the structure, one block of raw little-endian arrays beside
+it. No pickle."""
 
 import json
 from dataclasses import fields, is_dataclass
@@ -21,7 +22,10 @@ from compiler.ops import (
 
 __all__ = ["network_from_bytes", "network_to_bytes"]
 
-_TYPES = {kind.__name__: kind for kind in (Attention, LayerNorm, Linear, Pointwise, QuantTensor, Requant, ResidualInput)}
+_TYPES = {
+    kind.__name__: kind
+    for kind in (Attention, LayerNorm, Linear, Pointwise, QuantTensor, Requant, ResidualInput)
+}
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")
 
 
@@ -68,7 +72,10 @@ def _plain(value: Any, blob: bytearray) -> Any:
         blob += np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
         return entry
     if is_dataclass(value):
-        return {"type": type(value).__name__, **{f.name: _plain(getattr(value, f.name), blob) for f in fields(value)}}
+        return {
+            "type": type(value).__name__,
+            **{f.name: _plain(getattr(value, f.name), blob) for f in fields(value)},
+        }
     if isinstance(value, (list, tuple)):
         return [_plain(item, blob) for item in value]
     return value.item() if isinstance(value, np.generic) else value

@@ -1,13 +1,16 @@
 """Weight streams: int8 matrices in the order and the formats in which the array eats them.
 
-The formats are those of `docs/numerics.md` ("Weights"). A matrix (cols, k) is cut into tiles of L output columns (the last one padded
-with zero lanes); a tile is a sequence of steps of L bytes, lane l = byte l. Sparse tiles come with position words of 4*L bytes.
+The formats are those of `docs/numerics.md` ("Weights"). A matrix (cols, k) is cut into tiles of L output
+columns (the last one padded with zero lanes); a tile is a sequence of steps of L bytes, lane l = byte l.
+Sparse tiles come with position words of 4*L bytes.
 
-A layer is stored sparse whenever its pattern has N < M, even where INDEX and BITMAP both take more bytes than DENSE
-(nearly full patterns such as 31:32): the sparse stream takes N/M of the cycles, and cycles are what the array is short of.
+A layer is stored sparse whenever its pattern has N < M, even where INDEX and BITMAP both take more bytes than
+DENSE (nearly full patterns such as 31:32): the sparse stream takes N/M of the cycles, and cycles are what the
+array is short of.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +18,18 @@ from numpy.typing import NDArray
 from algo.nm import NM
 from hw.isa import Format
 
-__all__ = ["PackedWeights", "PatternError", "check_pattern", "choose_format", "pack_weights", "position_words", "unpack_weights"]
+__all__ = [
+    "PackedWeights",
+    "PatternError",
+    "check_pattern",
+    "choose_format",
+    "pack_weights",
+    "position_words",
+    "unpack_weights",
+]
 
 WORD_BITS = 32
+_Number = TypeVar("_Number", np.int8, np.uint32)
 
 
 class PatternError(ValueError):
@@ -85,8 +97,8 @@ def position_words(format: Format, *, n: int, m: int, k: int) -> int:
 
 
 def choose_format(pattern: NM | None, k: int) -> Format:
-    """DENSE when nothing can be left out (no pattern, N = M), else the one of INDEX and BITMAP with fewer bytes for
-    rows of k weights; INDEX if equal."""
+    """DENSE when nothing can be left out (no pattern, N = M), else the one of INDEX and BITMAP with fewer
+    bytes for rows of k weights; INDEX if equal."""
     if pattern is None or pattern.n == pattern.m:
         return Format.DENSE
     index, bitmap = (position_words(f, n=pattern.n, m=pattern.m, k=k) for f in (Format.INDEX, Format.BITMAP))
@@ -114,7 +126,12 @@ def check_pattern(weight: NDArray[np.int8], pattern: NM | None, *, layer: str) -
 
 
 def pack_weights(
-    weight: NDArray[np.int8], pattern: NM | None, *, lanes: int, format: Format | None = None, layer: str = "weights"
+    weight: NDArray[np.int8],
+    pattern: NM | None,
+    *,
+    lanes: int,
+    format: Format | None = None,
+    layer: str = "weights",
 ) -> PackedWeights:
     """Pack a matrix for tiles of `lanes` output columns.
 
@@ -139,7 +156,9 @@ def pack_weights(
         Not an int8 matrix, an empty one, or a sparse format without a pattern.
     """
     if not isinstance(weight, np.ndarray) or weight.dtype != np.int8:
-        raise TypeError(f"{layer}: weights must be an int8 array, not {getattr(weight, 'dtype', type(weight).__name__)}")
+        raise TypeError(
+            f"{layer}: weights must be an int8 array, not {getattr(weight, 'dtype', type(weight).__name__)}"
+        )
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"{layer}: weights must have the shape (out, in), both >= 1, not {weight.shape}")
     cols, k = weight.shape
@@ -152,14 +171,18 @@ def pack_weights(
         raise ValueError(f"{layer}: the format {chosen.name} needs an N:M pattern")
     check_pattern(weight, pattern, layer=layer)
     values, positions = _pack_sparse(weight, pattern, chosen, lanes)
-    return PackedWeights(format=chosen, n=pattern.n, m=pattern.m, k=k, cols=cols, values=values, positions=positions)
+    return PackedWeights(
+        format=chosen, n=pattern.n, m=pattern.m, k=k, cols=cols, values=values, positions=positions
+    )
 
 
 def unpack_weights(packed: PackedWeights) -> NDArray[np.int8]:
     """Give back the matrix (cols, k)."""
     tiles, _, lanes = packed.values.shape
     if packed.format == Format.DENSE:
-        return np.ascontiguousarray(packed.values.transpose(0, 2, 1).reshape(tiles * lanes, packed.k)[: packed.cols])
+        return np.ascontiguousarray(
+            packed.values.transpose(0, 2, 1).reshape(tiles * lanes, packed.k)[: packed.cols]
+        )
     groups = -(-packed.k // packed.m)
     where = _read_positions(packed, groups)
     matrix = np.zeros((tiles, lanes, groups, packed.m), np.int8)
@@ -168,7 +191,7 @@ def unpack_weights(packed: PackedWeights) -> NDArray[np.int8]:
     return np.ascontiguousarray(matrix.reshape(tiles * lanes, -1)[: packed.cols, : packed.k])
 
 
-def _tiles(matrix: NDArray[np.generic], lanes: int) -> NDArray[np.generic]:
+def _tiles(matrix: NDArray[_Number], lanes: int) -> NDArray[_Number]:
     """(cols, steps) as (column tiles, steps, lanes), zero lanes at the end."""
     cols, steps = matrix.shape
     tiles = -(-cols // lanes)
@@ -180,7 +203,8 @@ def _tiles(matrix: NDArray[np.generic], lanes: int) -> NDArray[np.generic]:
 def _pack_sparse(
     weight: NDArray[np.int8], pattern: NM, format: Format, lanes: int
 ) -> tuple[NDArray[np.int8], NDArray[np.uint32]]:
-    """Values (column tiles, steps, lanes) and position words; padding lanes are rows of zeros, packed like any other."""
+    """Values (column tiles, steps, lanes) and position words; padding lanes are rows of zeros, packed like
+    any other."""
     groups = -(-weight.shape[1] // pattern.m)
     cols = -(-weight.shape[0] // lanes) * lanes
     padded = np.zeros((cols, groups * pattern.m), np.int8)
@@ -202,7 +226,9 @@ def _taken(groups: NDArray[np.int8], n: int) -> NDArray[np.bool_]:
     taken = groups != 0
     spare = (n - taken.sum(1, dtype=np.int8))[:, None]
     zeros = np.zeros(len(groups), np.int8)
-    for place in range(groups.shape[1]):  # M passes over a column each are faster than a cumulative sum along short rows
+    for place in range(
+        groups.shape[1]
+    ):  # M passes over a column each are faster than a cumulative sum along short rows
         free = ~taken[:, place]
         zeros += free
         taken[:, place] |= free & (zeros <= spare[:, 0])
@@ -210,7 +236,8 @@ def _taken(groups: NDArray[np.int8], n: int) -> NDArray[np.bool_]:
 
 
 def _words(places: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
-    """Join (cols, n) numbers of `bits` bits to (cols, words) 32-bit words, lowest bits first; the rest of the last word is zero."""
+    """Join (cols, n) numbers of `bits` bits to (cols, words) 32-bit words, lowest bits first; the rest of the
+    last word is zero."""
     each = WORD_BITS // bits
     words = -(-places.shape[1] // each)
     padded = np.zeros((len(places), words * each), np.uint32)
@@ -226,9 +253,9 @@ def _read_positions(packed: PackedWeights, groups: int) -> NDArray[np.int64]:
     each = WORD_BITS // bits
     shifts = (np.arange(each, dtype=np.uint64) * np.uint64(bits))[:, None]
     numbers = (packed.positions.astype(np.uint64)[:, :, None, :] >> shifts) & np.uint64((1 << bits) - 1)
-    numbers = numbers.reshape(tiles, -1, lanes).astype(np.int64)
+    fields = numbers.reshape(tiles, -1, lanes).astype(np.int64)
     if packed.format == Format.INDEX:
-        return numbers[:, : groups * packed.n].reshape(tiles, groups, packed.n, lanes)
-    marks = (numbers[:, :groups, None, :] >> np.arange(packed.m)[:, None]) & 1
-    order = np.argsort(1 - marks, axis=2, kind="stable")
+        return fields[:, : groups * packed.n].reshape(tiles, groups, packed.n, lanes)
+    marks = (fields[:, :groups, None, :] >> np.arange(packed.m)[:, None]) & 1
+    order: NDArray[np.int64] = np.argsort(1 - marks, axis=2, kind="stable")
     return order[:, :, : packed.n]

@@ -1,7 +1,8 @@
-"""Memory planning: addresses for buffers that live for a while, so that buffers of different times share bytes.
+"""Memory planning: addresses for buffers that live for a while, so that buffers of different times share
+bytes.
 
-Time is counted in instructions. The accelerator consumes in program order, so a buffer's bytes are free as soon as its last reader
-precedes the next writer.
+Time is counted in instructions. The accelerator consumes in program order, so a buffer's bytes are free as
+soon as its last reader precedes the next writer.
 """
 
 from collections.abc import Sequence
@@ -51,9 +52,15 @@ def align_up(value: int, alignment: int) -> int:
 
 
 def plan_memory(
-    buffers: Sequence[Buffer], *, base: int = 0, align: int = 64, reuse: bool = True, limit: int = ADDRESS_SPACE
+    buffers: Sequence[Buffer],
+    *,
+    base: int = 0,
+    align: int = 64,
+    reuse: bool = True,
+    limit: int = ADDRESS_SPACE,
 ) -> MemoryPlan:
-    """Place buffers from `base` upwards: largest first, each in the smallest gap that fits among the buffers it meets in time.
+    """Place buffers from `base` upwards: largest first, each in the smallest gap that fits among the buffers
+    it meets in time.
 
     Parameters
     ----------
@@ -79,7 +86,8 @@ def plan_memory(
         end = address + buffer.size
         if end > limit:
             raise PlanError(
-                f"the program needs more than {limit} bytes of memory: {buffer.name} ({buffer.size} bytes) does not fit"
+                f"the program needs more than {limit} bytes of memory: "
+                f"{buffer.name} ({buffer.size} bytes) does not fit"
             )
         placed.append((address, end, buffer))
         placed.sort(key=lambda item: item[:2])
@@ -88,7 +96,8 @@ def plan_memory(
 
 
 def _best_gap(busy: list[tuple[int, int]], base: int, size: int, align: int) -> int:
-    """Start of the smallest sufficient gap between the busy ranges (sorted by start), else the end of the last one."""
+    """Start of the smallest sufficient gap between the busy ranges (sorted by start), else the end of the
+    last one."""
     best, best_size, cursor = None, 0, base
     for start, end in busy:
         gap = start - cursor

@@ -1,8 +1,8 @@
 """A compiled program: everything that a simulator, a driver or a report needs, in one value and one file.
 
-The file is a zip without compression: `manifest.json` (what the program is, and the SHA-256 of every other member), `code.bin`
-(instructions), `weights.bin` (constants), `network.json` + `network.bin` (the integer network, for the reference). Nothing is
-pickled, and equal programs are equal files, byte for byte.
+The file is a zip without compression: `manifest.json` (what the program is, and the SHA-256 of every other
+member), `code.bin` (instructions), `weights.bin` (constants), `network.json` + `network.bin` (the integer
+network, for the reference). Nothing is pickled, and equal programs are equal files, byte for byte.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ _MEMBERS = ("code.bin", "weights.bin", "network.json", "network.bin")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 Layout = Literal["columns", "transposed", "keymask"]
+Kind = Literal["linear", "attention", "pointwise"]
 
 
 class ProgramFileError(ValueError):
@@ -58,11 +59,11 @@ class ProgramFileError(ValueError):
 class TensorInfo:
     """A tensor in memory: (batch, rows, channels), real value = scale * integer.
 
-    layout ``"columns"`` and ``"transposed"`` are those of docs/numerics.md; ``"keymask"`` tensors exist only as the parameter tables that
-    `Program.memory_image` makes of them (address 0, no bytes). `heads` is 1 except for transposed tensors. `of` names the network's
-    tensor: a copy in a second layout has a name of its own.
-    The tensor is complete in memory after instruction `written` (-1: the host wrote it), and stays to the end if `kept`, else at
-    least until instruction `last_use` has completed.
+    layout ``"columns"`` and ``"transposed"`` are those of docs/numerics.md; ``"keymask"`` tensors exist only
+    as the parameter tables that `Program.memory_image` makes of them (address 0, no bytes). `heads` is 1
+    except for transposed tensors. `of` names the network's tensor: a copy in a second layout has a name of
+    its own. The tensor is complete in memory after instruction `written` (-1: the host wrote it), and stays
+    to the end if `kept`, else at least until instruction `last_use` has completed.
     """
 
     name: str
@@ -109,7 +110,9 @@ class TensorInfo:
     def from_memory(self, raw: NDArray[np.uint8], rows: int) -> NDArray[np.integer]:
         """Inverse of `to_memory`: the tensor (batch, rows, channels), int8 or int16."""
         batch, length, channels = self.shape
-        stored = np.ascontiguousarray(raw).view(f"<i{2 if self.dtype == 'int16' else 1}").reshape(self.grid(rows))
+        stored = (
+            np.ascontiguousarray(raw).view(f"<i{2 if self.dtype == 'int16' else 1}").reshape(self.grid(rows))
+        )
         if self.layout == "columns":
             return np.ascontiguousarray(stored.transpose(0, 1, 3, 2).reshape(batch, -1, channels)[:, :length])
         _, heads, blocks, length_padded, _ = self.grid(rows)
@@ -119,15 +122,17 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorInfo:
-    """One operator of the network. Bytes are those of its weights: int8 dense, and as stored (both without parameters).
+    """One operator of the network. Bytes are those of its weights: int8 dense, and as stored (both without
+    parameters).
 
-    `effective_macs` = MACs * N/M for weight matmuls, all MACs for dense-dense ones (design.md, "utilisation"); `spans` are the
-    ranges [start, stop) of its instructions. `shape` is (batch * rows, inputs, outputs) or, of attention, (batch * heads * queries, keys, head_dim).
+    `effective_macs` = MACs * N/M for weight matmuls, all MACs for dense-dense ones (design.md,
+    "utilisation"); `spans` are the ranges [start, stop) of its instructions. `shape` is (batch * rows,
+    inputs, outputs) or, of attention, (batch * heads * queries, keys, head_dim).
     """
 
     name: str
     source: str
-    kind: Literal["linear", "attention", "pointwise"]
+    kind: Kind
     pattern: str
     shape: tuple[int, int, int]
     macs: int
@@ -140,7 +145,8 @@ class OperatorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTable:
-    """Column parameters that the host writes from a keymask input: `keys` entries per batch entry, `stride` bytes apart."""
+    """Column parameters that the host writes from a keymask input: `keys` entries per batch entry, `stride`
+    bytes apart."""
 
     tensor: str
     address: int
@@ -153,10 +159,12 @@ class MaskTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTensor:
-    """An input or output of the user's model: its name, shape and dtype there, and the network's tensor behind it.
+    """An input or output of the user's model: its name, shape and dtype there, and the network's tensor
+    behind it.
 
-    An activation is ``round(value / scale)`` clipped to the tensor's dtype, reshaped to (batch, rows, channels); of a keymask (kind), True
-    or 1 marks a key that takes part, or with ``inverted`` one that does not (torch's key_padding_mask).
+    An activation is ``round(value / scale)`` clipped to the tensor's dtype, reshaped to (batch, rows,
+    channels); of a keymask (kind), True or 1 marks a key that takes part, or with ``inverted`` one that does
+    not (torch's key_padding_mask).
     """
 
     name: str
@@ -172,7 +180,8 @@ class ModelTensor:
 class Program:
     """A compiled network for one `Arch`.
 
-    Memory: `code` at `code_address`, `constants` at `constants_address`, then activations and mask tables up to `memory_bytes`.
+    Memory: `code` at `code_address`, `constants` at `constants_address`, then activations and mask tables up
+    to `memory_bytes`.
     """
 
     arch: Arch
@@ -191,8 +200,8 @@ class Program:
 
     def __repr__(self) -> str:
         return (
-            f"Program(arch={self.arch.name!r}, instructions={self.instruction_count}, operators={len(self.operators)}, "
-            f"memory_bytes={self.memory_bytes})"
+            f"Program(arch={self.arch.name!r}, instructions={self.instruction_count}, "
+            f"operators={len(self.operators)}, memory_bytes={self.memory_bytes})"
         )
 
     @property
@@ -250,7 +259,8 @@ class Program:
         Parameters
         ----------
         inputs
-            One integer array (batch, rows, channels) for each input tensor of the network, within int8 or int16; 0 and 1 for keymasks.
+            One integer array (batch, rows, channels) for each input tensor of the network, within int8 or
+            int16; 0 and 1 for keymasks.
 
         Raises
         ------
@@ -277,14 +287,18 @@ class Program:
         return image
 
     def read_tensor(self, image: NDArray[np.uint8], name: str) -> NDArray[np.integer]:
-        """A tensor (batch, rows, channels) out of a memory image, int8 or int16. After a run only `kept` tensors are still there."""
+        """A tensor (batch, rows, channels) out of a memory image, int8 or int16. After a run only `kept`
+        tensors are still there."""
         info = self.tensor(name)
         if info.layout == "keymask":
             raise ValueError(f"{name!r} is a key mask: it exists only as parameter tables")
-        return info.from_memory(image[info.address : info.address + info.nbytes(self.arch.rows)], self.arch.rows)
+        return info.from_memory(
+            image[info.address : info.address + info.nbytes(self.arch.rows)], self.arch.rows
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file: to a temporary name in the same folder, then renamed, so that no reader sees half of it."""
+        """Write the file: to a temporary name in the same folder, then renamed, so that no reader sees half
+        of it."""
         target = Path(path)
         data = self.to_bytes()
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -305,7 +319,10 @@ class Program:
             "kind": KIND,
             "format_version": FORMAT_VERSION,
             "arch": self.arch.to_dict(),
-            **{name: getattr(self, name) for name in ("code_address", "constants_address", "memory_bytes", "meta")},
+            **{
+                name: getattr(self, name)
+                for name in ("code_address", "constants_address", "memory_bytes", "meta")
+            },
             **{name: [asdict(item) for item in getattr(self, name)] for name in _TABLES},
             "files": {name: {"bytes": len(data), "sha256": _sha(data)} for name, data in members.items()},
         }
@@ -363,20 +380,29 @@ def _read(path: str | os.PathLike[str]) -> Program:
         entry = _field(files, name, dict, "files.")
         if name not in members:
             raise ProgramFileError(f"{name} is missing")
-        if _field(entry, "bytes", int, f"files.{name}.") != len(members[name]) or entry.get("sha256") != _sha(members[name]):
-            raise ProgramFileError(f"{name} does not match its checksum: the file is truncated or was altered")
+        if _field(entry, "bytes", int, f"files.{name}.") != len(members[name]) or entry.get("sha256") != _sha(
+            members[name]
+        ):
+            raise ProgramFileError(
+                f"{name} does not match its checksum: the file is truncated or was altered"
+            )
     try:
         network = network_from_bytes(members["network.json"], members["network.bin"])
     except (ValueError, KeyError, TypeError) as error:
         raise ProgramFileError(f"network.json: {error}") from error
-    tables = {name: tuple(_record(kind, item, name) for item in _field(manifest, name, list)) for name, kind in _TABLES.items()}
+    tables: dict[str, Any] = {
+        name: tuple(_record(kind, item, name) for item in _field(manifest, name, list))
+        for name, kind in _TABLES.items()
+    }
     return Program(
         arch=_record(Arch, _field(manifest, "arch", dict), "arch"),
         code=members["code.bin"],
         constants=np.frombuffer(members["weights.bin"], np.uint8),
         network=network,
         meta={str(key): str(value) for key, value in _field(manifest, "meta", dict).items()},
-        **{name: _field(manifest, name, int) for name in ("code_address", "constants_address", "memory_bytes")},
+        code_address=_field(manifest, "code_address", int),
+        constants_address=_field(manifest, "constants_address", int),
+        memory_bytes=_field(manifest, "memory_bytes", int),
         **tables,
     )
 
@@ -389,7 +415,16 @@ def _read_members(path: str | os.PathLike[str]) -> dict[str, bytes]:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise zipfile.BadZipFile("compressed members")
             members = {entry.filename: archive.read(entry) for entry in entries}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, NotImplementedError, RuntimeError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+    ) as error:
         raise ProgramFileError(f"not a program file, or a truncated one (zip: {error})") from error
     if "manifest.json" not in members:
         raise ProgramFileError("not a program file: manifest.json is missing")
@@ -406,7 +441,8 @@ def _read_manifest(raw: bytes) -> dict[str, Any]:
     version = _field(manifest, "format_version", int)
     if version > FORMAT_VERSION:
         raise ProgramFileError(
-            f"manifest.json: format_version {version} is newer than {FORMAT_VERSION}, the newest this nmforge reads"
+            f"manifest.json: format_version {version} is newer than {FORMAT_VERSION}, "
+            f"the newest this nmforge reads"
         )
     stated = manifest.pop("sha256", None)
     if stated != _sha(_json(manifest)):

@@ -1,4 +1,5 @@
-"""Instructions before they have addresses: what lowering emits, and the passes that turn a list of them into code."""
+"""Instructions before they have addresses: what lowering emits, and the passes that turn a list of them into
+code."""
 
 from __future__ import annotations
 
@@ -13,7 +14,18 @@ from hw.arch import Arch
 from hw.isa import Instruction, Opcode
 from hw.isa_check import constant_alignment
 
-__all__ = ["MAX_DEP", "At", "Constants", "Region", "Step", "assign_dependences", "encode", "insert_tables", "live_ranges", "pipelined"]
+__all__ = [
+    "MAX_DEP",
+    "At",
+    "Constants",
+    "Region",
+    "Step",
+    "assign_dependences",
+    "encode",
+    "insert_tables",
+    "live_ranges",
+    "pipelined",
+]
 
 MAX_DEP = 1 << 14
 """Longest distance written into `dep`; to wait for a later instruction than the producer is always enough."""
@@ -34,8 +46,9 @@ class At:
 class Step:
     """One instruction of operator number `op`.
 
-    `fields` are final field values, `addresses` the fields that need the memory plan. `reads` are the regions that streams with
-    a dependence read (activations, residuals, keys and values), `writes` the region it stores. `table` is the activation table it needs.
+    `fields` are final field values, `addresses` the fields that need the memory plan. `reads` are the regions
+    that streams with a dependence read (activations, residuals, keys and values), `writes` the region it
+    stores. `table` is the activation table it needs.
     """
 
     op: int
@@ -77,7 +90,8 @@ class Constants:
 
 
 def pipelined(first: Sequence[Sequence[Step]], second: Sequence[Sequence[Step]], *, depth: int) -> list[Step]:
-    """Software pipeline of units of two parts each: first part of unit i + depth goes before the second part of unit i."""
+    """Software pipeline of units of two parts each: first part of unit i + depth goes before the second part
+    of unit i."""
     steps: list[Step] = []
     for i in range(len(first) + depth):
         if i < len(first):
@@ -95,14 +109,17 @@ def insert_tables(steps: Sequence[Step]) -> list[Step]:
         if step.table is not None and step.table != loaded:
             loaded = step.table
             result.append(
-                Step(op=step.op, opcode=Opcode.TABLE, addresses={"p_addr": At(loaded)}, note="activation table")
+                Step(
+                    op=step.op, opcode=Opcode.TABLE, addresses={"p_addr": At(loaded)}, note="activation table"
+                )
             )
         result.append(step)
     return result
 
 
 def assign_dependences(steps: Sequence[Step]) -> list[Step]:
-    """Set `dep` to the distance to the last producer of what each step reads; regions from the host need no wait."""
+    """Set `dep` to the distance to the last producer of what each step reads; regions from the host need no
+    wait."""
     producer: dict[Region, int] = {}
     result = []
     for index, step in enumerate(steps):
@@ -123,9 +140,16 @@ def live_ranges(steps: Sequence[Step]) -> dict[str, tuple[int, int]]:
 
 
 def plan_buffers(
-    sizes: Mapping[str, int], steps: Sequence[Step], *, pinned: frozenset[str], base: int, align: int, reuse: bool
+    sizes: Mapping[str, int],
+    steps: Sequence[Step],
+    *,
+    pinned: frozenset[str],
+    base: int,
+    align: int,
+    reuse: bool,
 ) -> MemoryPlan:
-    """Plan the memory of activations and host-written buffers; pinned ones keep their bytes for the whole run."""
+    """Plan the memory of activations and host-written buffers; pinned ones keep their bytes for the whole
+    run."""
     ranges = live_ranges(steps)
     buffers = [
         Buffer(name=name, size=size, first=-1, last=len(steps))

@@ -1,8 +1,11 @@
-"""The law of a `QuantNetwork`: what lowering and the reference may rely on. Messages name operator, module path and shapes."""
+"""The law of a `QuantNetwork`: what lowering and the reference may rely on. Messages name operator, module
+path and shapes."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compiler.graph import CompileError
 from compiler.ops import Attention, LayerNorm, Linear, Op, Pointwise, QuantNetwork, QuantTensor
@@ -32,7 +35,9 @@ def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
     """
     for name, tensor in network.tensors.items():
         if tensor.name != name or len(tensor.shape) != 3 or min(tensor.shape) < 1:
-            raise LoweringError(f"tensor {name!r} must have that name and a shape of three numbers >= 1, not {tensor}")
+            raise LoweringError(
+                f"tensor {name!r} must have that name and a shape of three numbers >= 1, not {tensor}"
+            )
     known: set[str] = set()
     for name in network.inputs:
         if name not in network.tensors:
@@ -77,15 +82,30 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
     if isinstance(op, Linear):
         _check_linear(op, tensors)
     else:
+        _require(
+            op,
+            op.x is not None or op.residual is not None,
+            "neither x nor a residual: the output would be constant",
+        )
         if op.x is not None:
             _shape(op, "x", tensors[op.x], out.shape)
-        _require(op, 0 <= op.mult < 1 << 15 and 1 <= op.shift <= 63, f"mult, shift out of range: {op.mult}, {op.shift}")
+        _require(
+            op,
+            0 <= op.mult < 1 << 15 and 1 <= op.shift <= 63,
+            f"mult, shift out of range: {op.mult}, {op.shift}",
+        )
     if op.residual is not None:
         residual = tensors[op.residual.tensor]
         _shape(op, "residual", residual, out.shape)
-        _require(op, residual.dtype in ("int8", "int16"), f"residual must be int8 or int16, not {residual.dtype}")
+        _require(
+            op, residual.dtype in ("int8", "int16"), f"residual must be int8 or int16, not {residual.dtype}"
+        )
         mult, shift = op.residual.mult, op.residual.shift
-        _require(op, 0 <= mult < 1 << 15 and 1 <= shift <= 63, f"residual mult, shift out of range: {mult}, {shift}")
+        _require(
+            op,
+            0 <= mult < 1 << 15 and 1 <= shift <= 63,
+            f"residual mult, shift out of range: {mult}, {shift}",
+        )
     if op.table is not None:
         _require(op, op.table.dtype == np.int8 and op.table.shape == (256,), "table must be 256 int8 entries")
     if op.norm is not None:
@@ -94,47 +114,75 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
 
 def _check_linear(op: Linear, tensors: dict[str, QuantTensor]) -> None:
     x, out, weight = tensors[op.x], tensors[op.out], op.weight
-    _require(op, weight.dtype == np.int8 and weight.ndim == 2, f"weight must be int8 (out, in), not {weight.dtype} {weight.shape}")
-    _require(op, x.shape == (*out.shape[:2], weight.shape[1]), f"x {x.shape} does not fit weight {weight.shape} and output {out.shape}")
+    _require(
+        op,
+        weight.dtype == np.int8 and weight.ndim == 2,
+        f"weight must be int8 (out, in), not {weight.dtype} {weight.shape}",
+    )
+    _require(
+        op,
+        x.shape == (*out.shape[:2], weight.shape[1]),
+        f"x {x.shape} does not fit weight {weight.shape} and output {out.shape}",
+    )
     _require(op, out.shape[2] == weight.shape[0], f"output {out.shape} does not fit weight {weight.shape}")
-    requant, cols = op.requant, (weight.shape[0],)
-    shapes = {"bias": requant.bias, "mult": requant.mult, "shift": requant.shift}
-    for name, array in shapes.items():
-        _require(op, array.shape == cols, f"requant.{name} must have the shape {cols}, not {array.shape}")
-    _require(op, bool(((requant.shift >= 1) & (requant.shift <= 63)).all()), "requant.shift must be in 1..63")
+    requant, cols = op.requant, weight.shape[0]
+    _parameters(op, "requant", cols, bias=requant.bias, mult=requant.mult, shift=requant.shift)
 
 
 def _check_norm(op: Linear | Pointwise, norm: LayerNorm, cols: int) -> None:
-    for name in ("gamma", "beta", "shift"):
-        array = getattr(norm, name)
-        _require(op, array.shape == (cols,), f"norm.{name} must have the shape {(cols,)}, not {array.shape}")
-    _require(op, bool(((norm.shift >= 1) & (norm.shift <= 63)).all()), "norm.shift must be in 1..63")
+    _parameters(op, "norm", cols, beta=norm.beta, gamma=norm.gamma, shift=norm.shift)
     _require(op, 0 <= norm.eps < 1 << 32, f"norm.eps must fit 32 bits, not {norm.eps}")
+
+
+def _parameters(op: Op, what: str, cols: int, **arrays: NDArray[Any]) -> None:
+    """Column parameters, in the order of `hw.numerics.PARAM_DTYPE`: int32, int16, and shifts."""
+    for (name, array), dtype in zip(arrays.items(), ("int32", "int16", "uint8"), strict=True):
+        _require(
+            op,
+            array.shape == (cols,) and array.dtype == dtype,
+            f"{what}.{name} must be {dtype} of shape {(cols,)}, not {array.dtype} {array.shape}",
+        )
+    shift = arrays["shift"]
+    _require(op, bool(((shift >= 1) & (shift <= 63)).all()), f"{what}.shift must be in 1..63")
 
 
 def _check_attention(op: Attention, tensors: dict[str, QuantTensor]) -> None:
     q, k, v, out = (tensors[name] for name in (op.q, op.k, op.v, op.out))
     for role, tensor in (("q", q), ("k", k), ("v", v)):
         _dtype(op, role, tensor, "int8")
-    _require(op, op.heads >= 1 and q.shape[2] % op.heads == 0, f"{q.shape[2]} channels do not divide into {op.heads} heads")
-    _require(op, k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2],
-             f"q {q.shape}, k {k.shape} and v {v.shape} do not fit")
+    _require(
+        op,
+        op.heads >= 1 and q.shape[2] % op.heads == 0,
+        f"{q.shape[2]} channels do not divide into {op.heads} heads",
+    )
+    _require(
+        op,
+        k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2],
+        f"q {q.shape}, k {k.shape} and v {v.shape} do not fit",
+    )
     _shape(op, "output", out, q.shape)
     _dtype(op, "output", out, "int8")
     if op.mask is not None:
         _dtype(op, "mask", tensors[op.mask], "keymask")
         _shape(op, "mask", tensors[op.mask], (k.shape[0], 1, k.shape[1]))
-    _require(op, 0 <= op.score_mult < 1 << 15 and 1 <= op.score_shift <= 63,
-             f"score_mult, score_shift out of range: {op.score_mult}, {op.score_shift}")
-    _require(op, 0 <= op.out_mult < 1 << 16 and 1 <= op.out_shift <= 40,
-             f"out_mult, out_shift out of range: {op.out_mult}, {op.out_shift}")
+    _require(
+        op,
+        0 <= op.score_mult < 1 << 15 and 1 <= op.score_shift <= 63,
+        f"score_mult, score_shift out of range: {op.score_mult}, {op.score_shift}",
+    )
+    _require(
+        op,
+        0 <= op.out_mult < 1 << 16 and 1 <= op.out_shift <= 40,
+        f"out_mult, out_shift out of range: {op.out_mult}, {op.out_shift}",
+    )
 
 
 def _check_limits(op: Op, tensors: dict[str, QuantTensor], arch: Arch) -> None:
     channels = tensors[op.out].shape[2]
     if not isinstance(op, Attention) and op.norm is not None and channels > arch.row_depth:
         raise LoweringError(
-            f"{describe(op)}: the norm's rows of {channels} columns do not fit row_depth = {arch.row_depth} of {arch.name}"
+            f"{describe(op)}: the norm's rows of {channels} columns do not fit "
+            f"row_depth = {arch.row_depth} of {arch.name}"
         )
 
 
@@ -148,4 +196,6 @@ def _dtype(op: Op, role: str, tensor: QuantTensor, dtype: str) -> None:
 
 
 def _shape(op: Op, role: str, tensor: QuantTensor, shape: Shape) -> None:
-    _require(op, tensor.shape == shape, f"{role} ({tensor.name!r}) must have the shape {shape}, not {tensor.shape}")
+    _require(
+        op, tensor.shape == shape, f"{role} ({tensor.name!r}) must have the shape {shape}, not {tensor.shape}"
+    )

@@ -7,6 +7,7 @@ from amaranth.lib.wiring import In, Out
 from numpy.typing import ArrayLike, NDArray
 
 from hw.row_layout import ROW_COMMAND, column_layout
+from hw.shared import place
 
 __all__ = ["EXP_BASE", "EXP_SLOPE", "SCALE_JOB", "ExpLane", "ExpPass", "exp2_mantissa", "softmax_exp"]
 
@@ -196,12 +197,13 @@ class ExpPass(wiring.Component):
             m.d.sync += self.scale.valid.eq(1)
         with m.Elif(self.scale.ready):
             m.d.sync += self.scale.valid.eq(0)
-        self._add_lanes(m, load=load, step=step, first=token[2].first)
+        self._add_lanes(m, platform, load=load, step=step, first=token[2].first)
         return m
 
-    def _add_lanes(self, m: Module, *, load: Value, step: Value, first: Value) -> None:
+    def _add_lanes(self, m: Module, platform: object, *, load: Value, step: Value, first: Value) -> None:
         for row in range(self.rows):
-            m.submodules[f"lane{row}"] = lane = ExpLane()
+            lane = ExpLane()
+            place(m, platform, f"lane{row}", lane, module="exp_lane")
             m.d.comb += [
                 lane.load.eq(load),
                 lane.mx.eq(self.mx[row]),

@@ -1,9 +1,9 @@
 """What makes an instruction malformed, declared once: the ISA engine runs this table and the RTL mirrors it.
 
-Each rule is a condition over the raw fields that must be false. Rules use only ``== != < > & |``, so that the same expression
-works on Python integers and on Amaranth values. `k_limits` is a ROM of 33 words addressed by field ``m``. The first rule that
-holds, in the order of the table, gives the error code; rules that depend on other instructions (`ErrorCode.SEQUENCE`) are
-described in `SequenceState`.
+Each rule is a condition over the raw fields that must be false. Rules use only ``== != < > & |``, so that the
+same expression works on Python integers and on Amaranth values. `k_limits` is a ROM of 33 words addressed by
+field ``m``. The first rule that holds, in the order of the table, gives the error code; rules that depend on
+other instructions (`ErrorCode.SEQUENCE`) are described in `SequenceState`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ __all__ = [
 ]
 
 MAX_PENDING_ROWS = 3
-"""Softmax rows (out LANES) that may wait for their TILE with operand ROWS: two banks of the row unit and one in the array."""
+"""Softmax rows (out LANES) that may wait for their TILE with operand ROWS: two banks of the row unit and one
+in the array."""
 
 MAX_M = 32
 ROW_SHIFT_MAX = 40
@@ -52,8 +53,8 @@ SIGN_BIT = 1 << 15
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to be malformed: ``holds(f, arch, k_limit)`` with f the raw fields (plus ``reserved``, the bits after the last field)
-    and k_limit = ``k_limits(arch)[min(f.m, 32)]``, or the lane depth for DENSE."""
+    """One way to be malformed: ``holds(f, arch, k_limit)`` with f the raw fields (plus ``reserved``, the bits
+    after the last field) and k_limit = ``k_limits(arch)[min(f.m, 32)]``, or the lane depth for DENSE."""
 
     code: ErrorCode
     text: str
@@ -66,7 +67,8 @@ def constant_alignment(arch: Arch) -> int:
 
 
 def k_limits(arch: Arch) -> tuple[int, ...]:
-    """Longest reduction for each m in 0..32 such that k rounded up to whole groups fits the lanes' ring (m = 0: the depth)."""
+    """Longest reduction for each m in 0..32 such that k rounded up to whole groups fits the lanes' ring (m =
+    0: the depth)."""
     return (arch.lane_depth, *(arch.lane_depth // m * m for m in range(1, MAX_M + 1)))
 
 
@@ -115,67 +117,91 @@ RULES: tuple[Rule, ...] = (
     Rule(_F, "n or m out of range", lambda f, a, kl: _sparse(f) & ((f.n == 0) | (f.m > MAX_M) | (f.n > f.m))),
     Rule(_F, "k does not fit the lanes", lambda f, a, kl: _array(f) & (f.k > kl)),
     Rule(
-        _F, "cols does not fit the partial sums",
+        _F,
+        "cols does not fit the partial sums",
         lambda f, a, kl: ((f.psum_in == 1) | (f.psum_out == 1)) & (f.cols > a.psum_depth),
     ),
     Rule(
-        _F, "cols does not fit the row unit",
+        _F,
+        "cols does not fit the row unit",
         lambda f, a, kl: ((f.row_op == RowOp.SOFTMAX) | _norm(f)) & (f.cols > a.row_depth),
     ),
     # fields that need source ARRAY
     Rule(
-        _F, "operand, a_unsigned, w_dep, psum_in or psum_out without source ARRAY",
-        lambda f, a, kl: (f.source != Source.ARRAY)
-        & ((f.operand | f.a_unsigned | f.w_dep | f.psum_in | f.psum_out) != 0),
+        _F,
+        "operand, a_unsigned, w_dep, psum_in or psum_out without source ARRAY",
+        lambda f, a, kl: (
+            (f.source != Source.ARRAY) & ((f.operand | f.a_unsigned | f.w_dep | f.psum_in | f.psum_out) != 0)
+        ),
     ),
     Rule(_F, "w_dep with a sparse format", lambda f, a, kl: _sparse(f) & (f.w_dep == 1)),
     # destinations
     Rule(
-        _F, "psum_out with post-processing or a destination",
-        lambda f, a, kl: (f.psum_out == 1)
-        & ((f.out != Out.NONE) | (f.row_op != RowOp.NONE) | (f.residual != Residual.NONE) | (f.table == 1) | (f.scale == Scale.ROW)),
+        _F,
+        "psum_out with post-processing or a destination",
+        lambda f, a, kl: (
+            (f.psum_out == 1)
+            & (
+                (f.out != Out.NONE)
+                | (f.row_op != RowOp.NONE)
+                | (f.residual != Residual.NONE)
+                | (f.table == 1)
+                | (f.scale == Scale.ROW)
+            )
+        ),
     ),
     Rule(
-        _F, "out NONE without psum_out or MAX",
+        _F,
+        "out NONE without psum_out or MAX",
         lambda f, a, kl: _post(f) & (f.out == Out.NONE) & (f.row_op != RowOp.MAX),
     ),
     Rule(_F, "MAX with a destination", lambda f, a, kl: (f.row_op == RowOp.MAX) & (f.out != Out.NONE)),
     Rule(_F, "SOFTMAX or EXP without out LANES", lambda f, a, kl: _exponentials(f) & (f.out != Out.LANES)),
     Rule(
-        _F, "out LANES without SOFTMAX or EXP",
+        _F,
+        "out LANES without SOFTMAX or EXP",
         lambda f, a, kl: (f.out == Out.LANES) & (f.row_op != RowOp.SOFTMAX) & (f.row_op != RowOp.EXP),
     ),
     # row blocks
     Rule(
-        _F, "row_first without MAX or EXP",
+        _F,
+        "row_first without MAX or EXP",
         lambda f, a, kl: (f.row_first == 1) & (f.row_op != RowOp.MAX) & (f.row_op != RowOp.EXP),
     ),
     Rule(_F, "row_last without EXP", lambda f, a, kl: (f.row_last == 1) & (f.row_op != RowOp.EXP)),
     # multipliers and shifts
     Rule(
-        _F, "scale CONST: mult or shift out of range",
+        _F,
+        "scale CONST: mult or shift out of range",
         lambda f, a, kl: _post(f) & (f.scale == Scale.CONST) & ((f.shift == 0) | (f.mult >= SIGN_BIT)),
     ),
     Rule(
-        _F, "residual: r_mult or r_shift out of range",
+        _F,
+        "residual: r_mult or r_shift out of range",
         lambda f, a, kl: (f.residual != Residual.NONE) & ((f.r_shift == 0) | (f.r_mult >= SIGN_BIT)),
     ),
     Rule(
-        _F, "row operation: row_shift out of range",
+        _F,
+        "row operation: row_shift out of range",
         lambda f, a, kl: (_exponentials(f) | _norm(f)) & ((f.row_shift == 0) | (f.row_shift > ROW_SHIFT_MAX)),
     ),
     Rule(_F, "LAYERNORM: ln_shift is 0", lambda f, a, kl: (f.row_op == RowOp.LAYERNORM) & (f.ln_shift == 0)),
     # addresses
     Rule(
-        _A, "a_addr",
-        lambda f, a, kl: ((_array(f) & (f.operand == Operand.MEMORY)) | (f.source == Source.STREAM)) & _off(f.a_addr, a.rows),
+        _A,
+        "a_addr",
+        lambda f, a, kl: (
+            ((_array(f) & (f.operand == Operand.MEMORY)) | (f.source == Source.STREAM))
+            & _off(f.a_addr, a.rows)
+        ),
     ),
     Rule(_A, "w_addr", lambda f, a, kl: _array(f) & _off(f.w_addr, a.lanes)),
     Rule(_A, "w_addr", lambda f, a, kl: _array(f) & (f.w_dep == 0) & _off(f.w_addr, constant_alignment(a))),
     Rule(_A, "w_stride", lambda f, a, kl: _array(f) & _off(f.w_stride, a.lanes)),
     Rule(_A, "x_addr", lambda f, a, kl: _sparse(f) & _off(f.x_addr, constant_alignment(a))),
     Rule(
-        _A, "p_addr",
+        _A,
+        "p_addr",
         lambda f, a, kl: _post(f) & (f.scale == Scale.COLUMN) & _off(f.p_addr, constant_alignment(a)),
     ),
     Rule(_A, "r_addr", lambda f, a, kl: (f.residual != Residual.NONE) & _off(f.r_addr, a.rows)),
@@ -217,7 +243,8 @@ def check_raw(fields: Mapping[str, int], arch: Arch) -> tuple[ErrorCode, str]:
 
 
 def check_instruction(instruction: Instruction, arch: Arch) -> ErrorCode:
-    """Code with which the accelerator stops at this instruction for its own sake; NONE if it is well formed."""
+    """Code with which the accelerator stops at this instruction for its own sake; NONE if it is well
+    formed."""
     return check_raw(raw_fields(instruction.encode()), arch)[0]
 
 
@@ -225,16 +252,17 @@ def check_instruction(instruction: Instruction, arch: Arch) -> ErrorCode:
 class SequenceState:
     """What TILEs leave for later TILEs, in order: lengths of rows sent to the lanes, and row scales.
 
-    TILE with out LANES appends `cols` to the rows (SOFTMAX, EXP); SOFTMAX, and EXP with row_last, append a scale. Operand ROWS takes
-    the oldest row, scale ROW the oldest scale. SEQUENCE errors: nothing to take, a row of another length than k, a row
-    more than `MAX_PENDING_ROWS`, a scale more than that.
+    TILE with out LANES appends `cols` to the rows (SOFTMAX, EXP); SOFTMAX, and EXP with row_last, append a
+    scale. Operand ROWS takes the oldest row, scale ROW the oldest scale. SEQUENCE errors: nothing to take, a
+    row of another length than k, a row more than `MAX_PENDING_ROWS`, a scale more than that.
     """
 
     rows: tuple[int, ...] = ()
     scales: int = 0
 
     def step(self, instruction: Instruction) -> ErrorCode:
-        """Check one well-formed TILE against the state and advance it; the state is unchanged after an error."""
+        """Check one well-formed TILE against the state and advance it; the state is unchanged after an
+        error."""
         rows, scales = self.rows, self.scales
         if instruction.source == Source.ARRAY and instruction.operand == Operand.ROWS:
             if not rows or rows[0] != instruction.k:

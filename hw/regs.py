@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Signal, Value
+from amaranth.hdl import Cat, Const, Module, ResetSignal, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -286,8 +286,9 @@ class Registers(wiring.Component):
         strobe = Signal(4)
         write = Signal()
         m.d.comb += [
-            bus.awready.eq(~have_addr),
-            bus.wready.eq(~have_data),
+            # not ready in reset, which ends a cycle after the reset input
+            bus.awready.eq(~have_addr & ~ResetSignal()),
+            bus.wready.eq(~have_data & ~ResetSignal()),
             write.eq(have_addr & have_data & ~bus.bvalid),
         ]
         with m.If(bus.awvalid & bus.awready):
@@ -342,7 +343,7 @@ class Registers(wiring.Component):
         have_addr = Signal()
         addr = Signal(ADDR_WIDTH - 2)
         high = Signal(32)
-        m.d.comb += bus.arready.eq(~have_addr & ~bus.rvalid)
+        m.d.comb += bus.arready.eq(~have_addr & ~ResetSignal() & ~bus.rvalid)
         with m.If(bus.arvalid & bus.arready):
             m.d.sync += [have_addr.eq(1), addr.eq(bus.araddr[2:])]
         with m.If(bus.rready):

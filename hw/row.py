@@ -13,6 +13,7 @@ from hw.isa import RowOp
 from hw.row_layout import NORM_PARAM, ROW_COMMAND, column_layout, row_scale_layout
 from hw.rownorm import NormPass, NormScale, layernorm_rows, moments_layout, norm_constants, rsqrt16
 from hw.rowscale import RowScale, recip16, row_scale_softmax
+from hw.shared import place
 
 __all__ = [
     "NORM_PARAM",
@@ -187,7 +188,8 @@ class RowCollector(wiring.Component):
         with m.Elif(take):
             m.d.sync += [left.eq(left - 1), fresh.eq(0)]
         for row in range(self.arch.rows):
-            m.submodules[f"row{row}"] = moments = RowMoments(self.arch)
+            moments = RowMoments(self.arch)
+            place(m, platform, f"row{row}", moments, module="row_moments")
             m.d.comb += [
                 moments.x.eq(self.i.payload[row]),
                 moments.first.eq(fresh & job.first),

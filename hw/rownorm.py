@@ -15,6 +15,7 @@ from hw.pipeline import Pipeline
 from hw.row_layout import NORM_PARAM, ROW_COMMAND, column_layout
 from hw.rowscale import bit_length
 from hw.scatter import Gather, Scatter
+from hw.shared import place
 
 __all__ = [
     "RSQRT_TABLE",
@@ -458,7 +459,8 @@ class NormPass(wiring.Component):
         beta = delay(param.bias, 5, "beta")
         shift = delay((param.shift - 1)[:6], 6, "shift")
         for row in range(self.rows):
-            m.submodules[f"lane{row}"] = lane = NormLane()
+            lane = NormLane()
+            place(m, platform, f"lane{row}", lane, module="norm_lane")
             m.d.comb += [
                 lane.load.eq(load),
                 lane.row.eq(self.row[row]),

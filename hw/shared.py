@@ -18,7 +18,7 @@ class SharedModules:
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
-        self._uses_clock: dict[str, bool] = {}
+        self._controls: dict[str, dict[str, object]] = {}
 
     def instance(self, component: wiring.Component, name: str) -> Instance:
         """An instance of `component`'s module, which is converted at its first use; `name` tells modules apart."""
@@ -26,11 +26,10 @@ class SharedModules:
             self.texts[name] = ""  # keeps the order: users of a module follow after it is complete
             text = str(backend.convert(component, name=name, platform=self, emit_src=False, strip_internal_attrs=True))
             self.texts[name] = text
-            self._uses_clock[name] = "input clk;" in text
+            controls = {"clk": ClockSignal(), "rst": Const(0, 1)}
+            self._controls[name] = {f"i_{port}": value for port, value in controls.items() if f"input {port};" in text}
         component._MustUse__silence = True  # its ports are used as wires, its body is the shared module
-        ports: dict[str, object] = {}
-        if self._uses_clock[name]:
-            ports = {"i_clk": ClockSignal(), "i_rst": Const(0, 1)}
+        ports = dict(self._controls[name])
         for path, member, value in component.signature.flatten(component):
             prefix = "i_" if member.flow == In else "o_"
             ports[prefix + "__".join(str(part) for part in path)] = value

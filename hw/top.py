@@ -4,7 +4,7 @@ The core can be reset at any time (soft reset, error, end of a program); the mem
 what they have promised to the bus.
 """
 
-from amaranth import Cat, Module, Mux, ResetInserter, Signal
+from amaranth import Cat, ClockDomain, Module, Mux, ResetInserter, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -161,15 +161,21 @@ class Accelerator(wiring.Component):
         self._registers = Registers(arch, counters=tuple(name for name, _ in COUNTERS))
         self._arbiter = ReadArbiter(arch, readers=len(READERS))
         self._writer = Writer(arch, fifo_beats=max(32, arch.fifo_beats))
-        super().__init__({})
+        super().__init__({"clk": In(1), "rst": In(1)})
 
     def ports(self) -> dict:
         """Top-level ports under their customary names, for ``amaranth.back.verilog.convert``."""
         return {**axi_ports("s_axi", self._registers.bus), **axi_ports("m_axi", self._arbiter.bus),
-                **axi_ports("m_axi", self._writer.bus), "irq": (self._registers.irq, None)}
+                **axi_ports("m_axi", self._writer.bus), "irq": (self._registers.irq, None),
+                "clk": (self.clk, None), "rst": (self.rst, None)}
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        # the reset input is registered: it then has no long combinational paths into the core
+        m.domains.sync = sync = ClockDomain(local=True)
+        m.domains.input = clock = ClockDomain(reset_less=True, local=True)
+        m.d.comb += [sync.clk.eq(self.clk), clock.clk.eq(self.clk)]
+        m.d.input += sync.rst.eq(self.rst)
         core, reset = Core(self._arch), Signal()
         m.submodules.registers = registers = self._registers
         m.submodules.arbiter = arbiter = self._arbiter

@@ -44,8 +44,8 @@ class Mismatch:
 
 @dataclass(frozen=True, eq=False)
 class IsaRecord:
-    """The ISA engine's run: final memory; per storing instruction its index, the addresses of its bytes, and the bytes; and the first
-    difference from the reference."""
+    """The ISA engine's run: final memory; per storing instruction its index, the addresses of its bytes, and the bytes;
+    and the first difference from the reference."""
 
     image: Bytes
     instructions: tuple[int, ...]

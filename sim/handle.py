@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from sim.harness import HarnessError, check_writeable
 from sim.verilator import Build, build
@@ -44,13 +45,17 @@ class Scope:
     Reading settles the design first. Setting takes an int, masked to the signal's width (so -1 sets every bit).
     """
 
+    _dut: "Dut"
+    _name: str
+    _signals: dict[str, Signal]
+    _scopes: dict[str, "Scope"]
+
     def __init__(self, dut: "Dut", name: str) -> None:
         self.__dict__.update(_dut=dut, _name=name, _signals={}, _scopes={})
 
-    def __getitem__(self, name: str) -> "int | Array | Scope":
+    def __getitem__(self, name: str) -> Any:
         if name in self._scopes:
-            scope: Scope = self._scopes[name]
-            return scope
+            return self._scopes[name]
         signal = self._find(name)
         if signal.entries:
             return Array(self._dut, signal)
@@ -69,10 +74,9 @@ class Scope:
     def _find(self, name: str) -> Signal:
         if name not in self._signals:
             raise AttributeError(f"{self._name} has no signal {name!r}; it has {', '.join(self) or 'none'}")
-        signal: Signal = self._signals[name]
-        return signal
+        return self._signals[name]
 
-    def __getattr__(self, name: str) -> "int | Array | Scope":
+    def __getattr__(self, name: str) -> Any:
         return self[name]
 
     def __setattr__(self, name: str, value: int) -> None:

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sim.memory import MemoryModel
 from sim.verilator import Build, build
 
-__all__ = ["Harness", "HarnessError", "ProtocolError", "Statistics", "WriteLog", "check_writeable"]
+__all__ = ["Harness", "HarnessError", "ProtocolError", "Statistics", "WriteLog", "WriteTimes", "check_writeable"]
 
 _SLICE = 200_000
 """Cycles per call into C++: between slices Python sees Ctrl-C and reports progress."""
@@ -44,6 +44,10 @@ class _Statistics(ctypes.Structure):
 
 class _Run(ctypes.Structure):
     _fields_ = [("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64)]
+
+
+class _Time(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_uint64), ("cycle", ctypes.c_uint64)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,14 @@ class WriteLog:
     address: NDArray[np.int64]
     length: NDArray[np.int64]
     data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class WriteTimes:
+    """When the write bursts of a log were answered: `logged` bytes were in the log in absolute `cycle`. int64 (bursts,)."""
+
+    logged: NDArray[np.int64]
+    cycle: NDArray[np.int64]
 
 
 class Harness:
@@ -257,7 +269,7 @@ class Harness:
         """Counts so far."""
         raw = _Statistics()
         self._library.nm_statistics(self._handle(), ctypes.byref(raw))
-        return Statistics(**{name: getattr(raw, name) for name, _ in _Statistics._fields_})
+        return Statistics(**{field.name: getattr(raw, field.name) for field in fields(Statistics)})
 
     def write_log(self) -> WriteLog:
         """A copy of the log so far (empty without `log_writes`)."""
@@ -266,6 +278,13 @@ class Harness:
         size = self._library.nm_log_bytes(self._handle(), ctypes.byref(data))
         table = _copy(runs, count * ctypes.sizeof(_Run)).view(np.int64).reshape(-1, 2)
         return WriteLog(table[:, 0].copy(), table[:, 1].copy(), _copy(data, size))
+
+    def write_times(self) -> WriteTimes:
+        """A copy of the bursts' times so far (empty without `log_writes`)."""
+        times = ctypes.c_void_p()
+        count = self._library.nm_log_times(self._handle(), ctypes.byref(times))
+        table = _copy(times, count * ctypes.sizeof(_Time)).view(np.int64).reshape(-1, 2)
+        return WriteTimes(table[:, 0].copy(), table[:, 1].copy())
 
     def clear_log(self) -> None:
         """Forget the log so far."""
@@ -317,6 +336,7 @@ def _load(path: Path) -> ctypes.CDLL:
         "nm_error": (text, (pointer,)),
         "nm_log_runs": (number, (pointer, pointer)),
         "nm_log_bytes": (number, (pointer, pointer)),
+        "nm_log_times": (number, (pointer, pointer)),
         "nm_clear_log": (None, (pointer,)),
     }
     for name, (result, arguments) in signatures.items():

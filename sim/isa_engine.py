@@ -1,7 +1,9 @@
-"""The ISA engine: executes a program instruction by instruction on a memory image, exact to the byte, without time.
+"""The ISA engine: executes a program instruction by instruction on a memory image, exact to the byte, without
+time.
 
-It reads everything from memory, as the accelerator does: instructions, packed weights and their positions, parameters. Nothing is shared
-with the compiler's packing or planning. Arithmetic: `docs/numerics.md`, by way of `hw.numerics` and `hw.row`.
+It reads everything from memory, as the accelerator does: instructions, packed weights and their positions,
+parameters. Nothing is shared with the compiler's packing or planning. Arithmetic: `docs/numerics.md`, by way
+of `hw.numerics` and `hw.row`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ MASKED = -32768
 
 
 class IsaError(RuntimeError):
-    """The program stopped at a malformed instruction: `code` and `address` are those of the accelerator's registers."""
+    """The program stopped at a malformed instruction: `code` and `address` are those of the accelerator's
+    registers."""
 
     def __init__(self, code: ErrorCode, address: int, index: int, text: str) -> None:
         super().__init__(f"{code.name} error at instruction {index} (address {address:#x}): {text}")
@@ -69,7 +72,12 @@ class IsaResult:
 
 
 def run_isa(
-    image: Bytes, *, arch: Arch, code_addr: int, instructions: int, after: Callable[[int, Instruction], None] | None = None
+    image: Bytes,
+    *,
+    arch: Arch,
+    code_addr: int,
+    instructions: int,
+    after: Callable[[int, Instruction], None] | None = None,
 ) -> IsaResult:
     """Run a program.
 
@@ -80,7 +88,8 @@ def run_isa(
     arch
         The accelerator.
     code_addr, instructions
-        Address of the first instruction, and how many there are: the program ends at HALT, or with an END error after the last one.
+        Address of the first instruction, and how many there are: the program ends at HALT, or with an END
+        error after the last one.
     after
         Called after each completed instruction with its index; may look at the image.
 
@@ -105,7 +114,8 @@ def run_isa(
             after(index, instruction)
     end = code_addr + instructions * INSTRUCTION_BYTES
     return IsaResult(
-        instructions=instructions, error=IsaError(ErrorCode.END, end, instructions, "the program ended without HALT")
+        instructions=instructions,
+        error=IsaError(ErrorCode.END, end, instructions, "the program ended without HALT"),
     )
 
 
@@ -116,7 +126,8 @@ class _Stop(Exception):
 
 
 class _Machine:
-    """Architectural state. Columns are the first axis everywhere: arrays are (columns, rows), as in memory."""
+    """Architectural state. Columns are the first axis everywhere: arrays are (columns, rows), as in
+    memory."""
 
     def __init__(self, image: Bytes, arch: Arch) -> None:
         self.image, self.arch = image, arch
@@ -129,12 +140,15 @@ class _Machine:
         self.scales: list[tuple[Int, Int]] = []
         self.decoded: OrderedDict[tuple[int, ...], tuple[Bytes, Bytes, NDArray[np.float32]]] = OrderedDict()
 
-    # -- memory ------------------------------------------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------------------
 
     def view(self, address: int, size: int) -> Bytes:
         """`size` bytes of memory."""
         if address + size > len(self.image):
-            raise _Stop(ErrorCode.BUS, f"access to {address:#x}..{address + size:#x}, memory has {len(self.image):#x} bytes")
+            raise _Stop(
+                ErrorCode.BUS,
+                f"access to {address:#x}..{address + size:#x}, memory has {len(self.image):#x} bytes",
+            )
         return self.image[address : address + size]
 
     def blocks(self, address: int, stride: int, count: int, size: int) -> Bytes:
@@ -152,7 +166,7 @@ class _Machine:
         """Column parameters; fields (count, 1), int64."""
         return self.view(address, count * PARAM_DTYPE.itemsize).view(PARAM_DTYPE)[:, None]
 
-    # -- instructions ------------------------------------------------------------------------------------------------------------
+    # -- instructions ----------------------------------------------------------------------------------------
 
     def fetch(self, address: int) -> Instruction:
         """Read and check an instruction."""
@@ -174,8 +188,10 @@ class _Machine:
         self.sequence = SequenceState(before.rows, before.scales)
         if self.sequence.step(ins) != ErrorCode.NONE:
             raise _Stop(
-                ErrorCode.SEQUENCE, f"rows waiting {before.rows}, row scales waiting {before.scales}, operand "
-                f"{Operand(ins.operand).name}, k {ins.k}, scale {Scale(ins.scale).name}, out {Out(ins.out).name}",
+                ErrorCode.SEQUENCE,
+                f"rows waiting {before.rows}, row scales waiting {before.scales}, operand "
+                f"{Operand(ins.operand).name}, k {ins.k}, scale {Scale(ins.scale).name}, "
+                f"out {Out(ins.out).name}",
             )
         acc = self.accumulate(ins)
         if ins.psum_in:
@@ -221,8 +237,16 @@ class _Machine:
         if ins.row_op in (RowOp.LAYERNORM, RowOp.RMSNORM):
             params = self.params(ins.g_addr, ins.cols)[:, 0]
             return layernorm_rows(
-                values.T, params["mult"], params["bias"], params["shift"], ln_inv=ins.ln_inv, ln_shift=ins.ln_shift,
-                eps=ins.ln_eps, row_mult=ins.row_mult, row_shift=ins.row_shift, rms=ins.row_op == RowOp.RMSNORM,
+                values.T,
+                params["mult"],
+                params["bias"],
+                params["shift"],
+                ln_inv=ins.ln_inv,
+                ln_shift=ins.ln_shift,
+                eps=ins.ln_eps,
+                row_mult=ins.row_mult,
+                row_shift=ins.row_shift,
+                rms=ins.row_op == RowOp.RMSNORM,
             ).T
         whole = ins.row_op == RowOp.SOFTMAX
         if whole or ins.row_op == RowOp.MAX:
@@ -248,14 +272,17 @@ class _Machine:
             self.store_transposed(ins, saturate(values, 8).astype(np.int8))
 
     def store_transposed(self, ins: Instruction, values: NDArray[np.int8]) -> None:
-        """Blocks of `lanes` columns as `rows` words of `lanes` bytes; columns that are missing in the last block are zero."""
+        """Blocks of `lanes` columns as `rows` words of `lanes` bytes; columns that are missing in the last
+        block are zero."""
         rows, lanes = self.arch.rows, self.arch.lanes
         for block, start in enumerate(range(0, ins.cols, lanes)):
             part = values[start : start + lanes]
-            words = self.view(ins.o_addr + block * ins.o_stride, rows * lanes).view(np.int8).reshape(rows, lanes)
+            words = (
+                self.view(ins.o_addr + block * ins.o_stride, rows * lanes).view(np.int8).reshape(rows, lanes)
+            )
             words[:, : len(part)], words[:, len(part) :] = part.T, 0
 
-    # -- weights -----------------------------------------------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------------
 
     def dense_weights(self, ins: Instruction) -> NDArray[np.float32]:
         """(cols, k)"""
@@ -266,11 +293,14 @@ class _Machine:
         cached = self.cached(key, raw, raw[:0])
         if cached is None:
             values = raw.view(np.int8).reshape(tiles, ins.k, lanes).transpose(0, 2, 1)
-            cached = self.remember(key, raw, raw[:0], values.reshape(tiles * lanes, ins.k)[: ins.cols].astype(np.float32))
+            cached = self.remember(
+                key, raw, raw[:0], values.reshape(tiles * lanes, ins.k)[: ins.cols].astype(np.float32)
+            )
         return cached
 
     def sparse_weights(self, ins: Instruction) -> NDArray[np.float32]:
-        """(cols, k): every value added at the column its position names. Positions beyond k meet no activation."""
+        """(cols, k): every value added at the column its position names. Positions beyond k meet no
+        activation."""
         lanes = self.arch.lanes
         tiles, groups = -(-ins.cols // lanes), -(-ins.k // ins.m)
         bits = max(1, (ins.m - 1).bit_length()) if ins.format == Format.INDEX else ins.m
@@ -309,7 +339,8 @@ class _Machine:
 
 
 def _unpack_fields(words: NDArray[np.uint32], bits: int) -> NDArray[np.int64]:
-    """Bit fields of position words (tiles, words, lanes), lowest first: (tiles, words * fields per word, lanes)."""
+    """Bit fields of position words (tiles, words, lanes), lowest first: (tiles, words * fields per word,
+    lanes)."""
     tiles, _, lanes = words.shape
     shifts = np.arange(WORD_BITS // bits)[:, None] * bits
     fields = (words.astype(np.int64)[:, :, None, :] >> shifts) & ((1 << bits) - 1)
@@ -317,7 +348,8 @@ def _unpack_fields(words: NDArray[np.uint32], bits: int) -> NDArray[np.int64]:
 
 
 def _bitmap_positions(marks: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """Positions of the n lowest ones of each bitmap (tiles, groups, lanes): (tiles, groups, n, lanes). 0 where there are fewer."""
+    """Positions of the n lowest ones of each bitmap (tiles, groups, lanes): (tiles, groups, n, lanes). 0
+    where there are fewer."""
     left, positions = marks.copy(), []
     for _ in range(n):
         lowest = left & -left

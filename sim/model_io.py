@@ -58,7 +58,8 @@ def _quantise(spec: ModelTensor, value: Any, program: Program) -> NDArray[np.int
     if spec.kind == "keymask":
         return ((array != 0) != spec.inverted).astype(np.int8).reshape(info.shape)
     if kinds:
-        return array.reshape(info.shape)
+        integers: NDArray[np.integer] = array.reshape(info.shape)
+        return integers
     if not np.isfinite(array).all():
         raise ValueError(f"input {spec.name!r} must be finite")
     limits = np.iinfo(info.dtype)

@@ -18,8 +18,8 @@ from sim.engine import EngineRun, VerilatorEngine
 from sim.memory import MemoryModel
 from sim.model_io import Inputs, dequantise_outputs, quantise_inputs
 from sim.reference import run_reference
+from sim.timing import operator_cycles
 from sim.trace import Trace
-from sim.verilator import Build
 
 __all__ = ["Engine", "EngineNotAvailableError", "Progress", "Run", "simulate"]
 
@@ -43,8 +43,8 @@ class Run:
     Attributes
     ----------
     outputs : tuple
-        The model's outputs in order: torch tensors with the model's shapes and dtypes; integer arrays if the program was compiled from an
-        integer network.
+        The model's outputs in order: torch tensors with the model's shapes and dtypes; integer arrays if the program
+        was compiled from an integer network.
     tensors : dict
         The integer output tensors by the network's names.
     cycles : int or None
@@ -53,6 +53,8 @@ class Run:
         ``program.effective_macs / (arch.macs * cycles)``.
     counters : dict
         Performance counters; `sim.counters` explains them.
+    operator_cycles : dict
+        Cycles by operator name, adding up to `cycles` (engine "verilator", checked runs); see `sim.timing`.
     bit_exact : bool or None
         Whether every byte agreed; None if not checked.
     mismatches : tuple of Mismatch
@@ -82,6 +84,7 @@ class Run:
     cycles: int | None
     utilisation: float | None
     counters: dict[str, int] = field(default_factory=dict)
+    operator_cycles: dict[str, int] = field(default_factory=dict)
     bit_exact: bool | None = None
     mismatches: tuple[Mismatch, ...] = ()
     bytes_checked: int = 0
@@ -101,7 +104,7 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but tensors, as plain values for JSON."""
-        plain = ("engine", "cycles", "utilisation", "counters", "bit_exact", "bytes_checked", "outputs_sha256", "wall_s",
+        plain = ("engine", "cycles", "utilisation", "counters", "operator_cycles", "bit_exact", "bytes_checked", "outputs_sha256", "wall_s",
                  "cycles_per_s", "check_s", "build_s", "simulator")
         return {
             **{name: getattr(self, name) for name in plain},
@@ -161,14 +164,12 @@ def simulate(
     report, memory, trace = _reporter(progress), memory or MemoryModel(), _as_trace(trace)
     integers = quantise_inputs(program, inputs)
     image = _padded(program.memory_image(integers), program.arch.bus_bytes)
-    record = check_s = None
-    if check or engine == "isa":
-        start = time.monotonic()
-        record = _record(program, image, integers if check else None, report)
-        check_s = time.monotonic() - start
-    if engine == "isa":
-        return _isa_run(program, record, check, check_s, memory)
-    return _Verilator(program, image, record, memory, trace, max_cycles, report).run(check_s)
+    start = time.monotonic()
+    record = _record(program, image, integers if check else None, report) if check or engine == "isa" else None
+    seconds = time.monotonic() - start
+    if engine == "isa" and record is not None:
+        return _isa_run(program, record, check, seconds, memory)
+    return _Verilator(program, image, record, memory, trace, max_cycles, report).run(seconds)
 
 
 def _check_engine(engine: str, trace: Trace | str | None) -> None:
@@ -275,9 +276,11 @@ class _Verilator:
             wall = time.monotonic() - start
             mismatches = self._compare(engine)
             build = engine.harness.build
+            times = engine.harness.write_times()
         checked = self.record is not None
         return Run(
             engine="verilator", cycles=result.cycles, counters=result.counters, memory=self.memory,
+            operator_cycles=operator_cycles(program, times, result.statistics.started, result.cycles),
             utilisation=program.effective_macs / (program.arch.macs * result.cycles),
             bit_exact=not mismatches if checked else None, mismatches=mismatches,
             bytes_checked=self.record.bytes_written if self.record is not None else 0,

@@ -10,8 +10,8 @@ __all__ = ["Trace"]
 class Trace:
     """What to record: an FST file of every signal, from cycle `start` to `stop` (excluded) after the program's start.
 
-    Recording costs two orders of magnitude of speed and about 6 KB a cycle at 1024 MACs, so keep the window short. It needs a build of
-    its own, cached like the other. GTKWave and Surfer show the file; `pywellen` reads it in Python.
+    Recording costs two orders of magnitude of speed and some KB a cycle at 1024 MACs, so keep the window short. It needs
+    a build of its own, cached like the other. GTKWave and Surfer show the file; `pywellen` reads it in Python.
 
     Raises
     ------

@@ -257,7 +257,7 @@ class _Unit:
 
 def _units(work: Path, sources: list[Path]) -> list[_Unit]:
     """Verilator's files joined to files of about `_UNIT_BYTES`: each pays for its headers once."""
-    units = []
+    units: list[_Unit] = []
     for level in (_FAST, _SLOW):
         group: list[Path] = []
         for source in [path for path in sources if _level(path) == level]:

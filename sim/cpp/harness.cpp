@@ -206,8 +206,13 @@ uint64_t nm_log_bytes(const Harness* harness, const uint8_t** bytes) {
     *bytes = harness->memory.log_bytes.data();
     return harness->memory.log_bytes.size();
 }
+uint64_t nm_log_times(const Harness* harness, const WriteTime** times) {
+    *times = harness->memory.log_times.data();
+    return harness->memory.log_times.size();
+}
 void nm_clear_log(Harness* harness) {
     harness->memory.log_runs.clear();
     harness->memory.log_bytes.clear();
+    harness->memory.log_times.clear();
 }
 }

@@ -37,6 +37,11 @@ struct WriteRun {
     uint64_t address, bytes;
 };
 
+// When a burst was answered: so many bytes had been logged by then.
+struct WriteTime {
+    uint64_t bytes, cycle;
+};
+
 inline std::string format(const char* text, uint64_t a = 0, uint64_t b = 0) {
     char line[200];
     std::snprintf(line, sizeof line, text, static_cast<unsigned long long>(a), static_cast<unsigned long long>(b));
@@ -88,6 +93,7 @@ public:
     std::string error;  // first violation of the protocol
     std::vector<WriteRun> log_runs;
     std::vector<uint8_t> log_bytes;
+    std::vector<WriteTime> log_times;
 
 private:
     enum Channel : uint64_t { kAR, kR, kAW, kW, kB };
@@ -164,6 +170,7 @@ private:
             if (on) store(write.address + start, write.data.data() + start, stop - start);
             start = stop;
         }
+        if (config_.log_writes) log_times.push_back({log_bytes.size(), statistics.cycle});
     }
 
     static bool strobed(const Write& write, uint64_t byte) { return write.strobe[byte / 8] >> (byte % 8) & 1; }

@@ -24,7 +24,25 @@ from hw.arch import Arch
 
 __all__ = ["PATTERNS", "random_inputs", "random_network", "random_weight"]
 
-PATTERNS = (None, "1:1", "4:4", "1:2", "2:4", "1:4", "2:8", "1:8", "3:5", "1:3", "5:7", "2:3", "4:32", "1:32", "31:32", "7:16", "32:32")
+PATTERNS = (
+    None,
+    "1:1",
+    "4:4",
+    "1:2",
+    "2:4",
+    "1:4",
+    "2:8",
+    "1:8",
+    "3:5",
+    "1:3",
+    "5:7",
+    "2:3",
+    "4:32",
+    "1:32",
+    "31:32",
+    "7:16",
+    "32:32",
+)
 """Dense, N = M, N = 1, odd M, M = 32, nearly full."""
 
 _DTYPES = ("int8", "int8", "int8", "int16")
@@ -43,7 +61,8 @@ def random_weight(rng: np.random.Generator, cols: int, k: int, pattern: NM | Non
 
 
 def random_inputs(rng: np.random.Generator, network: QuantNetwork) -> dict[str, NDArray[np.integer]]:
-    """One array for each input; key masks keep at least one key, except that now and then all keys of an entry are masked."""
+    """One array for each input; key masks keep at least one key, except that now and then all keys of an
+    entry are masked."""
     inputs: dict[str, NDArray[np.integer]] = {}
     for name in network.inputs:
         tensor = network.tensors[name]
@@ -65,6 +84,7 @@ class _Builder:
     arch: Arch
     max_channels: int
     max_rows: int
+    cross: bool
     tensors: dict[str, QuantTensor] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
@@ -97,9 +117,9 @@ class _Builder:
             shift=self.rng.integers(target - 1, target + 2, cols).astype(np.uint8),
         )
 
-    def residual(self, shape: tuple[int, int, int]) -> ResidualInput | None:
+    def residual(self, shape: tuple[int, int, int], *, needed: bool = False) -> ResidualInput | None:
         name = self.pick(shape, "int8", "int16")
-        if name is None or self.chance(0.5):
+        if name is None or (not needed and self.chance(0.5)):
             return None
         return ResidualInput(name, self.integer(1 << 12, (1 << 15) - 1), self.integer(13, 17))
 
@@ -113,7 +133,8 @@ class _Builder:
             gamma=self.rng.integers(-(1 << 15), 1 << 15, cols).astype(np.int16),
             beta=self.rng.integers(-(1 << 20), 1 << 20, cols).astype(np.int32),
             shift=self.rng.integers(14, 20, cols).astype(np.uint8),
-            eps=self.integer(0, 1 << 20), rms=self.chance(0.3),
+            eps=self.integer(0, 1 << 20),
+            rms=self.chance(0.3),
         )
 
     def linear(self, x: str, *, cols: int | None = None, dtype: str | None = None) -> str:
@@ -127,46 +148,86 @@ class _Builder:
         nm = None if pattern is None else NM(pattern)
         residual = self.residual((batch, rows, cols))
         out = self.tensor((batch, rows, cols), dtype or str(self.rng.choice(_DTYPES)))
-        self.ops.append(Linear(
-            name=f"linear{len(self.ops)}", x=x, out=out, weight=random_weight(self.rng, cols, k, nm), pattern=nm,
-            requant=self.requant(cols, k), residual=residual, table=self.table(), norm=norm, source=f"layers.{len(self.ops)}",
-        ))
+        self.ops.append(
+            Linear(
+                name=f"linear{len(self.ops)}",
+                x=x,
+                out=out,
+                weight=random_weight(self.rng, cols, k, nm),
+                pattern=nm,
+                requant=self.requant(cols, k),
+                residual=residual,
+                table=self.table(),
+                norm=norm,
+                source=f"layers.{len(self.ops)}",
+            )
+        )
         return out
 
     def pointwise(self, x: str | None) -> str:
         names = [n for n, t in self.tensors.items() if t.dtype != "keymask"]
         shape = self.tensors[x or str(self.rng.choice(names))].shape
-        residual, norm = self.residual(shape), self.norm(shape[2])
+        residual, norm = self.residual(shape, needed=x is None), self.norm(shape[2])
         out = self.tensor(shape, str(self.rng.choice(_DTYPES)))
-        self.ops.append(Pointwise(
-            name=f"pointwise{len(self.ops)}", x=x, out=out, mult=self.integer(1 << 12, (1 << 15) - 1),
-            shift=self.integer(10, 16), residual=residual, table=self.table(), norm=norm,
-        ))
+        self.ops.append(
+            Pointwise(
+                name=f"pointwise{len(self.ops)}",
+                x=x,
+                out=out,
+                mult=self.integer(1 << 12, (1 << 15) - 1),
+                shift=self.integer(10, 16),
+                residual=residual,
+                table=self.table(),
+                norm=norm,
+            )
+        )
         return out
 
     def attention(self, x: str) -> str:
-        """Self-attention, or attention to another sequence; query, key and value come from Linears or are used as they are."""
+        """Self-attention, or attention to another sequence; query, key and value come from Linears or are
+        used as they are."""
         batch, rows, _ = self.tensors[x].shape
         heads = self.integer(1, 3)
         channels = heads * self.integer(1, max(1, min(self.max_channels, 3 * self.arch.lanes) // heads))
-        keys = rows if self.chance(0.7) else self.integer(1, self.max_rows)
-        other = x if keys == rows else self.tensor((batch, keys, self.integer(1, self.max_channels)), "int8", is_input=True)
+        keys = self.integer(1, self.max_rows) if self.cross and self.chance(0.4) else rows
+        other = (
+            x
+            if keys == rows
+            else self.tensor((batch, keys, self.integer(1, self.max_channels)), "int8", is_input=True)
+        )
         q = self.linear(x, cols=channels, dtype="int8")
         k = self.linear(other, cols=channels, dtype="int8")
         v = k if self.chance(0.15) else self.linear(other, cols=channels, dtype="int8")
         mask = self.tensor((batch, 1, keys), "keymask", is_input=True) if self.chance(0.5) else None
         out = self.tensor((batch, rows, channels), "int8")
         head_bits = int(np.log2(channels // heads) / 2)
-        self.ops.append(Attention(
-            name=f"attention{len(self.ops)}", q=q, k=k, v=v, out=out, heads=heads,
-            score_mult=self.integer(1 << 14, (1 << 15) - 1), score_shift=self.integer(16, 19) + head_bits,
-            out_mult=self.integer(1 << 14, (1 << 15) - 1), out_shift=self.integer(13, 16), mask=mask,
-        ))
+        self.ops.append(
+            Attention(
+                name=f"attention{len(self.ops)}",
+                q=q,
+                k=k,
+                v=v,
+                out=out,
+                heads=heads,
+                score_mult=self.integer(1 << 14, (1 << 15) - 1),
+                score_shift=self.integer(16, 19) + head_bits,
+                out_mult=self.integer(1 << 14, (1 << 15) - 1),
+                out_shift=self.integer(13, 16),
+                mask=mask,
+            )
+        )
         return out
 
 
 def random_network(
-    seed: int, arch: Arch, *, ops: int = 6, max_batch: int = 3, max_rows: int | None = None, max_channels: int | None = None
+    seed: int,
+    arch: Arch,
+    *,
+    ops: int = 6,
+    max_batch: int = 3,
+    max_rows: int | None = None,
+    max_channels: int | None = None,
+    cross: bool = False,
 ) -> QuantNetwork:
     """A network of about `ops` operators (an attention brings its projections).
 
@@ -175,14 +236,18 @@ def random_network(
     seed
         Everything random comes from it.
     arch
-        Keeps norms within row_depth; sizes reach over row tiles, column tiles, ring, partial sums and row unit.
+        Keeps norms within row_depth; sizes reach over row tiles, column tiles, ring, partial sums and row
+        unit.
+    cross
+        Some attentions look at another sequence, a further input (which `sim.reference` does not take).
     max_rows, max_channels
-        Largest sequence and feature count; by default about three tiles of rows and beyond the ring of small architectures.
+        Largest sequence and feature count; by default about three tiles of rows and beyond the ring of small
+        architectures.
     """
     rng = np.random.default_rng(seed)
     rows = max_rows or 3 * arch.rows + 1
     channels = max_channels or min(2 * arch.lane_depth + 5, 8 * arch.lanes + 5)
-    build = _Builder(rng, arch, channels, rows)
+    build = _Builder(rng, arch, channels, rows, cross)
     shape = (build.integer(1, max_batch), build.integer(1, rows), build.integer(1, channels))
     build.tensor(shape, "int8", is_input=True)
     if build.chance(0.3):
@@ -202,7 +267,10 @@ def random_network(
     written = [op.out for op in build.ops]
     outputs = [name for name in written if name not in read or build.chance(0.1)]
     return QuantNetwork(
-        tensors=build.tensors, ops=tuple(build.ops), inputs=tuple(build.inputs), outputs=tuple(outputs or written[-1:]),
+        tensors=build.tensors,
+        ops=tuple(build.ops),
+        inputs=tuple(build.inputs),
+        outputs=tuple(outputs or written[-1:]),
         meta={"seed": str(seed)},
     )
 

@@ -46,7 +46,9 @@ def _model() -> nn.Module:
 def _run(program: Program, inputs: Any) -> tuple[torch.Tensor, ...]:
     image = program.memory_image(quantise_inputs(program, inputs))
     run_isa(image, arch=program.arch, code_addr=0, instructions=program.instruction_count).raise_for_error()
-    return dequantise_outputs(program, {t.tensor: program.read_tensor(image, t.tensor) for t in program.outputs})  # type: ignore[return-value]
+    return dequantise_outputs(
+        program, {t.tensor: program.read_tensor(image, t.tensor) for t in program.outputs}
+    )  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,9 @@ def test_inputs_and_outputs_are_the_models(program: Program) -> None:
 def test_sparse_model_keeps_its_pattern() -> None:
     model = _model()
     sparsify(model, {"encoder.*linear1": "2:4", "head": "1:8"})
-    with pytest.warns(UserWarning, match="no calibration data: scales are chosen from the example inputs alone"):
+    with pytest.warns(
+        UserWarning, match="no calibration data: scales are chosen from the example inputs alone"
+    ):
         program = compile_model(model, _example(), arch="tiny")
     patterns = {o.source: o.pattern for o in program.operators if o.kind == "linear"}
     assert patterns["head"] == "1:8"
@@ -88,7 +92,9 @@ def test_progress_is_reported() -> None:
     seen: list[tuple[str, int, int | None]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compile_model(nn.Linear(4, 4), torch.randn(1, 3, 4), arch="tiny", progress=lambda *event: seen.append(event))
+        compile_model(
+            nn.Linear(4, 4), torch.randn(1, 3, 4), arch="tiny", progress=lambda *event: seen.append(event)
+        )
     assert [stage for stage, done, total in seen if done == total] == ["passes", "calibrate", "lower"]
     assert seen[0] == ("trace", 0, 1)
 

@@ -12,9 +12,22 @@ from hw.arch import PRESETS
 TINY, STA = PRESETS["tiny"], PRESETS["sta1024"]
 
 
-def _info(name: str, shape: tuple[int, int, int], layout: str = "columns", heads: int = 1, dtype: str = "int8") -> TensorInfo:
-    return TensorInfo(name=name, of=name, shape=shape, dtype=dtype, scale=1.0, layout=layout, heads=heads,  # type: ignore[arg-type]
-                      address=0, written=0, last_use=0, kept=True)
+def _info(
+    name: str, shape: tuple[int, int, int], layout: str = "columns", heads: int = 1, dtype: str = "int8"
+) -> TensorInfo:
+    return TensorInfo(
+        name=name,
+        of=name,
+        shape=shape,
+        dtype=dtype,
+        scale=1.0,
+        layout=layout,
+        heads=heads,  # type: ignore[arg-type]
+        address=0,
+        written=0,
+        last_use=0,
+        kept=True,
+    )
 
 
 def _emitter(*infos: TensorInfo) -> Emitter:
@@ -33,13 +46,15 @@ def _emitter(*infos: TensorInfo) -> Emitter:
     ],
 )
 def test_chunks(k: int, pattern: NM | None, chunks: list[tuple[int, int]]) -> None:
-    assert k_chunks(k, pattern, STA, cols=384, splittable=True) == chunks
+    assert k_chunks(k, pattern, STA, cols=1536, splittable=True) == chunks
 
 
 def test_chunks_where_nothing_may_be_cut() -> None:
     assert k_chunks(1024, None, STA, cols=32, splittable=False) == [(0, 1024)]
     assert k_chunks(1025, None, STA, cols=32, splittable=False) is None
-    assert k_chunks(1024, NM("1:3"), STA, cols=32, splittable=False) is None  # 1026 with the last group's padding
+    assert (
+        k_chunks(1024, NM("1:3"), STA, cols=32, splittable=False) is None
+    )  # 1026 with the last group's padding
 
 
 @pytest.mark.parametrize("m", range(1, 33))
@@ -62,13 +77,27 @@ def test_segments() -> None:
     assert spans(_info("t", (1, 1, 70)), limit=32) == [(0, 24), (24, 48), (48, 70)]
     assert spans(_info("t", (1, 1, 12), "transposed", 3)) == [(0, 12)]  # heads of 4 = lanes
     assert spans(_info("t", (1, 1, 18), "transposed", 3)) == [(0, 6), (6, 12), (12, 18)]
-    assert spans(_info("t", (1, 1, 18), "transposed", 3), limit=5) == [(0, 4), (4, 6), (6, 10), (10, 12), (12, 16), (16, 18)]
-    assert spans(_info("t", (1, 1, 7)), limit=2) == [(0, 2), (2, 4), (4, 6), (6, 7)]  # fewer partial sums than lanes
+    assert spans(_info("t", (1, 1, 18), "transposed", 3), limit=5) == [
+        (0, 4),
+        (4, 6),
+        (6, 10),
+        (10, 12),
+        (12, 16),
+        (16, 18),
+    ]
+    assert spans(_info("t", (1, 1, 7)), limit=2) == [
+        (0, 2),
+        (2, 4),
+        (4, 6),
+        (6, 7),
+    ]  # fewer partial sums than lanes
 
 
 def test_addresses() -> None:
     emitter = _emitter(
-        _info("a", (2, 5, 3)), _info("wide", (2, 5, 3), dtype="int16"), _info("v", (2, 5, 12), "transposed", 2)
+        _info("a", (2, 5, 3)),
+        _info("wide", (2, 5, 3), dtype="int16"),
+        _info("v", (2, 5, 12), "transposed", 2),
     )
     assert emitter.units("a") == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert emitter.region("a", 1, 1) == ("a", 3)

@@ -16,7 +16,8 @@ TINY = PRESETS["tiny"]
 def test_text_of_an_instruction() -> None:
     tile = good_tile(format=Format.INDEX, n=2, m=4, w_addr=0x40, row_op=RowOp.RMSNORM, dep=3)
     assert to_text(tile) == (
-        "TILE format=INDEX row_op=RMSNORM out=STORE8 n=2 m=4 dep=3 k=4 cols=4 mult=1 shift=1 w_addr=0x40 w_stride=256"
+        "TILE format=INDEX row_op=RMSNORM out=STORE8 n=2 m=4 dep=3 k=4 cols=4 "
+        "mult=1 shift=1 w_addr=0x40 w_stride=256"
     )
     assert to_text(Instruction(opcode=Opcode.HALT)) == "HALT"
 
@@ -25,7 +26,8 @@ def test_disassembly_shows_what_does_not_decode() -> None:
     code = good_tile().encode() + raw_with(good_tile(), source=3) + bytes(64)
     lines = disassemble(code)
     assert lines[0] == to_text(good_tile())
-    assert lines[1].startswith(".bytes 31") and "source: 3 is no Source" in lines[1]
+    assert lines[1].startswith(".bytes 31")
+    assert "source: 3 is no Source" in lines[1]
     assert lines[2] == "ILLEGAL"
     with pytest.raises(ValueError, match="multiple of 64 bytes, not 65"):
         disassemble(code[:65])
@@ -34,14 +36,27 @@ def test_disassembly_shows_what_does_not_decode() -> None:
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [
-        # dense: 3 column tiles of 5 steps; 15 * 4 weights + 5 * 4 activations + 9 * 4 stored = 116 bytes on an 8-byte bus
+        # dense: 3 column tiles of 5 steps; 15 * 4 weights + 5 * 4 activations + 9 * 4 stored = 116 bytes on
+        # an 8-byte bus
         (good_tile(k=5, cols=9), Bound(load=5, array=15, post=9, store=9, bus=15)),
         # 2:4 of 10: 3 groups, 6 steps, 1 word of 16 bytes; int16 residual and output, parameters
         (
-            good_tile(k=10, cols=4, format=Format.INDEX, n=2, m=4, scale=Scale.COLUMN, residual=Residual.INT16, out=Out.STORE16),
+            good_tile(
+                k=10,
+                cols=4,
+                format=Format.INDEX,
+                n=2,
+                m=4,
+                scale=Scale.COLUMN,
+                residual=Residual.INT16,
+                out=Out.STORE16,
+            ),
             Bound(load=10, array=6, post=4, store=8, bus=-(-(24 + 16 + 40 + 32 + 32 + 32) // 8)),
         ),
-        (good_tile(source=Source.STREAM, k=0, cols=5, out=Out.STORE8T), Bound(load=5, post=5, store=8, bus=7)),
+        (
+            good_tile(source=Source.STREAM, k=0, cols=5, out=Out.STORE8T),
+            Bound(load=5, post=5, store=8, bus=7),
+        ),
         (good_tile(source=Source.ZERO, k=0), Bound(post=4, store=4, bus=2)),
         (good_tile(operand=1, k=8), Bound(load=8, array=8, post=4, store=4, bus=6)),
         (Instruction(opcode=Opcode.TABLE), Bound(post=32, bus=32)),
@@ -63,11 +78,17 @@ def test_array_bound_is_the_ideal_for_whole_tiles() -> None:
     """Where nothing is padded, the array's bound times P is the numerator of the utilisation."""
     pattern, cols = NM("2:8"), 64
     linear = Linear(
-        name="y", x="x", out="y", weight=random_weight(np.random.default_rng(0), cols, 64, pattern), pattern=pattern,
+        name="y",
+        x="x",
+        out="y",
+        weight=random_weight(np.random.default_rng(0), cols, 64, pattern),
+        pattern=pattern,
         requant=Requant(np.zeros(cols, np.int32), np.ones(cols, np.int16), np.ones(cols, np.uint8)),
     )
     tensors = {name: QuantTensor(name, (2, 8, 64), "int8", 1.0) for name in ("x", "y")}
-    program = compile_network(QuantNetwork(tensors=tensors, ops=(linear,), inputs=("x",), outputs=("y",)), TINY)
+    program = compile_network(
+        QuantNetwork(tensors=tensors, ops=(linear,), inputs=("x",), outputs=("y",)), TINY
+    )
     assert bound_of(program.instructions, TINY).array == program.ideal_cycles
 
 

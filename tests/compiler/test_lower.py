@@ -8,7 +8,16 @@ from numpy.typing import NDArray
 from algo.nm import NM
 from compiler.compile import compile_network
 from compiler.lower import LoweringError, choose_layouts, lower, order_operators
-from compiler.ops import Attention, LayerNorm, Linear, Pointwise, QuantNetwork, QuantTensor, Requant, ResidualInput
+from compiler.ops import (
+    Attention,
+    LayerNorm,
+    Linear,
+    Pointwise,
+    QuantNetwork,
+    QuantTensor,
+    Requant,
+    ResidualInput,
+)
 from compiler.pack import PatternError
 from compiler.program import Program
 from hw.arch import PRESETS, Arch
@@ -16,7 +25,7 @@ from hw.isa import Format, Opcode, Operand, Out, Residual, RowOp, Source
 from hw.isa_check import check_instruction
 from sim.isa_engine import run_isa
 from tests.compiler.random_networks import random_inputs, random_network, random_weight
-from sim.reference import run_reference
+from tests.sim.oracle import run_oracle
 
 TINY = PRESETS["tiny"]
 Shape = tuple[int, int, int]
@@ -27,14 +36,20 @@ def _requant(cols: int) -> Requant:
 
 
 def _linear(name: str, x: str, weight: NDArray[np.int8], **extra) -> Linear:
-    return Linear(name=name, x=x, out=name, weight=weight, requant=_requant(len(weight)), **{"pattern": None, **extra})
+    return Linear(
+        name=name, x=x, out=name, weight=weight, requant=_requant(len(weight)), **{"pattern": None, **extra}
+    )
 
 
 def _norm(cols: int) -> LayerNorm:
-    return LayerNorm(np.full(cols, 9000, np.int16), np.arange(cols, dtype=np.int32), np.full(cols, 16, np.uint8), 5)
+    return LayerNorm(
+        np.full(cols, 9000, np.int16), np.arange(cols, dtype=np.int32), np.full(cols, 16, np.uint8), 5
+    )
 
 
-def _network(tensors: dict[str, tuple[Shape, str]], ops, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> QuantNetwork:
+def _network(
+    tensors: dict[str, tuple[Shape, str]], ops, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> QuantNetwork:
     named = {name: QuantTensor(name, shape, dtype, 0.1) for name, (shape, dtype) in tensors.items()}  # type: ignore[arg-type]
     return QuantNetwork(tensors=named, ops=tuple(ops), inputs=inputs, outputs=outputs)
 
@@ -49,17 +64,27 @@ def _attention_network(
     if mask:
         tensors["mask"], inputs = ((batch, 1, keys), "keymask"), (*inputs, "mask")
     op = Attention(
-        name="attention", q="q", k="k", v=values, out="out", heads=heads, score_mult=20000, score_shift=20,
-        out_mult=20000, out_shift=15, mask="mask" if mask else None, source="block.0.attention",
+        name="attention",
+        q="q",
+        k="k",
+        v=values,
+        out="out",
+        heads=heads,
+        score_mult=20000,
+        score_shift=20,
+        out_mult=20000,
+        out_shift=15,
+        mask="mask" if mask else None,
+        source="block.0.attention",
     )
     return _network(tensors, [op], inputs, ("out",))
 
 
 def _run_and_compare(network: QuantNetwork, arch: Arch, **options) -> Program:
-    """Compile, run the ISA engine, compare outputs with the reference."""
+    """Compile, run the ISA engine, compare outputs with the plain reference."""
     program = compile_network(network, arch, **options)
     inputs = random_inputs(np.random.default_rng(1), network)
-    image, expected = program.memory_image(inputs), run_reference(network, inputs)
+    image, expected = program.memory_image(inputs), run_oracle(network, inputs)
     run_isa(image, arch=arch, code_addr=0, instructions=program.instruction_count).raise_for_error()
     for name in network.outputs:
         np.testing.assert_array_equal(program.read_tensor(image, name), expected[name])
@@ -70,7 +95,7 @@ def _tiles(program: Program) -> list:
     return [i for i in program.instructions if i.opcode == Opcode.TILE]
 
 
-# -- dependences: an independent look at the finished code ---------------------------------------------------------------------------
+# -- dependences: an independent look at the finished code ---------------------------------------------------
 
 
 def _streams(i, arch: Arch) -> list[tuple[int, int]]:
@@ -97,7 +122,9 @@ def _stores(i, arch: Arch) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("seed", range(40))
 def test_streams_wait_for_the_bytes_they_read_and_never_touch_constants(seed: int) -> None:
     arch = TINY if seed % 2 else PRESETS["sta256"]
-    program = compile_network(random_network(seed + 1000, arch, ops=9), arch, pipeline_depth=seed % 3)
+    program = compile_network(
+        random_network(seed + 1000, arch, ops=9, cross=True), arch, pipeline_depth=seed % 3
+    )
     writer = np.full(program.memory_bytes, -1, np.int64)
     for index, instruction in enumerate(program.instructions):
         assert check_instruction(instruction, arch) == 0
@@ -130,13 +157,17 @@ def test_memory_is_reused() -> None:
     assert [info.name for info in shared.tensors if info.kept] == ["t0", "t6", "t7", "t8"]
 
 
-# -- linear --------------------------------------------------------------------------------------------------------------------------
+# -- linear --------------------------------------------------------------------------------------------------
 
 
 def test_long_reduction_is_cut_in_chunks_of_whole_groups() -> None:
     weight = random_weight(np.random.default_rng(0), 40, 150, NM("2:5"))
-    network = _network({"x": ((2, 5, 150), "int8"), "y": ((2, 5, 40), "int8")}, [_linear("y", "x", weight, pattern=NM("2:5"))],
-                       ("x",), ("y",))
+    network = _network(
+        {"x": ((2, 5, 150), "int8"), "y": ((2, 5, 40), "int8")},
+        [_linear("y", "x", weight, pattern=NM("2:5"))],
+        ("x",),
+        ("y",),
+    )
     program = _run_and_compare(network, TINY)
     tiles = _tiles(program)
     assert max(i.cols for i in tiles) <= TINY.psum_depth
@@ -148,9 +179,15 @@ def test_long_reduction_is_cut_in_chunks_of_whole_groups() -> None:
 
 def test_sparse_format_is_the_smaller_one_and_its_bytes_are_counted() -> None:
     rng = np.random.default_rng(0)
-    weights = {"a": (NM("1:8"), Format.INDEX), "b": (NM("3:4"), Format.BITMAP), "c": (NM("4:4"), Format.DENSE)}
+    weights = {
+        "a": (NM("1:8"), Format.INDEX),
+        "b": (NM("3:4"), Format.BITMAP),
+        "c": (NM("4:4"), Format.DENSE),
+    }
     tensors = {name: ((1, 4, 32), "int8") for name in ("x", *weights)}
-    ops = [_linear(name, "x", random_weight(rng, 32, 32, nm), pattern=nm) for name, (nm, _) in weights.items()]
+    ops = [
+        _linear(name, "x", random_weight(rng, 32, 32, nm), pattern=nm) for name, (nm, _) in weights.items()
+    ]
     program = _run_and_compare(_network(tensors, ops, ("x",), ("a", "b", "c")), TINY)
     assert [i.format for i in _tiles(program)] == [format for _, format in weights.values()]
     assert [o.weight_format for o in program.operators] == ["index", "bitmap", "dense"]
@@ -164,8 +201,12 @@ def test_sparse_format_is_the_smaller_one_and_its_bytes_are_counted() -> None:
 
 def test_violated_pattern_names_the_layer() -> None:
     weight = np.ones((4, 8), np.int8)
-    network = _network({"x": ((1, 4, 8), "int8"), "y": ((1, 4, 4), "int8")},
-                       [_linear("y", "x", weight, pattern=NM("2:4"), source="encoder.fc")], ("x",), ("y",))
+    network = _network(
+        {"x": ((1, 4, 8), "int8"), "y": ((1, 4, 4), "int8")},
+        [_linear("y", "x", weight, pattern=NM("2:4"), source="encoder.fc")],
+        ("x",),
+        ("y",),
+    )
     with pytest.raises(PatternError, match=r"y \(encoder.fc\): weights are not 2:4: row 0, group 0"):
         lower(network, TINY)
 
@@ -173,8 +214,12 @@ def test_violated_pattern_names_the_layer() -> None:
 def test_norm_needs_its_row_in_one_instruction() -> None:
     def network(k: int, cols: int) -> QuantNetwork:
         weight = np.ones((cols, k), np.int8)
-        return _network({"x": ((1, 4, k), "int8"), "y": ((1, 4, cols), "int8")},
-                        [_linear("y", "x", weight, norm=_norm(cols))], ("x",), ("y",))
+        return _network(
+            {"x": ((1, 4, k), "int8"), "y": ((1, 4, cols), "int8")},
+            [_linear("y", "x", weight, norm=_norm(cols))],
+            ("x",),
+            ("y",),
+        )
 
     _run_and_compare(network(100, 32), TINY)
     with pytest.raises(LoweringError, match="rows of 33 columns do not fit row_depth = 32"):
@@ -189,13 +234,15 @@ def test_tables_are_loaded_only_when_they_change() -> None:
     rng = np.random.default_rng(0)
     one, two = (rng.integers(-128, 128, 256).astype(np.int8) for _ in range(2))
     names = ["x", "a", "b", "c", "d"]
-    ops = [_linear(b, a, random_weight(rng, 4, 4, None), table=table)
-           for a, b, table in zip(names, names[1:], (one, one.copy(), None, two), strict=False)]
+    ops = [
+        _linear(b, a, random_weight(rng, 4, 4, None), table=table)
+        for a, b, table in zip(names, names[1:], (one, one.copy(), None, two), strict=False)
+    ]
     program = _run_and_compare(_network({n: ((2, 9, 4), "int8") for n in names}, ops, ("x",), ("d",)), TINY)
     assert [i.opcode for i in program.instructions].count(Opcode.TABLE) == 2
 
 
-# -- attention -----------------------------------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(0, "SOSOSO"), (1, "SSOSOO"), (2, "SSSOOO")])
@@ -235,7 +282,9 @@ def test_values_with_a_second_use_are_copied_once() -> None:
 def test_layout_of_values() -> None:
     rng = np.random.default_rng(0)
     base = _attention_network((1, 4, 12), 4, 3)
-    made = replace(base, inputs=("q", "k"), ops=(_linear("v", "k", random_weight(rng, 12, 12, None)), *base.ops))
+    made = replace(
+        base, inputs=("q", "k"), ops=(_linear("v", "k", random_weight(rng, 12, 12, None)), *base.ops)
+    )
     assert choose_layouts(made, TINY)["v"].layout == "transposed"
     normed = replace(made, ops=(replace(made.ops[0], norm=_norm(12)), made.ops[1]))
     assert choose_layouts(normed, TINY)["v"].layout == "transposed"  # heads of 4 = lanes
@@ -248,22 +297,28 @@ def test_layout_of_values() -> None:
 
 def test_masks_share_a_table_when_scores_scale_alike() -> None:
     network = _attention_network((2, 4, 4), 4, 1, mask=True)
-    ops = [replace(network.ops[0], name=f"a{i}", out=f"out{i}", score_mult=m) for i, m in enumerate((5, 5, 6))]
+    ops = [
+        replace(network.ops[0], name=f"a{i}", out=f"out{i}", score_mult=m) for i, m in enumerate((5, 5, 6))
+    ]
     tensors = {**network.tensors, **{op.out: replace(network.tensors["out"], name=op.out) for op in ops}}
     del tensors["out"]
-    program = _run_and_compare(replace(network, tensors=tensors, ops=tuple(ops), outputs=("out0", "out2")), TINY)
+    program = _run_and_compare(
+        replace(network, tensors=tensors, ops=tuple(ops), outputs=("out0", "out2")), TINY
+    )
     assert [(m.mult, m.keys, m.batch) for m in program.masks] == [(5, 4, 2), (6, 4, 2)]
 
 
 def test_attention_that_does_not_fit() -> None:
-    with pytest.raises(LoweringError, match=r"attention \(block.0.attention\): heads of 70 features .* 40 keys"):
+    with pytest.raises(
+        LoweringError, match=r"attention \(block.0.attention\): heads of 70 features .* 40 keys"
+    ):
         lower(_attention_network((1, 4, 70), 40, 1), TINY)
     arch = dataclasses.replace(PRESETS["sta1024"], row_depth=16)
     with pytest.raises(LoweringError, match="40 keys need blocks of 32, and row_depth of sta1024 is 16"):
         lower(_attention_network((1, 4, 4), 40, 1), arch)
 
 
-# -- schedule and limits ---------------------------------------------------------------------------------------------------------------
+# -- schedule and limits -------------------------------------------------------------------------------------
 
 
 def test_values_come_first() -> None:
@@ -277,7 +332,9 @@ def test_values_come_first() -> None:
 
 
 def test_pointwise_without_input() -> None:
-    op = Pointwise(name="p", x=None, out="y", mult=5, shift=3, residual=ResidualInput("x", 16384, 14), norm=_norm(6))
+    op = Pointwise(
+        name="p", x=None, out="y", mult=5, shift=3, residual=ResidualInput("x", 16384, 14), norm=_norm(6)
+    )
     network = _network({"x": ((2, 9, 6), "int16"), "y": ((2, 9, 6), "int16")}, [op], ("x",), ("y",))
     program = _run_and_compare(network, TINY)
     assert {i.source for i in _tiles(program)} == {Source.ZERO}

@@ -52,7 +52,10 @@ def test_only_integer_arrays() -> None:
 
 def test_damage_is_an_error() -> None:
     structure, arrays = network_to_bytes(random_network(0, TINY))
-    for change, message in ((("Linear", "Nothing"), "unknown type 'Nothing'"), (('"int8"', '"object"'), "unknown array dtype")):
+    for change, message in (
+        (("Linear", "Nothing"), "unknown type 'Nothing'"),
+        (('"int8"', '"object"'), "unknown array dtype"),
+    ):
         with pytest.raises(ValueError, match=message):
             network_from_bytes(structure.replace(change[0].encode(), change[1].encode()), arrays)
     with pytest.raises(ValueError, match="buffer"):

@@ -78,7 +78,9 @@ def test_dense_stream_is_steps_of_lanes() -> None:
 def test_choose_format_takes_fewer_bytes(text: str) -> None:
     pattern = NM(text)
     weight = random_weight(np.random.default_rng(2), 8, 100, pattern)
-    sizes = {f: pack_weights(weight, pattern, lanes=4, format=f).nbytes for f in (Format.INDEX, Format.BITMAP)}
+    sizes = {
+        f: pack_weights(weight, pattern, lanes=4, format=f).nbytes for f in (Format.INDEX, Format.BITMAP)
+    }
     chosen = choose_format(pattern, 100)
     if pattern.is_dense:
         assert chosen == Format.DENSE
@@ -90,7 +92,9 @@ def test_choose_format_takes_fewer_bytes(text: str) -> None:
 def test_violation_names_layer_row_and_group() -> None:
     weight = np.zeros((3, 10), np.int8)
     weight[2, 4:7] = 1
-    with pytest.raises(PatternError, match=r"encoder.fc1: .* 2:4: row 2, group 1 \(inputs 4 to 7\) has 3 non-zeros"):
+    with pytest.raises(
+        PatternError, match=r"encoder.fc1: .* 2:4: row 2, group 1 \(inputs 4 to 7\) has 3 non-zeros"
+    ):
         pack_weights(weight, NM("2:4"), lanes=4, layer="encoder.fc1")
     with pytest.raises(PatternError, match="row 2, group 1"):
         check_pattern(weight, NM("2:4"), layer="x")

@@ -12,7 +12,12 @@ def _buffers(draw: st.DrawFn) -> list[Buffer]:
     for i in range(count):
         first = draw(st.integers(-1, 30))
         result.append(
-            Buffer(name=f"b{i}", size=draw(st.integers(1, 500)), first=first, last=first + draw(st.integers(0, 10)))
+            Buffer(
+                name=f"b{i}",
+                size=draw(st.integers(1, 500)),
+                first=first,
+                last=first + draw(st.integers(0, 10)),
+            )
         )
     return result
 
@@ -24,7 +29,10 @@ def _check(buffers: list[Buffer], plan, *, align: int, reuse: bool) -> None:
         assert plan.base <= start
         assert start + one.size <= plan.end
         for other in buffers[:i]:
-            apart = start + one.size <= plan.addresses[other.name] or plan.addresses[other.name] + other.size <= start
+            apart = (
+                start + one.size <= plan.addresses[other.name]
+                or plan.addresses[other.name] + other.size <= start
+            )
             assert apart or (reuse and not one.overlaps(other))
 
 

@@ -17,7 +17,9 @@ from hw.numerics import MASK_BIAS, PARAM_DTYPE
 from tests.compiler.random_networks import random_inputs, random_network
 
 TINY = PRESETS["tiny"]
-MASKED_SEED = next(s for s in range(100) if any(n.dtype == "keymask" for n in random_network(s, TINY).tensors.values()))
+MASKED_SEED = next(
+    s for s in range(100) if any(n.dtype == "keymask" for n in random_network(s, TINY).tensors.values())
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +33,30 @@ def path(program: Program, tmp_path: Path) -> Path:
     return tmp_path / "x.nmf"
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 9, 12), (3, 4, 6)])
-@pytest.mark.parametrize(("layout", "heads", "dtype"), [("columns", 1, "int8"), ("columns", 1, "int16"), ("transposed", 1, "int8"),
-                                                        ("transposed", 3, "int8")])
+@pytest.mark.parametrize(
+    ("layout", "heads", "dtype"),
+    [("columns", 1, "int8"), ("columns", 1, "int16"), ("transposed", 1, "int8"), ("transposed", 3, "int8")],
+)
 def test_tensor_layouts_are_inverse(shape: tuple[int, int, int], layout: str, heads: int, dtype: str) -> None:
     if shape[2] % heads:
         pytest.skip("heads do not divide the channels")
-    info = TensorInfo(name="t", of="t", shape=shape, dtype=dtype, scale=1.0, layout=layout, heads=heads,  # type: ignore[arg-type]
-                      address=0, written=0, last_use=0, kept=True)
+    info = TensorInfo(
+        name="t",
+        of="t",
+        shape=shape,
+        dtype=dtype,
+        scale=1.0,
+        layout=layout,
+        heads=heads,  # type: ignore[arg-type]
+        address=0,
+        written=0,
+        last_use=0,
+        kept=True,
+    )
     values = np.random.default_rng(0).integers(-128, 128, shape).astype(dtype)
     raw = info.to_memory(values, 4)
     assert len(raw) == info.nbytes(4)
@@ -51,9 +66,21 @@ def test_tensor_layouts_are_inverse(shape: tuple[int, int, int], layout: str, he
 
 
 def test_columns_address_formula() -> None:
-    """address = ((batch * row_tiles + row_tile) * channels + channel) * T * itemsize + (row mod T) * itemsize"""
-    info = TensorInfo(name="t", of="t", shape=(2, 6, 3), dtype="int16", scale=1.0, layout="columns", heads=1,
-                      address=0, written=0, last_use=0, kept=True)
+    """address = ((batch * row_tiles + row_tile) * channels + channel) * T * itemsize + (row mod T) *
+    itemsize"""
+    info = TensorInfo(
+        name="t",
+        of="t",
+        shape=(2, 6, 3),
+        dtype="int16",
+        scale=1.0,
+        layout="columns",
+        heads=1,
+        address=0,
+        written=0,
+        last_use=0,
+        kept=True,
+    )
     values = np.arange(36, dtype=np.int16).reshape(2, 6, 3)
     raw = info.to_memory(values, 4).view("<i2")
     for batch, row, channel in np.ndindex(2, 6, 3):
@@ -62,8 +89,19 @@ def test_columns_address_formula() -> None:
 
 def test_transposed_address_formula() -> None:
     """address = ((unit * blocks + block) * padded_rows + row) * L + feature mod L"""
-    info = TensorInfo(name="t", of="t", shape=(2, 5, 12), dtype="int8", scale=1.0, layout="transposed", heads=2,
-                      address=0, written=0, last_use=0, kept=True)
+    info = TensorInfo(
+        name="t",
+        of="t",
+        shape=(2, 5, 12),
+        dtype="int8",
+        scale=1.0,
+        layout="transposed",
+        heads=2,
+        address=0,
+        written=0,
+        last_use=0,
+        kept=True,
+    )
     values = np.arange(120).astype(np.int8).reshape(2, 5, 12)
     raw = info.to_memory(values, 4).view(np.int8)
     for batch, row, channel in np.ndindex(2, 5, 12):
@@ -80,7 +118,9 @@ def test_image_holds_code_constants_and_masks(program: Program) -> None:
     assert_array_equal(image[program.constants_address :][: len(program.constants)], program.constants)
     assert program.masks
     for table in program.masks:
-        raw = image[table.address : table.address + table.batch * table.stride].reshape(table.batch, table.stride)
+        raw = image[table.address : table.address + table.batch * table.stride].reshape(
+            table.batch, table.stride
+        )
         entries = raw[:, : 8 * table.keys].copy().view(PARAM_DTYPE)
         assert_array_equal(entries["bias"] == 0, inputs[table.tensor][:, 0] == 1)
         assert set(np.unique(entries["bias"])) <= {0, MASK_BIAS}
@@ -96,7 +136,11 @@ def test_inputs_are_checked(program: Program) -> None:
     name, mask = program.network.inputs[0], program.masks[0].tensor
     value = inputs[name]
     cases: list[tuple[dict, type[Exception], str]] = [
-        ({k: v for k, v in inputs.items() if k != name}, ValueError, f"input '{name}' is missing; the program's inputs are"),
+        (
+            {k: v for k, v in inputs.items() if k != name},
+            ValueError,
+            f"input '{name}' is missing; the program's inputs are",
+        ),
         ({**inputs, "y": value}, ValueError, "unknown input 'y'"),
         ({**inputs, name: value[:, :, :0]}, ValueError, f"input '{name}' must have the shape .* not"),
         ({**inputs, name: value.astype(np.float32)}, TypeError, "must be an integer array, not float32"),
@@ -119,10 +163,12 @@ def test_totals(program: Program) -> None:
     assert program.ideal_cycles == program.effective_macs / 16
     assert "Program(arch='tiny', instructions=" in repr(program)
     spans = [i for operator in program.operators for span in operator.spans for i in range(*span)]
-    assert sorted(spans) == list(range(program.instruction_count - 1))  # each but HALT belongs to one operator
+    assert sorted(spans) == list(
+        range(program.instruction_count - 1)
+    )  # each but HALT belongs to one operator
 
 
-# -- file ------------------------------------------------------------------------------------------------------------------------------
+# -- file ----------------------------------------------------------------------------------------------------
 
 
 def test_save_and_load(program: Program, path: Path) -> None:
@@ -134,7 +180,13 @@ def test_save_and_load(program: Program, path: Path) -> None:
     assert loaded.to_bytes() == program.to_bytes() == path.read_bytes()
     assert [p.name for p in path.parent.iterdir()] == ["x.nmf"]
     with zipfile.ZipFile(path) as archive:
-        assert archive.namelist() == ["manifest.json", "code.bin", "weights.bin", "network.json", "network.bin"]
+        assert archive.namelist() == [
+            "manifest.json",
+            "code.bin",
+            "weights.bin",
+            "network.json",
+            "network.bin",
+        ]
 
 
 def test_saving_leaves_nothing_behind_when_it_fails(program: Program, tmp_path: Path) -> None:
@@ -201,20 +253,41 @@ def _signed(members: dict[str, bytes], change: Callable[[dict], None]) -> None:
     [
         (lambda m: m.pop("manifest.json"), "manifest.json is missing"),
         (lambda m: m.pop("code.bin"), "code.bin is missing"),
-        (lambda m: m.update({"weights.bin": m["weights.bin"][:-1] + b"x"}), "weights.bin does not match its checksum"),
+        (
+            lambda m: m.update({"weights.bin": m["weights.bin"][:-1] + b"x"}),
+            "weights.bin does not match its checksum",
+        ),
         (lambda m: m.update({"network.bin": b""}), "network.bin does not match its checksum"),
         (lambda m: m.update({"manifest.json": b"{"}), "manifest.json: "),
         (lambda m: m.update({"manifest.json": b"[]"}), "kind is not 'nmforge program'"),
-        (lambda m: m.update({"manifest.json": m["manifest.json"].replace(b'"tiny"', b'"tinz"')}), "sha256 does not match"),
+        (
+            lambda m: m.update({"manifest.json": m["manifest.json"].replace(b'"tiny"', b'"tinz"')}),
+            "sha256 does not match",
+        ),
         (lambda m: _signed(m, lambda x: x.update(kind="other")), "kind is not"),
-        (lambda m: _signed(m, lambda x: x.update(format_version=FORMAT_VERSION + 1)), "format_version 2 is newer than 1"),
-        (lambda m: _signed(m, lambda x: x.update(format_version="1")), "format_version must be a int, not '1'"),
+        (
+            lambda m: _signed(m, lambda x: x.update(format_version=FORMAT_VERSION + 1)),
+            "format_version 2 is newer than 1",
+        ),
+        (
+            lambda m: _signed(m, lambda x: x.update(format_version="1")),
+            "format_version must be a int, not '1'",
+        ),
         (lambda m: _signed(m, lambda x: x.pop("memory_bytes")), "memory_bytes must be a int, not None"),
-        (lambda m: _signed(m, lambda x: x["arch"].update(rows=5)), "arch: Arch.rows must be a positive power of two, not 5"),
+        (
+            lambda m: _signed(m, lambda x: x["arch"].update(rows=5)),
+            "arch: Arch.rows must be a positive power of two, not 5",
+        ),
         (lambda m: _signed(m, lambda x: x["arch"].pop("rows")), "arch does not have the fields of Arch"),
-        (lambda m: _signed(m, lambda x: x["tensors"][0].update(extra=1)), "tensors does not have the fields of TensorInfo"),
+        (
+            lambda m: _signed(m, lambda x: x["tensors"][0].update(extra=1)),
+            "tensors does not have the fields of TensorInfo",
+        ),
         (lambda m: _signed(m, lambda x: x["files"].pop("code.bin")), "files.code.bin must be a dict"),
-        (lambda m: _signed(m, lambda x: x["files"]["code.bin"].pop("bytes")), "files.code.bin.bytes must be a int"),
+        (
+            lambda m: _signed(m, lambda x: x["files"]["code.bin"].pop("bytes")),
+            "files.code.bin.bytes must be a int",
+        ),
     ],
 )
 def test_altered_file(path: Path, change: Callable[[dict[str, bytes]], None], message: str) -> None:

@@ -51,7 +51,16 @@ def test_long_dependence_is_cut() -> None:
 
 def test_tables_are_inserted_when_they_change() -> None:
     steps = insert_tables([_step(table="t"), _step(), _step(table="t"), _step(table="u"), _step(table="t")])
-    assert [s.opcode.name for s in steps] == ["TABLE", "TILE", "TILE", "TILE", "TABLE", "TILE", "TABLE", "TILE"]
+    assert [s.opcode.name for s in steps] == [
+        "TABLE",
+        "TILE",
+        "TILE",
+        "TILE",
+        "TABLE",
+        "TILE",
+        "TABLE",
+        "TILE",
+    ]
     assert steps[4].addresses == {"p_addr": At("u")}
 
 

@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from compiler.graph import CompileError
-from compiler.ops import Attention, LayerNorm, Linear, Pointwise, QuantNetwork, QuantTensor, Requant, ResidualInput
+from compiler.ops import (
+    Attention,
+    LayerNorm,
+    Linear,
+    Pointwise,
+    QuantNetwork,
+    QuantTensor,
+    Requant,
+    ResidualInput,
+)
 from compiler.verify_network import LoweringError, check_network, describe
 from hw.arch import PRESETS
 from tests.compiler.random_networks import random_network
@@ -19,11 +28,38 @@ def _network() -> QuantNetwork:
     requant = Requant(np.zeros(6, np.int32), np.ones(6, np.int16), np.ones(6, np.uint8))
     norm = LayerNorm(np.ones(6, np.int16), np.zeros(6, np.int32), np.ones(6, np.uint8), 1)
     ops = (
-        Linear(name="linear", x="x", out="h", weight=np.zeros((6, 6), np.int8), pattern=None, requant=requant, source="net.0"),
-        Attention(name="attention", q="h", k="h", v="x", out="a", heads=2, score_mult=1, score_shift=1, out_mult=1,
-                  out_shift=1, mask="mask"),
-        Pointwise(name="pointwise", x="a", out="y", mult=1, shift=1, residual=ResidualInput("h", 1, 1), norm=norm,
-                  table=np.zeros(256, np.int8)),
+        Linear(
+            name="linear",
+            x="x",
+            out="h",
+            weight=np.zeros((6, 6), np.int8),
+            pattern=None,
+            requant=requant,
+            source="net.0",
+        ),
+        Attention(
+            name="attention",
+            q="h",
+            k="h",
+            v="x",
+            out="a",
+            heads=2,
+            score_mult=1,
+            score_shift=1,
+            out_mult=1,
+            out_shift=1,
+            mask="mask",
+        ),
+        Pointwise(
+            name="pointwise",
+            x="a",
+            out="y",
+            mult=1,
+            shift=1,
+            residual=ResidualInput("h", 1, 1),
+            norm=norm,
+            table=np.zeros(256, np.int8),
+        ),
     )
     tensors = {name: QuantTensor(name, SHAPE, "int8", 1.0) for name in ("x", "h", "a", "y")}
     tensors["mask"] = QuantTensor("mask", (2, 1, 5), "keymask", 1.0)
@@ -40,7 +76,9 @@ def _op(index: int, **changes) -> Callable[[QuantNetwork], QuantNetwork]:
 
 
 def _tensor(name: str, /, **changes) -> Callable[[QuantNetwork], QuantNetwork]:
-    return lambda network: replace(network, tensors={**network.tensors, name: replace(network.tensors[name], **changes)})
+    return lambda network: replace(
+        network, tensors={**network.tensors, name: replace(network.tensors[name], **changes)}
+    )
 
 
 def _requant(**changes) -> Callable[[QuantNetwork], QuantNetwork]:
@@ -59,7 +97,10 @@ def _norm(**changes) -> Callable[[QuantNetwork], QuantNetwork]:
         (_tensor("x", dtype="int16"), r"linear \(net.0\): x \('x'\) must be int8, not int16"),
         (_tensor("h", dtype="keymask"), r"output must be int8 or int16, not keymask"),
         (_tensor("a", dtype="int16"), r"attention: output \('a'\) must be int8"),
-        (_tensor("mask", shape=(2, 1, 4)), r"mask \('mask'\) must have the shape \(2, 1, 5\), not \(2, 1, 4\)"),
+        (
+            _tensor("mask", shape=(2, 1, 4)),
+            r"mask \('mask'\) must have the shape \(2, 1, 5\), not \(2, 1, 4\)",
+        ),
         (_tensor("mask", dtype="int8"), "must be keymask, not int8"),
         (_tensor("x", shape=(2, 5, 7)), r"x \(2, 5, 7\) does not fit weight \(6, 6\) and output \(2, 5, 6\)"),
         (_tensor("y", shape=(2, 5, 7)), r"pointwise: x \('a'\) must have the shape \(2, 5, 7\)"),
@@ -73,16 +114,21 @@ def _norm(**changes) -> Callable[[QuantNetwork], QuantNetwork]:
         (_op(2, out="nothing"), "output 'nothing' is unknown"),
         (_op(0, weight=np.zeros((6, 6))), r"weight must be int8 \(out, in\), not float64"),
         (_op(0, weight=np.zeros((5, 6), np.int8)), r"output \(2, 5, 6\) does not fit weight \(5, 6\)"),
-        (_requant(bias=np.zeros(5, np.int32)), r"requant.bias must have the shape \(6,\), not \(5,\)"),
+        (
+            _requant(bias=np.zeros(5, np.int32)),
+            r"requant.bias must be int32 of shape \(6,\), not int32 \(5,\)",
+        ),
+        (_requant(mult=np.ones(6, np.int64)), r"requant.mult must be int16 of shape \(6,\), not int64"),
         (_requant(shift=np.zeros(6, np.uint8)), "requant.shift must be in 1..63"),
         (_op(1, heads=4), "6 channels do not divide into 4 heads"),
         (_op(1, score_shift=64), "score_mult, score_shift out of range: 1, 64"),
         (_op(1, out_shift=41), "out_mult, out_shift out of range: 1, 41"),
+        (_op(2, x=None, residual=None), "pointwise: neither x nor a residual"),
         (_op(2, mult=1 << 15), "mult, shift out of range: 32768, 1"),
         (_op(2, residual=ResidualInput("mask", 1, 1)), r"residual \('mask'\) must have the shape"),
         (_op(2, residual=ResidualInput("h", 1, 0)), "residual mult, shift out of range: 1, 0"),
         (_op(2, table=np.zeros(255, np.int8)), "table must be 256 int8 entries"),
-        (_norm(gamma=np.ones(5, np.int16)), r"norm.gamma must have the shape \(6,\)"),
+        (_norm(gamma=np.ones(5, np.int16)), r"norm.gamma must be int16 of shape \(6,\)"),
         (_norm(shift=np.full(6, 64, np.uint8)), "norm.shift must be in 1..63"),
         (_norm(eps=1 << 32), "norm.eps must fit 32 bits"),
     ],
@@ -101,9 +147,17 @@ def test_architecture_limits() -> None:
     check_network(network, arch)
     tensors = {n: replace(t, shape=(2, 5, 34)) if n != "mask" else t for n, t in network.tensors.items()}
     wide = QuantNetwork(
-        tensors={n: tensors[n] for n in ("x", "y")}, inputs=("x",), outputs=("y",),
-        ops=(replace(network.ops[2], x="x", residual=None,  # type: ignore[call-arg]
-                     norm=LayerNorm(np.ones(34, np.int16), np.zeros(34, np.int32), np.ones(34, np.uint8), 0)),),
+        tensors={n: tensors[n] for n in ("x", "y")},
+        inputs=("x",),
+        outputs=("y",),
+        ops=(
+            replace(
+                network.ops[2],
+                x="x",
+                residual=None,  # type: ignore[call-arg]
+                norm=LayerNorm(np.ones(34, np.int16), np.zeros(34, np.int32), np.ones(34, np.uint8), 0),
+            ),
+        ),
     )
     check_network(wide)
     with pytest.raises(LoweringError, match="34 columns do not fit row_depth = 32 of tiny"):

@@ -39,7 +39,8 @@ def good_tile(**changes: int) -> Instruction:
 
 
 def raw_with(instruction: Instruction, **values: int) -> bytes:
-    """The instruction's bytes with raw field values, legal or not; ``reserved`` sets the bits after the last field."""
+    """The instruction's bytes with raw field values, legal or not; ``reserved`` sets the bits after the last
+    field."""
     word, offset = int.from_bytes(instruction.encode(), "little"), 0
     for field in FIELDS:
         if field.name in values:
@@ -63,8 +64,14 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     sparse = good_tile(format=Format.INDEX, n=1, m=2)
     psum = good_tile(psum_out=1, out=Out.NONE)
     for opcode in (0, *range(4, 16)):
-        cases.append(Malformed(f"opcode {opcode}", raw_with(good_tile(), opcode=opcode), ErrorCode.OPCODE,
-                               f"no operation has the code {opcode}"))
+        cases.append(
+            Malformed(
+                f"opcode {opcode}",
+                raw_with(good_tile(), opcode=opcode),
+                ErrorCode.OPCODE,
+                f"no operation has the code {opcode}",
+            )
+        )
     for opcode in (Opcode.TILE, Opcode.TABLE, Opcode.HALT):
         add("reserved bits are set", base=Instruction(opcode=opcode), reserved=1)
     add("source has no such value", source=3)
@@ -94,7 +101,13 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add(text, base=psum, source=Source.ZERO)
     add("w_dep with a sparse format", base=sparse, w_dep=1)
     text = "psum_out with post-processing or a destination"
-    for changes in ({"out": Out.STORE8}, {"row_op": RowOp.MAX}, {"residual": Residual.INT8}, {"table": 1}, {"scale": Scale.ROW}):
+    for changes in (
+        {"out": Out.STORE8},
+        {"row_op": RowOp.MAX},
+        {"residual": Residual.INT8},
+        {"table": 1},
+        {"scale": Scale.ROW},
+    ):
         add(text, base=psum, r_mult=1, r_shift=1, **changes)
     add("out NONE without psum_out or MAX", out=Out.NONE)
     add("MAX with a destination", row_op=RowOp.MAX)

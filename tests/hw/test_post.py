@@ -30,13 +30,13 @@ def random_stream(rng, count):
         if psum_out:
             scale, use_table = int(rng.integers(2)), 0
         to_rows = int(rng.integers(2))
-        cmd = {"source": source, "psum_in": psum_in, "psum_out": psum_out, "scale": scale, "residual": residual, "table": use_table,
-               "row_op": RowOp.LAYERNORM if to_rows else 0, "cols": cols, "mult": int(rng.integers(1 << 15)),
+        cmd = {"source": source, "psum_in": psum_in, "psum_out": psum_out, "scale": scale, "residual": residual,
+               "table": use_table, "row_op": RowOp.LAYERNORM if to_rows else 0, "cols": cols, "mult": int(rng.integers(1 << 15)),
                "shift": int(rng.integers(1, 48)), "r_mult": int(rng.integers(1 << 15)), "r_shift": int(rng.integers(1, 32)),
                "load_table": 0}
         inputs["cmd"].append(cmd)
-        acc = {Source.ARRAY: rng.integers(-2**31, 2**31, (cols, T)) >> rng.integers(0, 24), Source.STREAM: rng.integers(-128, 128, (cols, T)),
-               Source.ZERO: np.zeros((cols, T), np.int64)}[source]
+        acc = {Source.ARRAY: rng.integers(-2**31, 2**31, (cols, T)) >> rng.integers(0, 24),
+               Source.STREAM: rng.integers(-128, 128, (cols, T)), Source.ZERO: np.zeros((cols, T), np.int64)}[source]
         if source == Source.ARRAY:
             inputs["acc"] += acc.tolist()
         if source == Source.STREAM:

@@ -10,9 +10,10 @@ from compiler.program import Program
 from hw.arch import PRESETS, Arch
 from hw.isa import INSTRUCTION_BYTES, ErrorCode, Format, Instruction, Opcode, Out, RowOp, Scale, Source
 from sim.isa_engine import IsaError, run_isa
+from sim.reference import run_reference
 from tests.compiler.random_networks import random_inputs, random_network
 from tests.hw.malformed import Malformed, good_tile, malformed_instructions
-from sim.reference import run_reference
+from tests.sim.oracle import run_oracle
 
 TINY = PRESETS["tiny"]
 ARCHS = (
@@ -37,8 +38,11 @@ def _memory() -> Bytes:
     return np.random.default_rng(0).integers(0, 256, 1 << 13).astype(np.uint8)
 
 
-def _check_tensors(program: Program, image: Bytes, expected: dict[str, NDArray[np.integer]], moment: int | None) -> None:
-    """Compare the tensors that are complete or last read at an instruction, or at the end (None) those that are kept."""
+def _check_tensors(
+    program: Program, image: Bytes, expected: dict[str, NDArray[np.integer]], moment: int | None
+) -> None:
+    """Compare the tensors that are complete or last read at an instruction, or at the end (None) those that
+    are kept."""
     for info in program.tensors:
         due = info.kept if moment is None else moment in (info.written, info.last_use)
         if info.layout != "keymask" and due:
@@ -46,15 +50,21 @@ def _check_tensors(program: Program, image: Bytes, expected: dict[str, NDArray[n
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_random_network_equals_the_reference(seed: int) -> None:
+def test_random_network_equals_both_references(seed: int) -> None:
     arch = ARCHS[seed % len(ARCHS)]
-    network = random_network(seed, arch)
+    network = random_network(seed, arch, cross=seed % 2 == 1)
     inputs = random_inputs(np.random.default_rng(seed), network)
-    expected = run_reference(network, inputs)
+    expected = run_oracle(network, inputs)
+    if seed % 2 == 0:
+        for name, value in run_reference(network, inputs).items():
+            assert_array_equal(value, expected[name])
     program = compile_network(network, arch, pipeline_depth=seed % 3, reuse=seed % 4 != 0)
     image = program.memory_image(inputs)
     result = run_isa(
-        image, arch=arch, code_addr=program.code_address, instructions=program.instruction_count,
+        image,
+        arch=arch,
+        code_addr=program.code_address,
+        instructions=program.instruction_count,
         after=lambda index, _: _check_tensors(program, image, expected, index),
     )
     result.raise_for_error()
@@ -74,7 +84,9 @@ def test_dense_tile_by_hand() -> None:
     assert_array_equal(image[128:144].view("<i2").reshape(2, 4), sums)
 
 
-@pytest.mark.parametrize(("format", "word"), [(Format.INDEX, 2 | 0 << 2 | 1 << 4), (Format.BITMAP, 4 | 1 << 3 | 2 << 6)])
+@pytest.mark.parametrize(
+    ("format", "word"), [(Format.INDEX, 2 | 0 << 2 | 1 << 4), (Format.BITMAP, 4 | 1 << 3 | 2 << 6)]
+)
 def test_sparse_tile_by_hand(format: Format, word: int) -> None:
     """1:3, k = 8: the last group is a remainder. Lane 0 has weights 7, -8, 9 at columns 2, 3, 7."""
     image = np.zeros(1 << 13, np.uint8)
@@ -82,7 +94,9 @@ def test_sparse_tile_by_hand(format: Format, word: int) -> None:
     image[0:32] = activations.reshape(-1)
     image[64:76] = np.array([[7, 0, 0, 0], [-8, 0, 0, 0], [9, 0, 0, 0]], np.int8).reshape(-1).view(np.uint8)
     image[128:132] = np.array([word], "<u4").view(np.uint8)
-    tile = good_tile(k=8, cols=1, format=format, n=1, m=3, w_addr=64, x_addr=128, mult=2, o_addr=256, out=Out.STORE16)
+    tile = good_tile(
+        k=8, cols=1, format=format, n=1, m=3, w_addr=64, x_addr=128, mult=2, o_addr=256, out=Out.STORE16
+    )
     assert _run(image, tile, HALT).code == ErrorCode.NONE
     expected = 7 * activations[2] - 8 * activations[3] + 9 * activations[7]
     assert_array_equal(image[256:264].view("<i2"), expected)
@@ -125,7 +139,11 @@ def test_malformed_instruction_stops_with_its_address(case: Malformed) -> None:
     result = _run(image, good, case.raw, good_tile(o_addr=128), HALT)
     assert result.instructions == 1
     assert isinstance(result.error, IsaError)
-    assert (result.error.code, result.error.address, result.error.index) == (case.code, 0x1000 + INSTRUCTION_BYTES, 1)
+    assert (result.error.code, result.error.address, result.error.index) == (
+        case.code,
+        0x1000 + INSTRUCTION_BYTES,
+        1,
+    )
     assert not image[64:80].any()  # what came before is done
     assert_array_equal(image[128:144], _memory()[128:144])  # what comes after is not
     with pytest.raises(IsaError, match=rf"{case.code.name} error at instruction 1 \(address 0x1040\)"):
@@ -173,20 +191,44 @@ def test_softmax_of_one_pass_equals_blocks() -> None:
     """SOFTMAX of 8 keys = MAX over two blocks, then EXP and values block by block."""
     image = _memory()
     scores = dict(k=4, w_dep=1, w_stride=16, mult=1000, shift=9, a_addr=0)
-    whole = good_tile(**scores, cols=8, w_addr=64, row_op=RowOp.SOFTMAX, out=Out.LANES, row_mult=20000, row_shift=15)
+    whole = good_tile(
+        **scores, cols=8, w_addr=64, row_op=RowOp.SOFTMAX, out=Out.LANES, row_mult=20000, row_shift=15
+    )
     values = dict(operand=1, a_unsigned=1, cols=4, w_dep=1, w_stride=64, scale=Scale.ROW)
     code = [whole, good_tile(**values, k=8, w_addr=128, o_addr=512)]
     for block in range(2):
-        code.append(good_tile(**scores, cols=4, w_addr=64 + 16 * block, row_op=RowOp.MAX, out=Out.NONE, row_first=1 - block))
+        code.append(
+            good_tile(
+                **scores, cols=4, w_addr=64 + 16 * block, row_op=RowOp.MAX, out=Out.NONE, row_first=1 - block
+            )
+        )
     for block in range(2):
-        code.append(good_tile(
-            **scores, cols=4, w_addr=64 + 16 * block, row_op=RowOp.EXP, out=Out.LANES, row_mult=20000, row_shift=15,
-            row_first=1 - block, row_last=block,
-        ))
+        code.append(
+            good_tile(
+                **scores,
+                cols=4,
+                w_addr=64 + 16 * block,
+                row_op=RowOp.EXP,
+                out=Out.LANES,
+                row_mult=20000,
+                row_shift=15,
+                row_first=1 - block,
+                row_last=block,
+            )
+        )
         last = {} if block else {"psum_out": 1, "out": Out.NONE, "scale": Scale.CONST}
-        code.append(good_tile(**{
-            **values, "k": 4, "w_addr": 128 + 16 * block, "psum_in": block, "o_addr": 528, **last,
-        }))
+        code.append(
+            good_tile(
+                **{
+                    **values,
+                    "k": 4,
+                    "w_addr": 128 + 16 * block,
+                    "psum_in": block,
+                    "o_addr": 528,
+                    **last,
+                }
+            )
+        )
     assert _run(image, *code, HALT).code == ErrorCode.NONE
     assert_array_equal(image[512:528], image[528:544])
     assert len(np.unique(image[512:528])) > 4

@@ -1,0 +1,89 @@
+"""nmforge: from a PyTorch network to N:M sparse silicon, proven byte for byte.
+
+    import nmforge as nf
+    model = nf.create_model("minilm_l6", pretrained=True)
+    nf.sparsify(model, "2:4", method="magnitude")
+    program = nf.compile(model.encoder, example_inputs, arch="sta1024", calibration=batches)
+    run = nf.simulate(program, inputs)
+
+Names are imported when they are first used, so that ``import nmforge`` and ``nmforge --help`` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from algo.nm import NM
+    from algo.sparsify import finalize, sparsify, sparsity_report
+    from compiler.compile import compile_model as compile
+    from compiler.program import Program, load
+    from hw.arch import PRESETS, Arch, get_arch
+    from hw.verilog import verilog
+    from models import create_model, list_models
+    from nmforge.api import verify
+    from sim.handle import Dut
+    from sim.memory import MemoryModel
+    from sim.simulate import Run, simulate
+    from sim.trace import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "PRESETS",
+    "Arch",
+    "Dut",
+    "MemoryModel",
+    "Program",
+    "Run",
+    "Trace",
+    "compile",
+    "create_model",
+    "finalize",
+    "get_arch",
+    "list_models",
+    "load",
+    "simulate",
+    "sparsify",
+    "sparsity_report",
+    "verify",
+    "verilog",
+]
+
+_HOMES = {
+    "NM": "algo.nm:NM",
+    "PRESETS": "hw.arch:PRESETS",
+    "Arch": "hw.arch:Arch",
+    "Dut": "sim.handle:Dut",
+    "MemoryModel": "sim.memory:MemoryModel",
+    "Program": "compiler.program:Program",
+    "Run": "sim.simulate:Run",
+    "Trace": "sim.trace:Trace",
+    "compile": "compiler.compile:compile_model",
+    "create_model": "models:create_model",
+    "finalize": "algo.sparsify:finalize",
+    "get_arch": "hw.arch:get_arch",
+    "list_models": "models:list_models",
+    "load": "compiler.program:load",
+    "simulate": "sim.simulate:simulate",
+    "sparsify": "algo.sparsify:sparsify",
+    "sparsity_report": "algo.sparsify:sparsity_report",
+    "verify": "nmforge.api:verify",
+    "verilog": "hw.verilog:verilog",
+}
+"""Where each public name lives: ``module:attribute``."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nmforge' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

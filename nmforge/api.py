@@ -1,0 +1,34 @@
+"""What the façade adds to the parts it collects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from algo.nm import NM
+from algo.sparsify import model_patterns
+from algo.verify import verify as verify_patterns
+
+__all__ = ["verify"]
+
+
+def verify(model: nn.Module, patterns: Mapping[str, NM] | None = None) -> None:
+    """Check that every sparse layer of a model obeys its pattern.
+
+    Parameters
+    ----------
+    patterns
+        Patterns by layer name; by default those that the model's layers were given.
+
+    Raises
+    ------
+    PatternViolation
+        Names layer, row and group of the first violation.
+    ValueError
+        No layer with that name, or no sparse layer at all.
+    """
+    found = model_patterns(model) if patterns is None else patterns
+    if not found:
+        raise ValueError("the model has no sparse layer: call sparsify() first, or give patterns")
+    verify_patterns(model, found)
