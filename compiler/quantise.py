@@ -6,8 +6,8 @@ integer operators, one for each node (and one to bring a 16-bit tensor to 8 bits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -63,7 +63,8 @@ def quantise(
     -------
     QuantNetwork
         Tensors have the graph's names; masks have the name of their input. ``meta["keep.<mask>"]`` is "1" or "0": the mask's value
-        for a key that takes part.
+        for a key that takes part. ``meta["offset.<tensor>"]`` holds the real values that 0 stands for, one for each channel or one for
+        all, where they are not 0 (biases downstream make up for them): `sim.reference.dequantise` knows about it.
 
     Raises
     ------
@@ -80,44 +81,76 @@ def quantise(
 # -- calibration -----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class _Range:
-    """What calibration remembers of one value: an observer, and a sample for functions."""
+class _Watched:
+    """What calibration remembers of one value ``(..., C)``: an observer, the range of each channel, and some rows."""
 
-    observer: Observer
-    sample: Tensor = field(default_factory=lambda: torch.empty(0))
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.low = self.high = torch.empty(0)
+        self.rows = torch.empty(0)
 
-    def update(self, values: Tensor, *, sampled: bool) -> None:
+    def update(self, values: Tensor) -> None:
         self.observer.update(values)
-        if sampled:
-            flat = values.flatten()
-            part = flat[:: max(1, flat.numel() // (_SAMPLE // 8))]
-            self.sample = torch.cat([self.sample, part, flat.min()[None], flat.max()[None]])
-            if len(self.sample) > 2 * _SAMPLE:
-                self.sample = torch.cat([self.sample[::2], self.sample.min()[None], self.sample.max()[None]])
+        rows = values.reshape(-1, values.shape[-1])
+        low, high = rows.aminmax(dim=0)
+        if len(self.rows):
+            low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
+        self.low, self.high = low, high
+        limit = max(64, _SAMPLE // rows.shape[-1])
+        self.rows = torch.cat([self.rows.reshape(-1, rows.shape[-1]), rows[:: -(-len(rows) * 4 // limit)]])
+        if len(self.rows) > 2 * limit:
+            self.rows = self.rows[::2]
 
 
 class Calibration:
-    """Ranges of the values of a graph: ``(node, stage)`` with stage "product", "sum", "function", "norm" or "out"."""
+    """Ranges of the values of a graph, by node and stage: "product", "sum", "function" or "out"."""
 
     def __init__(self, make: Callable[[], Observer]) -> None:
         self._make = make
-        self._ranges: dict[tuple[str, str], _Range] = {}
+        self._peaks: dict[tuple[str, str], float] = {}
+        self._watched: dict[tuple[str, str], _Watched] = {}
 
-    def update(self, name: str, stage: str, values: Tensor, *, sampled: bool = False) -> None:
-        self._ranges.setdefault((name, stage), _Range(self._make())).update(values, sampled=sampled)
+    def update(self, name: str, stage: str, values: Tensor, *, watched: bool = True) -> None:
+        """Take in one batch; only the peak counts if not ``watched``."""
+        if values.numel() == 0:
+            return
+        peak = float(values.abs().max())
+        if not np.isfinite(peak):
+            raise CompileError(f"calibration: {name} has a NaN or an infinity")
+        self._peaks[name, stage] = max(self._peaks.get((name, stage), 0.0), peak)
+        if watched:
+            self._watched.setdefault((name, stage), _Watched(self._make())).update(values)
 
-    def absmax(self, name: str, stage: str) -> float:
+    def peak(self, name: str, stage: str) -> float:
         """Largest magnitude."""
-        return self._ranges[name, stage].observer.absmax
+        return self._peaks[name, stage]
 
-    def scale(self, name: str, stage: str, bits: int = 8) -> float:
-        """Real value of one integer step by the observer's method."""
-        return self._ranges[name, stage].observer.scale(bits)
+    def scale(self, name: str, stage: str) -> float:
+        """Real value of one int8 step by the observer's method."""
+        return self._watched[name, stage].observer.scale(8)
 
     def sample(self, name: str, stage: str) -> Tensor:
-        """Some of the values, the smallest and the largest among them."""
-        return self._ranges[name, stage].sample
+        """Some of the values (rows, C)."""
+        return self._watched[name, stage].rows
+
+    def centred(self, name: str, stage: str) -> tuple[float, NDArray[np.float64]]:
+        """Scale of an int8 step, and the middle of each channel's range, for the values less the middle."""
+        watched = self._watched[name, stage]
+        middle = ((watched.low + watched.high) / 2).double()
+        observer = self._make()
+        observer.update(watched.rows - middle)
+        observer.update(torch.stack([watched.low, watched.high]) - middle)
+        return observer.scale(8), middle.numpy()
+
+    def from_low(self, name: str, stage: str) -> tuple[float, float]:
+        """Scale of an int8 step and the value at 0, for values from their smallest to the largest worth keeping."""
+        watched = self._watched[name, stage]
+        limit = watched.observer.threshold(9)
+        low, high = max(float(watched.low.min()), -limit), min(float(watched.high.max()), limit)
+        if not high > low:
+            return watched.observer.scale(8), 0.0
+        scale = (high - low) / 255
+        return scale, low + 128 * scale
 
 
 def calibrate(
@@ -127,14 +160,13 @@ def calibrate(
     if not callable(method) and method not in get_args(Method):
         raise ValueError(f"activation_observer must be one of {', '.join(get_args(Method))} or a function, not {method!r}")
     calibration = Calibration(method if callable(method) else lambda: Observer(method))
-    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    done = 0
+    total = len(batches) if isinstance(batches, Sized) else None
     masks = [node for node in graph.nodes.values() if isinstance(node, KeyMask)]
-    for batch in batches:
+    done = 0
+    for done, batch in enumerate(batches, 1):
         inputs = graph.bind(batch)
         keep = masks[0].evaluate(inputs[masks[0].inputs[0]])[:, 0] if len(masks) == 1 else None
         _watch(graph, inputs, keep, calibration)
-        done += 1
         if progress is not None:
             progress(done, total)
     if not done:
@@ -143,38 +175,39 @@ def calibrate(
 
 
 def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibration: Calibration) -> None:
+    """Run one batch."""
+
     def seen(values: Tensor) -> Tensor:
         return values[keep] if keep is not None and values.ndim == 3 and values.shape[:2] == keep.shape else values
 
     def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
         if isinstance(node, Linear | Pointwise):
             x = node.product(operands[0]) if isinstance(node, Linear) else operands[0]
-            if isinstance(node, Linear):
-                calibration.update(node.name, "product", seen(x))
+            calibration.update(node.name, "product", seen(x), watched=False)
             for stage, result in node.post.stages(x, *operands[1:]):
-                calibration.update(node.name, stage, seen(result), sampled=stage == "sum" and node.post.function is not None)
+                watched = node.post.function is not None and stage in ("sum", "function")
+                calibration.update(node.name, stage, seen(result), watched=watched)
         if not isinstance(node, KeyMask):
             calibration.update(node.name, "out", seen(value))
 
     for node in graph.inputs:
         if inputs[node.name].is_floating_point():
             calibration.update(node.name, "out", seen(inputs[node.name]))
-    try:
-        graph.run(inputs, observe=observe)
-    except ValueError as error:
-        raise CompileError(f"calibration: {error}") from error
+    graph.run(inputs, observe=observe)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------------------------
 
 
-def norm_parameters(norm: Norm, *, in_scale: float, out_scale: float) -> ops.LayerNorm:
-    """Integer parameters of a norm from a grid of ``in_scale`` to one of ``out_scale``.
+def norm_parameters(
+    norm: Norm, *, in_scale: float, out_scale: float, offset: NDArray[np.float64] | float = 0.0
+) -> ops.LayerNorm:
+    """Integer parameters of a norm from a grid of ``in_scale`` to one of ``out_scale`` on which ``offset`` is 0.
 
     ``z`` has 10 fraction bits, so ``gamma / out_scale * 2^-10 = g * 2^-shift``: as large a shift as keeps g in 16 bits and beta in 31.
     """
     gamma = norm.gamma.detach().double().numpy() / out_scale / 1024
-    beta = norm.beta.detach().double().numpy() / out_scale
+    beta = (norm.beta.detach().double().numpy() - offset) / out_scale
     shift = np.minimum(_room(gamma, (1 << 15) - 1), _room(beta, (1 << 30) - 1)).clip(1, 30)
     cols = len(gamma)
     eps = round(min(norm.eps * cols**2 / in_scale**2, (1 << 32) - 1))
@@ -193,27 +226,28 @@ def _room(values: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
     return np.floor(np.log2(limit / magnitude)).astype(np.int64)
 
 
-def activation_table(function: Function, *, in_scale: float, out_scale: float) -> NDArray[np.int8]:
-    """256 entries for -128..127: ``round(f(q * in_scale) / out_scale)`` clipped to int8, exact to half a step."""
+def activation_table(function: Function, *, in_scale: float, out_scale: float, offset: float = 0.0) -> NDArray[np.int8]:
+    """256 entries for -128..127: ``round((f(q * in_scale) - offset) / out_scale)`` clipped to int8, exact to half a step."""
     x = torch.arange(-128, 128, dtype=torch.float64) * in_scale
-    y = function.apply(x) / out_scale
+    y = (function.apply(x) - offset) / out_scale
     if not bool(torch.isfinite(y).all()):
         raise CompileError(f"function {function.name!r} is not finite everywhere on {float(x[0]):.4g}..{float(x[-1]):.4g}")
     return torch.round(y).clamp(-128, 127).to(torch.int8).numpy()
 
 
-def _table_scale(function: Function, sample: Tensor, out_scale: float) -> float:
+def _table_scale(function: Function, sample: Tensor, out_scale: float, offset: float) -> float:
     """Input grid of an activation table with the least squared error of the function's result on a sample."""
-    limit = float(sample.abs().max())
+    x = sample.double().flatten()
+    limit = float(x.abs().max())
     if limit == 0:
         return 1.0
-    exact = function.apply(sample.double())
+    exact = function.apply(x) - offset
     best, least = limit / 127, np.inf
     for share in np.linspace(0.2, 1.0, 65):
         scale = limit * share / 127
-        table = torch.from_numpy(activation_table(function, in_scale=scale, out_scale=out_scale).astype(np.float64))
-        index = torch.round(sample.double() / scale).clamp(-128, 127).long() + 128
-        error = float(((table[index] * out_scale - exact) ** 2).mean())
+        table = activation_table(function, in_scale=scale, out_scale=out_scale, offset=offset)
+        index = torch.round(x / scale).clamp_(-128, 127).long() + 128
+        error = float((torch.from_numpy(table * out_scale)[index] - exact).square().mean())
         if error <= least:
             best, least = scale, error
     return best
@@ -229,33 +263,41 @@ def _multiplier(value: float, what: str) -> tuple[int, int]:
         raise CompileError(f"{what}: {error}") from error
 
 
-def _weight_and_requant(node: Linear, in_scale: float, out_scale: float) -> tuple[NDArray[np.int8], ops.Requant]:
-    """int8 weight, and bias and requantisation from ``in_scale`` and weight to ``out_scale``."""
+def _weight_and_requant(
+    node: Linear, in_scale: float, out_scale: float, in_offset: NDArray[np.float64] | float, added: NDArray[np.float64] | float
+) -> tuple[NDArray[np.int8], ops.Requant]:
+    """int8 weight, and bias and requantisation from ``in_scale`` and weight to ``out_scale``.
+
+    ``in_offset`` (in,) is the value at 0 of the input's channels, ``added`` (out,) that of the residual's: both go into the bias.
+    """
+    what = node.source or node.name
     try:
         quantised, scales = quantize_weight(node.weight)
     except ValueError as error:
-        raise CompileError(f"{node.source or node.name}: {error}") from error
-    bias = torch.zeros(len(scales)) if node.bias is None else node.bias.detach()
-    if not bool(torch.isfinite(bias).all()):
-        raise CompileError(f"{node.source or node.name}: the bias has a NaN or an infinity")
-    # The bias needs room in the int32 sum: 2^30 next to the products; a channel without weights takes its scale from the bias.
-    least = bias.abs().double().numpy() / in_scale / (1 << 30)
-    real = scales.double().numpy()
-    empty = (quantised == 0).all(1).numpy()
-    real = np.where(empty, np.maximum(least * 64, out_scale / in_scale * 2.0**-12), real)
+        raise CompileError(f"{what}: {error}") from error
+    bias = np.zeros(len(scales)) if node.bias is None else node.bias.detach().double().numpy()
+    if not np.isfinite(bias).all():
+        raise CompileError(f"{what}: the bias has a NaN or an infinity")
+    weight, real = quantised.numpy(), scales.double().numpy()
+    offset = np.broadcast_to(np.asarray(in_offset, np.float64), weight.shape[1:])
+    bias = bias + (weight * real[:, None]) @ offset + added
+    # The bias needs room in the int32 sum, next to the products; a channel without weights takes its scale from the bias.
+    least = np.abs(bias) / in_scale / (1 << 30)
+    real = np.where((weight == 0).all(1), np.maximum(least, out_scale / in_scale * 2.0**-12), real)
     coarse = least > real
     if coarse.any():
         real = np.maximum(real, least)
-        weight = torch.round(node.weight.detach().double() / torch.from_numpy(real)[:, None]).clamp(-127, 127)
-        quantised = torch.where(torch.from_numpy(coarse)[:, None], weight.to(torch.int8), quantised)
+        again = np.rint(node.weight.detach().double().numpy() / real[:, None]).clip(-127, 127).astype(np.int8)
+        weight = np.where(coarse[:, None], again, weight)
     factor = in_scale * real / out_scale
-    mult, shift = requant_array(np.where(factor < 2.0**-48, 0.0, factor), max_shift=MAX_SHIFT)
+    try:
+        mult, shift = requant_array(np.where(factor < 2.0**-48, 0.0, factor), max_shift=MAX_SHIFT)
+    except ValueError as error:
+        raise CompileError(f"{what}: {error}") from error
     requant = ops.Requant(
-        bias=np.rint(bias.double().numpy() / (in_scale * real)).astype(np.int32),
-        mult=mult.astype(np.int16),
-        shift=shift.astype(np.uint8),
+        bias=np.rint(bias / (in_scale * real)).astype(np.int32), mult=mult.astype(np.int16), shift=shift.astype(np.uint8)
     )
-    return np.ascontiguousarray(quantised.numpy()), requant
+    return np.ascontiguousarray(weight), requant
 
 
 # -- the network -----------------------------------------------------------------------------------------------------------------------
@@ -273,6 +315,7 @@ class _Builder:
         self.meta: dict[str, str] = {}
         self.users = graph.users()
         self.narrow: dict[str, str] = {}  # 16-bit tensor -> its 8-bit version
+        self.offsets: dict[str, NDArray[np.float64]] = {}  # value at 0 of the channels, where it is not 0
 
     def network(self) -> ops.QuantNetwork:
         inputs: list[str] = []
@@ -325,23 +368,46 @@ class _Builder:
         if tensor.dtype == "int8":
             return name
         if name not in self.narrow:
-            small = replace(tensor, name=f"{name}.int8", dtype="int8", scale=self.calibration.scale(name, "out"))
+            scale = self.calibration.centred(name, "out")[0] if name in self.offsets else self.calibration.scale(name, "out")
+            small = replace(tensor, name=f"{name}.int8", dtype="int8", scale=scale)
             mult, shift = _multiplier(tensor.scale / small.scale, name)
             self.tensors[small.name] = small
-            residual = ops.ResidualInput(name, mult, shift)
+            if name in self.offsets:
+                self.shift(small.name, self.offsets[name])
+            residual, source = ops.ResidualInput(name, mult, shift), self.graph.nodes[name].source
             self.ops.append(
-                ops.Pointwise(
-                    name=small.name, x=None, out=small.name, mult=0, shift=1, residual=residual, source=self.graph.nodes[name].source
-                )
+                ops.Pointwise(name=small.name, x=None, out=small.name, mult=0, shift=1, residual=residual, source=source)
             )
             self.narrow[name] = small.name
         return self.narrow[name]
 
     def out(self, node: Linear | Pointwise) -> ops.QuantTensor:
         """The result's tensor."""
-        if not self.is_wide(node):
-            return self.tensor(node, "int8", self.out_scale(node))
-        return self.tensor(node, "int16", max(self.peaks(node, "out"), 1e-30) / WIDE_MARGIN)
+        wide = self.is_wide(node)
+        if node.post.norm is not None and self.may_shift(node):
+            scale, offset = self.calibration.centred(node.name, "out")
+            if wide:
+                scale = max(self.peak(node, "out"), 1e-30) / WIDE_MARGIN
+            self.shift(node.name, offset)
+            return self.tensor(node, "int16" if wide else "int8", scale)
+        if wide:
+            return self.tensor(node, "int16", max(self.peak(node, "out"), 1e-30) / WIDE_MARGIN)
+        if node.post.function is not None and node.post.norm is None and self.may_shift(node):
+            scale, zero = self.calibration.from_low(node.name, "out")
+            self.shift(node.name, np.full(node.shape[-1], zero))
+            return self.tensor(node, "int8", scale)
+        return self.tensor(node, "int8", self.out_scale(node))
+
+    def may_shift(self, node: Node) -> bool:
+        """Whether the value at 0 may be any: all readers have a bias to make up for it."""
+        read = self.users[node.name]
+        return bool(read) and node.name not in self.graph.outputs and all(isinstance(user, Linear) for user in read)
+
+    def shift(self, name: str, offset: NDArray[np.float64]) -> None:
+        """Let 0 of a tensor's channels stand for these values; rounded so that `meta` holds them exactly."""
+        texts = [f"{value:.5g}" for value in offset]
+        self.offsets[name] = np.array([float(text) for text in texts])
+        self.meta[f"offset.{name}"] = " ".join(texts if len(set(texts)) > 1 else texts[:1])
 
     def out_scale(self, node: Node) -> float:
         """Scale of an 8-bit result; coarser where an attention score would be too fine."""
@@ -355,12 +421,13 @@ class _Builder:
                     scale *= (SCORE_FLOOR / max(product, 1e-30)) ** (1.0 if user.inputs[0] == user.inputs[1] else 0.5) * 1.001
         return scale
 
-    def peaks(self, node: Linear | Pointwise, *stages: str) -> float:
-        """Largest magnitude of any of these values, and of what is added up to them."""
-        found = [self.calibration.absmax(node.name, stage) for stage in stages]
-        if node.post.norm is None or "sum" in stages:
-            found += [self.calibration.absmax(node.name, "product")] if isinstance(node, Linear) else []
-            found += [self.calibration.absmax(name, "out") for name in node.inputs[1:]]
+    def peak(self, node: Linear | Pointwise, stage: str) -> float:
+        """Largest magnitude of a value, and of what is added up to it."""
+        found = [self.calibration.peak(node.name, stage)]
+        if stage == "sum" or node.post.norm is None:
+            offsets = [float(np.abs(self.offsets[name]).max()) for name in node.inputs[1:] if name in self.offsets]
+            found.append(self.calibration.peak(node.name, "product") + sum(offsets))
+            found += [self.calibration.peak(name, "out") for name in node.inputs[1:]]
         return max(found)
 
     def mask(self, node: KeyMask) -> None:
@@ -375,16 +442,18 @@ class _Builder:
     def post(self, node: Linear | Pointwise, residual: str | None) -> tuple[float, dict[str, Any]]:
         """Grid of the sum, and the fields of the post-processing."""
         out, post = self.out(node), node.post
+        offset = self.offsets.get(node.name, np.zeros(1))
         grid, table, norm = out.scale, None, None
         if post.function is not None:
-            result = out.scale if post.norm is None else self.calibration.scale(node.name, "function")
-            grid = _table_scale(post.function, self.calibration.sample(node.name, "sum"), result)
-            table = activation_table(post.function, in_scale=grid, out_scale=result)
+            last = post.norm is None
+            result, zero = (out.scale, float(offset[0])) if last else (self.calibration.scale(node.name, "function"), 0.0)
+            grid = _table_scale(post.function, self.calibration.sample(node.name, "sum"), result, zero)
+            table = activation_table(post.function, in_scale=grid, out_scale=result, offset=zero)
         elif post.norm is not None:
-            grid = max(self.peaks(node, "sum"), 1e-30) / WIDE_MARGIN
+            grid = max(self.peak(node, "sum"), 1e-30) / WIDE_MARGIN
         if post.norm is not None:
-            inner = self.calibration.scale(node.name, "function") if post.function is not None else grid
-            norm = norm_parameters(post.norm, in_scale=inner, out_scale=out.scale)
+            inner = grid if post.function is None else self.calibration.scale(node.name, "function")
+            norm = norm_parameters(post.norm, in_scale=inner, out_scale=out.scale, offset=offset)
         fields: dict[str, Any] = {"out": out.name, "table": table, "norm": norm, "source": node.source, "name": node.name}
         fields["residual"] = None if residual is None else self.residual(residual, grid, node)
         return grid, fields
@@ -396,7 +465,8 @@ class _Builder:
     def linear(self, node: Linear) -> None:
         x = self.operand8(node.inputs[0])
         grid, fields = self.post(node, node.inputs[1] if node.post.residual else None)
-        weight, requant = _weight_and_requant(node, self.tensors[x].scale, grid)
+        added = self.offsets.get(node.inputs[1], 0.0) if node.post.residual else 0.0
+        weight, requant = _weight_and_requant(node, self.tensors[x].scale, grid, self.offsets.get(x, 0.0), added)
         self.ops.append(ops.Linear(x=x, weight=weight, pattern=node.pattern, requant=requant, **fields))
 
     def pointwise(self, node: Pointwise) -> None:

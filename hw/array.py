@@ -94,12 +94,13 @@ class MacArray(wiring.Component):
             issue.last.eq(feeder.last), issue.unsigned_a.eq(feeder.unsigned_a), issue.cols.eq(feeder.tile_cols),
             advance.eq(~(total.valid & total.last) | drain.free), feeder.advance.eq(advance),
             drain.copy.eq(total.valid & total.last & drain.free), drain.cols.eq(total.cols),
-            feeder.loaded.eq(self.loaded), self.freed.eq(feeder.freed),
+            feeder.loaded.eq(self.loaded),
             self.busy.eq(feeder.step), self.blocked.eq(~advance),
             self.wait_weights.eq(feeder.wait_weights), self.wait_columns.eq(feeder.wait_columns),
         ]
         with m.If(advance):
-            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(ram), total.eq(product)]
+            # columns are given back when their last step has read the RAM, which a freeze may delay
+            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(ram), total.eq(product), self.freed.eq(feeder.freed)]
         for index in range(arch.lanes):
             lane = Lane(arch)
             place(m, platform, f"lane{index}", lane, module="lane")

@@ -25,6 +25,7 @@ __all__ = [
     "Scale",
     "Source",
     "instruction_layout",
+    "isa_markdown",
 ]
 
 INSTRUCTION_BYTES = 64
@@ -249,3 +250,29 @@ class Instruction:
         if word:
             raise ValueError("reserved bits of the instruction are set")
         return cls(**values)
+
+
+def isa_markdown() -> str:
+    """Text of ``docs/isa.md``, derived from the declarations above."""
+    lines = [
+        "# Instructions", "",
+        "Generated from `hw/isa.py` (`python -m hw.isa > docs/isa.md`). What TILE computes is in `numerics.md`, what makes an",
+        "instruction malformed in `hw/isa_check.py`.", "",
+        f"An instruction has {INSTRUCTION_BYTES} bytes, little endian, at a {INSTRUCTION_BYTES}-byte aligned address.", "",
+        "| bits | field | meaning |", "|---|---|---|",
+    ]
+    offset = 0
+    for field in FIELDS:
+        bits = f"{offset}" if field.bits == 1 else f"{offset + field.bits - 1}..{offset}"
+        kind = f" ({field.kind.__name__})" if field.kind else ""
+        lines.append(f"| {bits} | {field.name} | {field.doc}{kind} |")
+        offset += field.bits
+    lines.append(f"| {8 * INSTRUCTION_BYTES - 1}..{offset} | reserved | zero |")
+    for kind in (Opcode, Source, Operand, Format, Scale, Residual, RowOp, Out, ErrorCode):
+        lines += ["", f"## {kind.__name__}", "", *(kind.__doc__ or "").splitlines(), "", "| value | name |", "|---|---|"]
+        lines += [f"| {member.value} | {member.name} |" for member in kind]
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    print(isa_markdown(), end="")

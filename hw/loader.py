@@ -35,12 +35,9 @@ class Loader(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         cmd, moved, last, move = self.cmd.payload, Signal(16), Signal(), Signal()
-        # a freed column may still be on its way out of the RAM: give it back two cycles later
-        freed, freed_soon, room = Signal.like(self.freed), Signal.like(self.freed), Signal()
-        m.d.sync += [freed_soon.eq(self.freed), freed.eq(freed_soon)]
-        to_lanes, available = Signal(), Signal()
+        room, to_lanes, available = Signal(), Signal(), Signal()
         m.d.comb += [
-            room.eq((self.loaded - freed)[: len(self.loaded)] < self._arch.lane_depth),
+            room.eq((self.loaded - self.freed)[: len(self.loaded)] < self._arch.lane_depth),
             available.eq(Mux(cmd.from_rows, self.row_unit.valid, self.memory.valid)),
             to_lanes.eq(self.cmd.valid & ~cmd.bypass & available & room),
             self.bypass.valid.eq(self.cmd.valid & cmd.bypass & self.memory.valid),

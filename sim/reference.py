@@ -80,8 +80,9 @@ def _integers(network: QuantNetwork, tensor: QuantTensor, value: Tensor) -> NDAr
 
 
 def dequantise(network: QuantNetwork, name: str, values: NDArray[Any]) -> Tensor:
-    """Real values of a tensor: float32 ``scale * values``, same shape."""
-    return torch.from_numpy(np.asarray(values, np.float64) * network.tensors[name].scale).float()
+    """Real values of a tensor: float32 ``scale * values + offset``, same shape; the offset of most tensors is 0."""
+    offset = np.array([float(text) for text in network.meta.get(f"offset.{name}", "0").split()])
+    return torch.from_numpy(np.asarray(values, np.float64) * network.tensors[name].scale + offset).float()
 
 
 def run_reference(

@@ -31,8 +31,11 @@ _VERILATOR_FLAGS = (
     "--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--noassert", "--no-timing", "-Wno-fatal", "-Wno-lint",
     "-Wno-style", "--prefix", "Vtop", "--threads", "1", "--output-split", "15000", "--output-split-cfuncs", "5000",
 )
-_CXX_FLAGS = ("-std=c++17", "-fPIC", "-fno-plt", "-fcf-protection=none", "-fno-math-errno", "-w")
-_FAST, _SLOW = "-O2", "-O1"  # code that runs every cycle; set-up, traces, the runtime
+_CXX_FLAGS = (
+    "-std=c++17", "-fPIC", "-fno-plt", "-fno-semantic-interposition", "-fcf-protection=none", "-w",
+    "-fno-gnu-unique",  # several simulators in one process must not share variables
+)
+_FAST, _TRACED, _SLOW = "-O2", "-O1", "-O0"  # code that runs every cycle; the same with traces; set-up
 _UNIT_BYTES = 300_000  # of generated C++ in one compiler run
 
 
@@ -178,7 +181,7 @@ def _key(verilog: str, harness: str, options: tuple[str, ...], macros: tuple[str
 
 def _hash(texts: list[str], tools: _Tools) -> str:
     digest = hashlib.sha256()
-    for text in (*texts, *_CXX_FLAGS, _FAST, _SLOW, tools.version, tools.cxx_version):
+    for text in (*texts, *_CXX_FLAGS, _FAST, _TRACED, _SLOW, tools.version, tools.cxx_version):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:24]
 
@@ -239,8 +242,8 @@ def _verilate(work: Path, job: _Job, tools: _Tools) -> None:
 def _compile(work: Path, job: _Job, tools: _Tools) -> None:
     include = (work / "cpp", _CPP)
     units = [
-        *_units(work, sorted((work / "cpp").glob("*.cpp"))),
-        _Unit(_CPP / job.harness, _FAST),
+        *_units(work, sorted((work / "cpp").glob("*.cpp")), _hot(job)),
+        _Unit(_CPP / job.harness, _hot(job)),
     ]
     job.report(f"compiling {len(units)} C++ files")
     objects = _compile_units(work, units, [*_common(tools, job.trace, include), *job.macros], tools, job.report)
@@ -255,12 +258,16 @@ class _Unit:
     level: str
 
 
-def _units(work: Path, sources: list[Path]) -> list[_Unit]:
+def _hot(job: _Job) -> str:
+    return _TRACED if job.trace else _FAST
+
+
+def _units(work: Path, sources: list[Path], hot: str) -> list[_Unit]:
     """Verilator's files joined to files of about `_UNIT_BYTES`: each pays for its headers once."""
     units: list[_Unit] = []
-    for level in (_FAST, _SLOW):
+    for level in (hot, _SLOW):
         group: list[Path] = []
-        for source in [path for path in sources if _level(path) == level]:
+        for source in [path for path in sources if _is_hot(path) == (level == hot)]:
             group.append(source)
             if sum(path.stat().st_size for path in group) > _UNIT_BYTES:
                 units.append(_join(work, group, level, len(units)))
@@ -276,9 +283,9 @@ def _join(work: Path, group: list[Path], level: str, number: int) -> _Unit:
     return _Unit(joined, level)
 
 
-def _level(path: Path) -> str:
-    """Optimisation of a generated file: Verilator marks set-up code."""
-    return _SLOW if any(mark in path.name for mark in ("Slow", "__Syms", "__Trace")) else _FAST
+def _is_hot(path: Path) -> bool:
+    """Verilator marks files with set-up code."""
+    return not any(mark in path.name for mark in ("Slow", "__Syms"))
 
 
 def _compile_units(work: Path, units: list[_Unit], common: list[str], tools: _Tools, report: Report) -> list[str]:
@@ -317,7 +324,7 @@ def _runtime(job: _Job, tools: _Tools) -> list[str]:
             with tempfile.TemporaryDirectory(prefix="build-", dir=folder.parent) as name:
                 work = Path(name) / "ready"
                 work.mkdir()
-                units = [_Unit(tools.root / "include" / f"{stem}.cpp", _SLOW) for stem in names]
+                units = [_Unit(tools.root / "include" / f"{stem}.cpp", _FAST) for stem in names]
                 _compile_units(work, units, _common(tools, job.trace), tools, job.report)
                 os.replace(work, folder)
     return sorted(str(path) for path in folder.glob("*.o"))

@@ -1,0 +1,339 @@
+"""The command line. Each command imports what it needs when it runs, so that ``--help`` does not wait for torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nmforge.console import err, guarded, out
+
+if TYPE_CHECKING:
+    from sim.simulate import Run
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="nmforge",
+    help="From a PyTorch network to N:M sparse silicon: train, compress, compile, simulate bit-exactly, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress stays on stderr.")]
+ArchName = Annotated[str, typer.Option("--arch", help="Preset: tiny, sta256, sta1024, sta4096.")]
+PatternText = Annotated[
+    str,
+    typer.Option(
+        "--pattern", "-p", metavar="N:M", help='N:M of every layer, or a mix by layer name: "*.attention.*=2:4,*.up=1:8".'
+    ),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what earlier runs left in the folder.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Train on a fifth of the sentences: minutes less, points less.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything that is random.")]
+Length = Annotated[int, typer.Option("--length", min=1, help="Tokens that each sentence is padded to.")]
+Stalls = Annotated[float, typer.Option("--stalls", metavar="P", help="Probability that a memory channel pauses in a cycle.")]
+Latency = Annotated[int, typer.Option("--latency", help="Cycles from an address to its first data.")]
+Bandwidth = Annotated[
+    int | None, typer.Option("--bandwidth", help="Bytes a cycle, reads and writes together; by default the bus width.")
+]
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+def _examples(*lines: str) -> str:
+    """The end of a command's help."""
+    return "[bold]Examples[/]\n\n" + "\n\n".join(f"[cyan]nmforge {line}[/]" for line in lines)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from nmforge import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+# -- demo -------------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("demo", 'demo --pattern 1:4 --out out/demo-1of4', 'demo -p "*.attention.*=2:4,*=1:4"', "demo --fresh"))
+@guarded
+def demo(
+    pattern: PatternText = "2:4",
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of checkpoints, programs, summary and report.")] = Path("out/demo"),
+    arch: ArchName = "sta1024",
+    sentences: Annotated[int, typer.Option("--sentences", min=1, help="Sentences simulated at once.")] = 8,
+    length: Length = 32,
+    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Sentences on which accuracy is measured.")] = 2000,
+    stalls: Stalls = 0.0,
+    latency: Latency = 64,
+    bandwidth: Bandwidth = None,
+    seed: Seed = 0,
+    quick: Quick = False,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Train a real transformer sparse, compile it, simulate it on the accelerator, and prove every byte.
+
+    MiniLM-L6 with its published weights learns the sentiment of movie sentences, is pruned to N:M, quantised, compiled and simulated in
+    Verilator next to the dense network. Ends with a table, summary.json and report.html. A second run reuses what has not changed; Ctrl-C
+    loses at most one epoch.
+    """
+    from nmforge.arguments import parse_arch, parse_pattern
+
+    chosen, table = parse_arch(arch), parse_pattern(pattern)
+    from nmforge.demo import DemoConfig, run_demo
+    from nmforge.demo_table import print_summary
+    from nmforge.errors import CheckFailedError
+    from sim.memory import MemoryModel
+
+    memory = MemoryModel(latency=latency, bytes_per_cycle=bandwidth, stall_probability=stalls, seed=seed)
+    config = DemoConfig(
+        pattern=table, arch=chosen, out=folder, batch=sentences, length=length, test_size=held_out, seed=seed,
+        memory=memory, training=_training(quick),
+    )  # fmt: skip
+    summary = run_demo(config, fresh=fresh)
+    if not as_json:
+        print_summary(summary)
+    if not summary["bit_exact"]:
+        raise CheckFailedError(f"not bit-exact: see the mismatches in {summary['files']['summary']}", summary)
+    return summary
+
+
+def _training(quick: bool) -> Any:
+    """Sizes of the training."""
+    from nmforge.sentiment import SentimentConfig
+
+    return SentimentConfig(sentences=1000) if quick else SentimentConfig()
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("models", "models --json"))
+@guarded
+def models(as_json: Json = False) -> dict[str, Any]:
+    """List the registered models: parameters, shapes, and where their weights come from."""
+    from rich.table import Table
+
+    from nmforge.catalogue import catalogue
+
+    rows = catalogue()
+    if not as_json:
+        table = Table("name", "parameters", "shapes", "weights", title="Models", title_justify="left")
+        for row in rows:
+            table.add_row(row["name"], f"{row['parameters'] / 1e6:.1f} M", row["shapes"], row["source"])
+        out().print(table)
+    return {"models": rows}
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("train --pattern 2:4 --out out/train", "train -p 1:8 --epochs 2", "train --quick --fresh"))
+@guarded
+def train(
+    pattern: PatternText = "2:4",
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoints.")] = Path("out/train"),
+    dense_epochs: Annotated[int, typer.Option("--dense-epochs", min=1, help="Epochs of dense fine-tuning.")] = 2,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of each pruning level.")] = 1,
+    sentences: Annotated[int, typer.Option("--sentences", min=1, help="Sentences per epoch.")] = 5000,
+    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Sentences on which accuracy is measured.")] = 2000,
+    seed: Seed = 0,
+    quick: Quick = False,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Fine-tune MiniLM-L6 on the sentiment of movie sentences and prune it to N:M, level by level.
+
+    Checkpoints are kept after every epoch and level: the same command goes on where it stopped. The sparse model is in
+    OUT/PATTERN/sparse; nmforge compile takes the folder.
+    """
+    from nmforge.arguments import parse_pattern
+
+    table = parse_pattern(pattern)
+    from nmforge.training import run_training
+
+    result = run_training(
+        table, folder, dense_epochs=dense_epochs, epochs=epochs, sentences=1000 if quick else sentences, held_out=held_out,
+        seed=seed, fresh=fresh,
+    )  # fmt: skip
+    if not as_json:
+        for stage in result["stages"]:
+            out().print(f"{stage['name']:<12} accuracy {stage['accuracy']:.1%}   {stage['folder']}", soft_wrap=True)
+        out().print(f"sparse model: {result['sparse']}", soft_wrap=True)
+    return result
+
+
+# -- compile ----------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    "compile",
+    epilog=_examples("compile out/train -o x.nmf", "compile minilm_l6 --pattern 1:4 --pretrained -o x.nmf", "compile tinybert_4 -p dense --arch tiny -o x.nmf"),
+)
+@guarded
+def compile_command(
+    source: Annotated[str, typer.Argument(help="Folder that nmforge train or demo left, or the name of a registered model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Program file to write.")],
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", "-p", metavar="N:M", help="Which trained model; or how to prune a registered one, by magnitude.")
+    ] = None,
+    arch: ArchName = "sta1024",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in one run.")] = 8,
+    length: Length = 32,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Published weights of a registered model; else random ones.")] = False,
+    calibration: Annotated[int, typer.Option("--calibration", min=1, help="Sentences from which scales are chosen.")] = 256,
+    listing: Annotated[Path | None, typer.Option("--listing", help="Also write the program as text.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Quantise a model's encoder and compile it to one program file.
+
+    The encoder takes embedded tokens (batch, length, channels) and a padding mask; embedding, pooling and head stay on the host. Other
+    networks: nmforge.compile(model, example_inputs) in Python.
+    """
+    from nmforge.arguments import parse_arch, parse_pattern
+
+    chosen = parse_arch(arch)
+    table = None if pattern is None else parse_pattern(pattern)
+    from nmforge.building import build_program
+
+    result = build_program(
+        source, output, pattern=table, arch=chosen, batch=batch, length=length, pretrained=pretrained,
+        calibration=calibration, listing=listing, seed=seed,
+    )  # fmt: skip
+    if not as_json:
+        before, after = result["weight_bytes_dense"], result["weight_bytes"]
+        out().print(
+            f"{output}: {result['operators']} operators, {result['instructions']:,} instructions for {result['arch']}, weights "
+            f"{before / 1e6:.2f} MB as int8, {after / 1e6:.2f} MB stored, bound {result['bound_cycles']:,} cycles", soft_wrap=True,
+        )  # fmt: skip
+    return result
+
+
+# -- simulate ---------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog=_examples("simulate x.nmf", "simulate x.nmf --engine isa --inputs in.npz --outputs out.npz", "simulate x.nmf --stalls 0.2 --seed 7 --latency 100", "simulate x.nmf --trace x.fst --from 1000 --to 2000")
+)
+@guarded
+def simulate(
+    program: Annotated[Path, typer.Argument(help="Program file.")],
+    engine: Annotated[str, typer.Option("--engine", help="verilator: the RTL, cycle by cycle. isa: functional.")] = "verilator",
+    inputs: Annotated[Path | None, typer.Option("--inputs", help=".npz or .safetensors with the model's inputs by name; else random ones.")] = None,
+    outputs: Annotated[Path | None, typer.Option("--outputs", help="Write the model's outputs: .npz or .safetensors.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every byte with the integer reference.")] = True,
+    stalls: Stalls = 0.0,
+    latency: Latency = 64,
+    bandwidth: Bandwidth = None,
+    seed: Seed = 0,
+    trace: Annotated[Path | None, typer.Option("--trace", help="FST file of waveforms.")] = None,
+    first: Annotated[int, typer.Option("--from", min=0, help="First cycle of the trace.")] = 0,
+    last: Annotated[int | None, typer.Option("--to", help="Cycle before which the trace ends.")] = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Run a program on the simulated accelerator and check every byte that it writes."""
+    from nmforge.errors import CheckFailedError
+    from nmforge.running import run_program
+    from sim.memory import MemoryModel
+    from sim.report import run_record
+    from sim.trace import Trace
+
+    memory = MemoryModel(latency=latency, bytes_per_cycle=bandwidth, stall_probability=stalls, seed=seed)
+    window = None if trace is None else Trace(trace, first, last)
+    loaded, run = run_program(
+        program, engine=engine, inputs=inputs, outputs=outputs, check=check, memory=memory, trace=window, seed=seed
+    )
+    record = {"program_file": str(program), **run_record(loaded, run)}
+    if not as_json:
+        _print_run(run)
+    if run.bit_exact is False:
+        raise CheckFailedError("not bit-exact: " + "; ".join(map(str, run.mismatches)), record)
+    return record
+
+
+def _print_run(run: Run) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, title=f"{run.engine} on {run.arch.name}", title_justify="left")
+    if run.cycles is not None:
+        table.add_row("cycles", f"{run.cycles:,}")
+        table.add_row("utilisation", f"{run.utilisation:.3f}")
+        table.add_row("simulated", f"{run.wall_s:.2f} s, {run.cycles_per_s:,.0f} cycles/s")
+    exact = {True: "[green]yes[/]", False: "[red]no[/]", None: "not checked"}[run.bit_exact]
+    table.add_row("bit-exact", f"{exact}, {run.bytes_checked:,} bytes" if run.bit_exact is not None else exact)
+    table.add_row("outputs", f"sha256 {run.outputs_sha256[:16]}...")
+    table.add_row("simulator", run.simulator)
+    out().print(table)
+
+
+# -- report and verilog -----------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("report out/demo", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html"))
+@guarded
+def report(
+    source: Annotated[Path, typer.Argument(help="Folder of the demo, its summary.json, or what simulate --json printed.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html beside the source.")] = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write a self-contained HTML report of a demo or of one simulation."""
+    from algo.checkpoint import read_json
+    from nmforge.errors import BadInputError
+    from sim.report import write_report
+
+    file = source / "summary.json" if source.is_dir() else source
+    if not file.is_file():
+        raise BadInputError(f"no summary at {file}: run nmforge demo, or nmforge simulate --json > run.json")
+    target = output or file.parent / "report.html"
+    write_report(read_json(file), target)
+    if not as_json:
+        out().print(f"{target}: {target.stat().st_size:,} bytes", soft_wrap=True)
+    return {"report": str(target), "source": str(file), "bytes": target.stat().st_size}
+
+
+@app.command(epilog=_examples("verilog sta1024 -o sta1024.v", "verilog tiny | less"))
+@guarded
+def verilog(
+    preset: Annotated[str, typer.Argument(help="tiny, sta256, sta1024, sta4096.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; by default stdout.")] = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write the whole accelerator as one Verilog-2001 file."""
+    import hashlib
+    import time
+
+    from nmforge.arguments import parse_arch
+    from nmforge.console import write_text
+    from nmforge.errors import BadInputError
+
+    arch = parse_arch(preset)
+    if as_json and output is None:
+        raise BadInputError("--json needs --output: stdout has room for one of them")
+    from hw.verilog import TOP_NAME
+    from hw.verilog import verilog as generate
+
+    start = time.monotonic()
+    with err().status(f"generating {arch.name}"):
+        text = generate(arch)
+    seconds = round(time.monotonic() - start, 2)
+    if output is None:
+        print(text, end="")
+        return {}
+    write_text(output, text)
+    lines = text.count("\n")
+    if not as_json:
+        out().print(f"{output}: {lines:,} lines, module {TOP_NAME}, {seconds} s", soft_wrap=True)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return {"arch": arch.name, "file": str(output), "top": TOP_NAME, "lines": lines, "sha256": sha256, "seconds": seconds}

@@ -1,0 +1,57 @@
+"""The table at the end of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from nmforge.console import out
+
+__all__ = ["print_summary"]
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print the headline figures and where everything is."""
+    console = out()
+    console.print(_table(summary))
+    for name, path in summary["files"].items():
+        console.print(f"{name:<8} {path}", soft_wrap=True)
+
+
+def _table(summary: Mapping[str, Any]) -> Table:
+    title = f"{summary['model']['name']} at {summary['pattern']} on {summary['arch']['name']}"
+    table = Table("", "dense", "sparse", title=title, title_justify="left")
+    accuracy, runs = summary["accuracy"], summary["runs"]
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("accuracy, float", f"{accuracy['float_dense']:.1%}", f"{accuracy['float_sparse']:.1%}")
+    table.add_row("accuracy, int8", "", f"{accuracy['int8_sparse']:.1%}")
+    table.add_row("weights", _megabytes(summary["bytes"]["dense_int8"]), _megabytes(summary["bytes"]["compressed"]))
+    if summary["cycles"]["sparse"] is not None:
+        _add_times(table, summary)
+    exact = {kind: "[green]yes[/]" if runs[kind]["bit_exact"] else "[red]NO[/]" for kind in ("dense", "sparse")}
+    table.add_row("bit-exact", exact["dense"], exact["sparse"])
+    table.add_row("bytes checked", *(f"{summary['bytes_checked'][kind]:,}" for kind in ("dense", "sparse")))
+    table.add_row("wall time", "", f"{summary['wall_s']:.0f} s")
+    return table
+
+
+def _add_times(table: Table, summary: Mapping[str, Any]) -> None:
+    cycles, utilisation, accelerator = summary["cycles"], summary["utilisation"], summary["accelerator"]
+    table.add_row("cycles", f"{cycles['dense']:,}", f"{cycles['sparse']:,}")
+    table.add_row("utilisation", f"{utilisation['dense']:.3f}", f"{utilisation['sparse']:.3f}")
+    table.add_row("speed-up (ideal)", "1.00x", f"{summary['sparse_speedup']:.2f}x ({summary['ideal_speedup']:.2f}x)")
+    table.add_row(
+        f"a sentence at {accelerator['clock_mhz_assumed']} MHz (assumed)",
+        f"{1e6 * accelerator['seconds_per_sentence_dense']:.0f} us", f"{1e6 * accelerator['seconds_per_sentence']:.0f} us",
+    )  # fmt: skip
+    cpu = summary["cpu"]
+    table.add_row(f"a sentence on this CPU, {cpu['threads']} threads", f"{1e6 * cpu['seconds_per_sentence']:.0f} us", "")
+    if summary["simulator"]["cycles_per_s"]:
+        table.add_row("simulation", "", f"{summary['simulator']['cycles_per_s']:,.0f} cycles/s")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,191 @@
+"""Plots of a report: matplotlib figures as SVG text, drawn for a white page, legible in print."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+__all__ = ["DENSE", "KINDS", "SPARSE", "bars", "grouped", "short", "stacked", "to_svg"]
+
+SPARSE, DENSE = "#0f766e", "#94a3b8"
+"""Colours of the two networks, everywhere."""
+
+KINDS = ("#1d4ed8", "#0f766e", "#b45309", "#7e22ce", "#be123c", "#4d7c0f", "#0369a1", "#64748b")
+"""Colours of the kinds of a stacked plot, in order; distinct in grey as well as for the colour-blind."""
+
+_INK, _GRID = "#334155", "#e2e8f0"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.edgecolor": "#94a3b8",
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "nmforge",
+}
+
+
+def short(value: float) -> str:
+    """A number with its unit prefix: 1.23 M, 45 k, 7."""
+    for limit, mark in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{mark}"
+    return f"{value:.3g}"
+
+
+def stacked(
+    rows: Sequence[str],
+    parts: Mapping[str, Sequence[float]],
+    *,
+    label: str,
+    colours: Sequence[str] = KINDS,
+    share: bool = False,
+    totals: bool = True,
+    hatched: Sequence[str] = (),
+) -> str:
+    """Horizontal stacked bars, first row on top: one bar a row, one colour a part.
+
+    Parameters
+    ----------
+    share
+        Values are shares of 1, shown as percentages, and written into the parts that have room.
+    totals
+        Write the sum at the end of each bar.
+    hatched
+        Parts to hatch as well as to colour.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(len(rows))
+        left = [0.0] * len(rows)
+        for (name, values), colour in zip(parts.items(), colours):
+            drawn = axes.barh(
+                range(len(rows)), values, left=left, color=colour, label=name, height=0.68, edgecolor="white",
+                linewidth=0.6, hatch="///" if name in hatched else None,
+            )  # fmt: skip
+            if share:
+                texts = [f"{value:.0%}" if value >= 0.055 else "" for value in values]
+                axes.bar_label(drawn, texts, label_type="center", color=_contrast(colour), fontsize=9.5)
+            left = [start + value for start, value in zip(left, values, strict=True)]
+        if totals and not share:
+            _write_ends(axes, left, [short(value) for value in left])
+        _finish(figure, axes, rows, label, share=share)
+        _legend_below(figure, axes, len(parts))
+        return to_svg(figure)
+
+
+def grouped(
+    rows: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    label: str,
+    colours: Sequence[str] = (DENSE, SPARSE),
+    share: bool = False,
+) -> str:
+    """Horizontal bars side by side: one group a row, one colour a series, values at the ends."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(len(rows) * max(1.0, 0.62 * len(series)))
+        height = 0.76 / len(series)
+        for number, ((name, values), colour) in enumerate(zip(series.items(), colours)):
+            places = [row + (number - (len(series) - 1) / 2) * height for row in range(len(rows))]
+            axes.barh(places, values, height=height * 0.92, color=colour, label=name)
+            _write_ends(axes, values, [f"{value:.1%}" if share else short(value) for value in values], places)
+        _finish(figure, axes, rows, label, share=share)
+        if len(series) > 1:
+            _legend_below(figure, axes, len(series))
+        return to_svg(figure)
+
+
+def bars(
+    rows: Sequence[str],
+    values: Sequence[float],
+    texts: Sequence[str],
+    *,
+    label: str,
+    colours: Sequence[str],
+    errors: Sequence[float] | None = None,
+    limits: tuple[float, float] | None = None,
+    share: bool = False,
+) -> str:
+    """One horizontal bar a row, with its own text, and a whisker of +- error."""
+    with plt.rc_context(_STYLE):
+        figure, axes = _figure(len(rows) * 1.15)
+        whisker = {"ecolor": "#475569", "capsize": 3, "elinewidth": 1}
+        axes.barh(range(len(rows)), values, color=list(colours), height=0.62, xerr=errors, error_kw=whisker)
+        ends = [value + error for value, error in zip(values, errors or [0.0] * len(values), strict=True)]
+        _write_ends(axes, ends, texts)
+        _finish(figure, axes, rows, label, share=share)
+        if limits is not None:
+            axes.set_xlim(*limits)
+        return to_svg(figure)
+
+
+def to_svg(figure: Figure) -> str:
+    """An ``<svg>`` element that scales with the page; the same bytes for the same figure."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+
+
+def _figure(rows: float) -> tuple[Figure, Axes]:
+    figure: Figure
+    axes: Axes
+    figure, axes = plt.subplots(figsize=(7.6, 1.15 + 0.36 * rows), layout="constrained")
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Axes, rows: Sequence[str], label: str, *, share: bool) -> None:
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.xaxis.grid(True, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    if share:
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.margins(x=0.12)
+
+
+def _write_ends(
+    axes: Axes, ends: Sequence[float], texts: Sequence[str], places: Sequence[float] | None = None
+) -> None:
+    for place, end, text in zip(places if places is not None else range(len(ends)), ends, texts, strict=True):
+        axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9.5)
+
+
+def _legend_below(figure: Figure, axes: Axes, count: int) -> None:
+    figure.legend(loc="outside lower center", ncols=min(count, 5), handlelength=1.2, columnspacing=1.4)
+
+
+def _contrast(colour: str) -> Any:
+    """White on dark colours, ink on light ones."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 150 else _INK
