@@ -192,7 +192,7 @@ def compile_command(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in one run.")] = 8,
     length: Length = 32,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Published weights of a registered model; else random ones.")] = False,
-    calibration: Annotated[int, typer.Option("--calibration", min=1, help="Sentences from which scales are chosen.")] = 256,
+    calibration: Annotated[int, typer.Option("--calibration", min=1, help="Sentences from which scales are chosen.")] = 128,
     listing: Annotated[Path | None, typer.Option("--listing", help="Also write the program as text.")] = None,
     seed: Seed = 0,
     as_json: Json = False,

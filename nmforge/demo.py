@@ -81,7 +81,7 @@ class DemoConfig:
     batch: int = 8
     length: int = 32
     test_size: int = 2000
-    calibration: int = 256
+    calibration: int = 128
     seed: int = 0
     engine: Literal["verilator", "isa"] = "verilator"
     memory: MemoryModel = field(default_factory=MemoryModel)

@@ -323,6 +323,8 @@ def _nice(value: float | None, digits: int = 3) -> str:
 def _seconds(value: float | None) -> str:
     if value is None:
         return "–"
+    if value == 0:
+        return "0 s"
     if value < 1e-3:
         return f"{value * 1e6:.0f} µs"
     if value < 1:

@@ -147,7 +147,9 @@ def _run(verilog_text: str, top: str, command: str, timeout_s: float | None) -> 
     with tempfile.TemporaryDirectory(prefix="nmforge-synth-") as name:
         folder = Path(name)
         (folder / "design.v").write_text(verilog_text)
-        script = f"read_verilog design.v\n{command} -top {top}\ncheck -assert\ntee -q -o stat.json stat -json"
+        # without splitnets, Yosys 0.70 stops at an assertion when a wire's name looks like a bit of another (issue 4349)
+        script = "\n".join(("read_verilog design.v", f"{command} -top {top} -run :map_luts", "splitnets",
+                            f"{command} -top {top} -run map_luts:", "check -assert", "tee -q -o stat.json stat -json"))
         with (folder / "log").open("w") as log:
             try:
                 done = subprocess.run([sys.executable, "-c", _RUNNER, script], cwd=folder, stdin=subprocess.DEVNULL,

@@ -14,17 +14,21 @@ def pack_bytes(values: Sequence[int], bits: int = 8) -> int:
     return sum((int(v) & ((1 << bits) - 1)) << (bits * i) for i, v in enumerate(values))
 
 
-def run_streams(dut, *, inputs: dict, outputs: dict[str, int], stall: float = 0.0, seed: int = 0,
+def run_streams(dut, *, inputs: dict, outputs: dict[str, int], stall: float | dict[str, float] = 0.0, seed: int = 0,
                 max_cycles: int = 20_000) -> dict[str, list]:
     """Put `inputs[port]` (payload values) into streams, collect `outputs[port]` payloads each; returns them by port.
 
-    A port may be a dotted path. `stall` is the chance per transfer to pause one to four cycles.
+    A port may be a dotted path. `stall` is the chance per transfer to pause one to four cycles,
+    for all ports or by port.
     """
     def find(path: str):
         target = dut
         for part in path.split("."):
             target = getattr(target, part)
         return target
+
+    def chance(name: str) -> float:
+        return stall.get(name, 0.0) if isinstance(stall, dict) else stall
 
     got: dict[str, list] = {name: [] for name in outputs}
 
@@ -34,7 +38,7 @@ def run_streams(dut, *, inputs: dict, outputs: dict[str, int], stall: float = 0.
         async def process(ctx) -> None:
             port = find(name)
             for payload in payloads:
-                while rng.random() < stall:
+                while rng.random() < chance(name):
                     await ctx.tick().repeat(rng.randint(1, 4))
                 ctx.set(port.payload, payload)
                 ctx.set(port.valid, 1)
@@ -48,7 +52,7 @@ def run_streams(dut, *, inputs: dict, outputs: dict[str, int], stall: float = 0.
         async def process(ctx) -> None:
             port = find(name)
             for _ in range(count):
-                while rng.random() < stall:
+                while rng.random() < chance(name):
                     await ctx.tick().repeat(rng.randint(1, 4))
                 ctx.set(port.ready, 1)
                 (value,) = await ctx.tick().sample(port.payload).until(port.valid)

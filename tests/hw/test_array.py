@@ -96,7 +96,7 @@ def test_columns_are_not_overwritten_while_frozen():
     """Short sums are drained more slowly than they are made; the ring is full, so the loader is at the array's heels."""
     rng = np.random.default_rng(0)
     tiles = [(Format.DENSE, 1, 1, 3, 13)] * 24 + [(Format.DENSE, 1, 1, 25, 8)] * 4
-    got, expected = run_tiles(rng, tiles, 0.0, 0)
+    got, expected = run_tiles(rng, tiles, {"o": 0.7}, 0)
     assert got == expected
 
 
