@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks import Table, save
+from benchmarks import RESULTS, Table, save
 
 FAST: tuple[str, ...] = ("datapaths",)
 """Modules that take minutes at most."""
@@ -38,13 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = sorted(set(given.names) - {*FAST, *SLOW})
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}; known: {', '.join((*FAST, *SLOW))}")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     for name in given.names or (FAST + SLOW if given.slow else FAST):
         start = time.monotonic()
         tables = importlib.import_module(f"benchmarks.{name}").run()
         for table in tables:
             _show(console, table)
-        console.print(f"{name}: {time.monotonic() - start:.0f} s, written to {save(name, tables, time.monotonic() - start)}\n")
+        path = save(name, tables, time.monotonic() - start).relative_to(RESULTS.parent.parent)
+        console.print(f"{name}: {time.monotonic() - start:.0f} s, written to {path}\n")
     return 0
 
 

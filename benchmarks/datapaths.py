@@ -140,9 +140,9 @@ def _area(target: str) -> Table:
         rows.append((f"position decoder, shared by {macs} MACs", *_per_mac(decoder, macs), decoder.luts, decoder.ffs))
     return Table(
         title=f"Area per MAC of a lane of {ROWS} MACs, {target} ({TARGETS[target]})",
-        columns=("lane", "LUT/MAC", "FF/MAC", "DSP/MAC", "RAM/MAC", "LUT over dense, a lane", "FF over dense, a lane"),
+        columns=("lane", "LUT/MAC", "FF/MAC", "DSP/MAC", "RAM/MAC", "LUT - dense", "FF - dense"),
         rows=tuple(rows),
-        note="RAM: RAMB36 or DP16KD. The window of the multiplexer lanes is not in the count: 8 M flip-flops per token row, "
+        note="LUT - dense, FF - dense: a whole lane against the dense one. RAM: RAMB36 or DP16KD. The window of the multiplexer lanes is not in the count: 8 M flip-flops per token row, "
              "for all lanes together.",
     )
 
@@ -158,14 +158,15 @@ def _cycles() -> Table:
         ideal = gather_cycles(n)
         shares = [ideal / mux_cycles(n, m, columns_per_cycle=width) for width in widths]
         reuse = [ideal / mux_cycles(n, m, columns_per_cycle=1, reuse=times) for times in (4, 8)]
-        rows.append((f"{n}:{m}", m // n, m / n, *(share * m / n for share in (*shares, *reuse))))
+        rows.append((f"{n}:{m}", f"{m // n} col", m / n, *(share * m / n for share in (*shares, *reuse))))
     return Table(
         title="Bound on the speed-up over dense (group of M in N cycles is the best)",
-        columns=("N:M", "columns/cycle for full rate", "gather", *(f"multiplexer, {width} col/cycle" for width in widths),
-                 *(f"multiplexer, 1 col/cycle, {times} accumulators" for times in (4, 8))),
+        columns=("N:M", "full rate needs", "gather", *(f"mux {width} col" for width in widths),
+                 *(f"mux 1 col, {times} sums" for times in (4, 8))),
         rows=tuple(rows),
         note="The gather lane holds the tile's activations and reads any of them in any cycle. The multiplexer lanes wait for "
-             "their window: M columns a group, from a buffer of so many columns (bytes per token row) a cycle.",
+             "their window: M columns a group, from a buffer that delivers so many columns (bytes per token row) a cycle; with "
+             "several sums a MAC, a window serves as many output columns before it is refilled.",
     )
 
 
