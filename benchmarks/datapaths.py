@@ -142,8 +142,8 @@ def _area(target: str) -> Table:
         title=f"Area per MAC of a lane of {ROWS} MACs, {target} ({TARGETS[target]})",
         columns=("lane", "LUT/MAC", "FF/MAC", "DSP/MAC", "RAM/MAC", "LUT - dense", "FF - dense"),
         rows=tuple(rows),
-        note="LUT - dense, FF - dense: a whole lane against the dense one. RAM: RAMB36 or DP16KD. The window of the multiplexer lanes is not in the count: 8 M flip-flops per token row, "
-             "for all lanes together.",
+        note="LUT - dense, FF - dense: a whole lane against the dense one. RAM: RAMB36 or DP16KD. The window of the "
+             "multiplexer lanes is not in the count: 8 M flip-flops per token row, for all lanes together.",
     )
 
 

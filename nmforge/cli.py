@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from nmforge.console import err, guarded, out
-
-if TYPE_CHECKING:
-    from sim.simulate import Run
 
 __all__ = ["app", "main"]
 
@@ -23,24 +20,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress stays on stderr.")]
-ArchName = Annotated[str, typer.Option("--arch", help="Preset: tiny, sta256, sta1024, sta4096.")]
-PatternText = Annotated[
-    str,
-    typer.Option(
-        "--pattern", "-p", metavar="N:M", help='N:M of every layer, or a mix by layer name: "*.attention.*=2:4,*.up=1:8".'
-    ),
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what earlier runs left in the folder.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Train on a fifth of the sentences: minutes less, points less.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything that is random.")]
-Length = Annotated[int, typer.Option("--length", min=1, help="Tokens that each sentence is padded to.")]
-Stalls = Annotated[float, typer.Option("--stalls", metavar="P", help="Probability that a memory channel pauses in a cycle.")]
-Latency = Annotated[int, typer.Option("--latency", help="Cycles from an address to its first data.")]
-Bandwidth = Annotated[
-    int | None, typer.Option("--bandwidth", help="Bytes a cycle, reads and writes together; by default the bus width.")
-]
 
 
 def main() -> None:
@@ -62,18 +41,49 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+# -- options that several commands have -------------------------------------------------------------------------------
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress stays on stderr.")]
+ArchName = Annotated[str, typer.Option("--arch", metavar="PRESET", help="tiny, sta256, sta1024, sta4096.")]
+PatternText = Annotated[
+    str,
+    typer.Option(
+        "--pattern", "-p", metavar="N:M",
+        help='N:M of every layer, or a mix by layer name: "*.attention.*=2:4,*.up=1:8"; layers not named stay dense.',
+    ),
+]  # fmt: skip
+HeldOut = Annotated[int, typer.Option("--held-out", min=1, help="Sentences on which accuracy is measured.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what earlier runs left in the folder.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Train on a fifth of the sentences: minutes less, points less.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of everything that is random.")]
+Length = Annotated[int, typer.Option("--length", min=1, help="Tokens that each sentence is padded to.")]
+Calibration = Annotated[int, typer.Option("--calibration", min=1, help="Sentences from which scales are chosen.")]
+Stalls = Annotated[float, typer.Option("--stalls", metavar="P", help="Probability that a memory channel pauses.")]
+Latency = Annotated[int, typer.Option("--latency", help="Cycles from an address to its first data.")]
+Bandwidth = Annotated[
+    int | None, typer.Option("--bandwidth", help="Bytes a cycle, reads and writes; by default the bus width.")
+]
+
 # -- demo -------------------------------------------------------------------------------------------------------------
 
+DemoFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of checkpoints, programs and report.")]
+Sentences = Annotated[int, typer.Option("--sentences", min=1, help="Sentences simulated at once.")]
 
-@app.command(epilog=_examples("demo", 'demo --pattern 1:4 --out out/demo-1of4', 'demo -p "*.attention.*=2:4,*=1:4"', "demo --fresh"))
+
+@app.command(
+    epilog=_examples(
+        "demo", "demo --pattern 1:4 --out out/demo-1of4", 'demo -p "*.attention.*=2:4,*=1:4"', "demo --fresh --json"
+    )
+)
 @guarded
 def demo(
     pattern: PatternText = "2:4",
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of checkpoints, programs, summary and report.")] = Path("out/demo"),
+    folder: DemoFolder = Path("out/demo"),
     arch: ArchName = "sta1024",
-    sentences: Annotated[int, typer.Option("--sentences", min=1, help="Sentences simulated at once.")] = 8,
+    sentences: Sentences = 8,
     length: Length = 32,
-    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Sentences on which accuracy is measured.")] = 2000,
+    held_out: HeldOut = 2000,
+    calibration: Calibration = 128,
     stalls: Stalls = 0.0,
     latency: Latency = 64,
     bandwidth: Bandwidth = None,
@@ -82,24 +92,25 @@ def demo(
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """Train a real transformer sparse, compile it, simulate it on the accelerator, and prove every byte.
+    """Train a real transformer sparse, compile it, simulate it, and prove every byte.
 
-    MiniLM-L6 with its published weights learns the sentiment of movie sentences, is pruned to N:M, quantised, compiled and simulated in
-    Verilator next to the dense network. Ends with a table, summary.json and report.html. A second run reuses what has not changed; Ctrl-C
-    loses at most one epoch.
+    MiniLM-L6 with its published weights learns the sentiment of movie sentences, is pruned to N:M, quantised, compiled
+    and simulated in Verilator beside the dense network. Ends with a table, summary.json and report.html. A second run
+    reuses what has not changed; Ctrl-C loses at most one epoch.
     """
     from nmforge.arguments import parse_arch, parse_pattern
 
     chosen, table = parse_arch(arch), parse_pattern(pattern)
     from nmforge.demo import DemoConfig, run_demo
-    from nmforge.demo_table import print_summary
     from nmforge.errors import CheckFailedError
+    from nmforge.sentiment import SentimentConfig
+    from nmforge.tables import print_summary
     from sim.memory import MemoryModel
 
-    memory = MemoryModel(latency=latency, bytes_per_cycle=bandwidth, stall_probability=stalls, seed=seed)
     config = DemoConfig(
         pattern=table, arch=chosen, out=folder, batch=sentences, length=length, test_size=held_out, seed=seed,
-        memory=memory, training=_training(quick),
+        calibration=calibration, training=SentimentConfig(sentences=1000) if quick else SentimentConfig(),
+        memory=MemoryModel(latency=latency, bytes_per_cycle=bandwidth, stall_probability=stalls, seed=seed),
     )  # fmt: skip
     summary = run_demo(config, fresh=fresh)
     if not as_json:
@@ -109,45 +120,39 @@ def demo(
     return summary
 
 
-def _training(quick: bool) -> Any:
-    """Sizes of the training."""
-    from nmforge.sentiment import SentimentConfig
-
-    return SentimentConfig(sentences=1000) if quick else SentimentConfig()
-
-
-# -- models -----------------------------------------------------------------------------------------------------------
+# -- models and train -------------------------------------------------------------------------------------------------
 
 
 @app.command(epilog=_examples("models", "models --json"))
 @guarded
 def models(as_json: Json = False) -> dict[str, Any]:
     """List the registered models: parameters, shapes, and where their weights come from."""
-    from rich.table import Table
-
-    from nmforge.catalogue import catalogue
+    from nmforge.commands import catalogue
+    from nmforge.tables import print_models
 
     rows = catalogue()
     if not as_json:
-        table = Table("name", "parameters", "shapes", "weights", title="Models", title_justify="left")
-        for row in rows:
-            table.add_row(row["name"], f"{row['parameters'] / 1e6:.1f} M", row["shapes"], row["source"])
-        out().print(table)
+        print_models(rows)
     return {"models": rows}
 
 
-# -- train ------------------------------------------------------------------------------------------------------------
+TrainFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoints.")]
+DenseEpochs = Annotated[int | None, typer.Option("--dense-epochs", min=1, help="Epochs of dense fine-tuning.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs of each pruning level.")]
+PerEpoch = Annotated[int | None, typer.Option("--sentences", min=1, help="Sentences per epoch.")]
 
 
-@app.command(epilog=_examples("train --pattern 2:4 --out out/train", "train -p 1:8 --epochs 2", "train --quick --fresh"))
+@app.command(
+    epilog=_examples("train --pattern 2:4 --out out/train", "train -p 1:8 --epochs 2", "train --quick --fresh --json")
+)
 @guarded
 def train(
     pattern: PatternText = "2:4",
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoints.")] = Path("out/train"),
-    dense_epochs: Annotated[int, typer.Option("--dense-epochs", min=1, help="Epochs of dense fine-tuning.")] = 2,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of each pruning level.")] = 1,
-    sentences: Annotated[int, typer.Option("--sentences", min=1, help="Sentences per epoch.")] = 5000,
-    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Sentences on which accuracy is measured.")] = 2000,
+    folder: TrainFolder = Path("out/train"),
+    dense_epochs: DenseEpochs = None,
+    epochs: Epochs = None,
+    sentences: PerEpoch = None,
+    held_out: HeldOut = 2000,
     seed: Seed = 0,
     quick: Quick = False,
     fresh: Fresh = False,
@@ -161,11 +166,11 @@ def train(
     from nmforge.arguments import parse_pattern
 
     table = parse_pattern(pattern)
-    from nmforge.training import run_training
+    from nmforge.commands import run_training
 
     result = run_training(
-        table, folder, dense_epochs=dense_epochs, epochs=epochs, sentences=1000 if quick else sentences, held_out=held_out,
-        seed=seed, fresh=fresh,
+        table, folder, dense_epochs=dense_epochs, epochs=epochs, sentences=1000 if quick else sentences,
+        held_out=held_out, seed=seed, fresh=fresh,
     )  # fmt: skip
     if not as_json:
         for stage in result["stages"]:
@@ -176,118 +181,143 @@ def train(
 
 # -- compile ----------------------------------------------------------------------------------------------------------
 
+SourceName = Annotated[str, typer.Argument(help="Folder that train or demo left, or the name of a registered model.")]
+ProgramFile = Annotated[Path, typer.Option("--output", "-o", help="Program file to write.")]
+Choice = Annotated[
+    str | None,
+    typer.Option(
+        "--pattern", "-p", metavar="N:M",
+        help="Which model of a folder (dense: before pruning); or how to prune a registered one, by magnitude.",
+    ),
+]  # fmt: skip
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in one run.")]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained", help="Published weights of a registered model; else random ones.")
+]
+Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the program as text.")]
+
 
 @app.command(
     "compile",
-    epilog=_examples("compile out/train -o x.nmf", "compile minilm_l6 --pattern 1:4 --pretrained -o x.nmf", "compile tinybert_4 -p dense --arch tiny -o x.nmf"),
+    epilog=_examples(
+        "compile out/train -o x.nmf",
+        "compile minilm_l6 --pattern 1:4 --pretrained -o x.nmf",
+        "compile tinybert_4 --batch 2 --length 128 --listing x.txt -o x.nmf",
+    ),
 )
 @guarded
 def compile_command(
-    source: Annotated[str, typer.Argument(help="Folder that nmforge train or demo left, or the name of a registered model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Program file to write.")],
-    pattern: Annotated[
-        str | None, typer.Option("--pattern", "-p", metavar="N:M", help="Which trained model; or how to prune a registered one, by magnitude.")
-    ] = None,
+    source: SourceName,
+    output: ProgramFile,
+    pattern: Choice = None,
     arch: ArchName = "sta1024",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences in one run.")] = 8,
+    batch: Batch = 8,
     length: Length = 32,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Published weights of a registered model; else random ones.")] = False,
-    calibration: Annotated[int, typer.Option("--calibration", min=1, help="Sentences from which scales are chosen.")] = 128,
-    listing: Annotated[Path | None, typer.Option("--listing", help="Also write the program as text.")] = None,
+    pretrained: Pretrained = False,
+    calibration: Calibration = 128,
+    listing: Listing = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Quantise a model's encoder and compile it to one program file.
 
-    The encoder takes embedded tokens (batch, length, channels) and a padding mask; embedding, pooling and head stay on the host. Other
-    networks: nmforge.compile(model, example_inputs) in Python.
+    The encoder takes embedded tokens (batch, length, channels) and a padding mask; embedding, pooling and head stay on
+    the host. Other networks: nmforge.compile(model, example_inputs) in Python.
     """
     from nmforge.arguments import parse_arch, parse_pattern
 
     chosen = parse_arch(arch)
     table = None if pattern is None else parse_pattern(pattern)
-    from nmforge.building import build_program
+    from nmforge.commands import build_program
 
     result = build_program(
         source, output, pattern=table, arch=chosen, batch=batch, length=length, pretrained=pretrained,
         calibration=calibration, listing=listing, seed=seed,
     )  # fmt: skip
     if not as_json:
-        before, after = result["weight_bytes_dense"], result["weight_bytes"]
+        before, after = result["weight_bytes_dense"] / 1e6, result["weight_bytes"] / 1e6
         out().print(
-            f"{output}: {result['operators']} operators, {result['instructions']:,} instructions for {result['arch']}, weights "
-            f"{before / 1e6:.2f} MB as int8, {after / 1e6:.2f} MB stored, bound {result['bound_cycles']:,} cycles", soft_wrap=True,
-        )  # fmt: skip
+            f"{output}: {result['operators']} operators, {result['instructions']:,} instructions for {result['arch']}, "
+            f"weights {before:.2f} MB as int8, {after:.2f} MB stored, at least {result['bound_cycles']:,} cycles",
+            soft_wrap=True,
+        )
     return result
 
 
 # -- simulate ---------------------------------------------------------------------------------------------------------
 
+Program = Annotated[Path, typer.Argument(help="Program file.")]
+EngineName = Annotated[str, typer.Option("--engine", help="verilator: the RTL, cycle by cycle. isa: functional.")]
+Inputs = Annotated[
+    Path | None, typer.Option("--inputs", help="The model's inputs by name, .npz or .safetensors; else random ones.")
+]
+Outputs = Annotated[Path | None, typer.Option("--outputs", help="Write the model's outputs: .npz or .safetensors.")]
+Check = Annotated[bool, typer.Option("--check/--no-check", help="Compare every byte with the integer reference.")]
+TraceFile = Annotated[Path | None, typer.Option("--trace", help="FST file of waveforms.")]
+First = Annotated[int, typer.Option("--from", min=0, help="First cycle of the trace.")]
+Last = Annotated[int | None, typer.Option("--to", help="Cycle before which the trace ends.")]
+
 
 @app.command(
-    epilog=_examples("simulate x.nmf", "simulate x.nmf --engine isa --inputs in.npz --outputs out.npz", "simulate x.nmf --stalls 0.2 --seed 7 --latency 100", "simulate x.nmf --trace x.fst --from 1000 --to 2000")
+    epilog=_examples(
+        "simulate x.nmf",
+        "simulate x.nmf --engine isa --inputs in.npz --outputs out.npz",
+        "simulate x.nmf --stalls 0.2 --seed 7 --latency 100 --json",
+        "simulate x.nmf --trace x.fst --from 1000 --to 2000",
+    )
 )
 @guarded
 def simulate(
-    program: Annotated[Path, typer.Argument(help="Program file.")],
-    engine: Annotated[str, typer.Option("--engine", help="verilator: the RTL, cycle by cycle. isa: functional.")] = "verilator",
-    inputs: Annotated[Path | None, typer.Option("--inputs", help=".npz or .safetensors with the model's inputs by name; else random ones.")] = None,
-    outputs: Annotated[Path | None, typer.Option("--outputs", help="Write the model's outputs: .npz or .safetensors.")] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare every byte with the integer reference.")] = True,
+    program: Program,
+    engine: EngineName = "verilator",
+    inputs: Inputs = None,
+    outputs: Outputs = None,
+    check: Check = True,
     stalls: Stalls = 0.0,
     latency: Latency = 64,
     bandwidth: Bandwidth = None,
     seed: Seed = 0,
-    trace: Annotated[Path | None, typer.Option("--trace", help="FST file of waveforms.")] = None,
-    first: Annotated[int, typer.Option("--from", min=0, help="First cycle of the trace.")] = 0,
-    last: Annotated[int | None, typer.Option("--to", help="Cycle before which the trace ends.")] = None,
+    trace: TraceFile = None,
+    first: First = 0,
+    last: Last = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Run a program on the simulated accelerator and check every byte that it writes."""
+    from nmforge.commands import run_program
     from nmforge.errors import CheckFailedError
-    from nmforge.running import run_program
+    from nmforge.tables import print_run
     from sim.memory import MemoryModel
     from sim.report import run_record
     from sim.trace import Trace
 
     memory = MemoryModel(latency=latency, bytes_per_cycle=bandwidth, stall_probability=stalls, seed=seed)
-    window = None if trace is None else Trace(trace, first, last)
     loaded, run = run_program(
-        program, engine=engine, inputs=inputs, outputs=outputs, check=check, memory=memory, trace=window, seed=seed
-    )
+        program, engine=engine, inputs=inputs, outputs=outputs, check=check, memory=memory,
+        trace=None if trace is None else Trace(trace, first, last), seed=seed,
+    )  # fmt: skip
     record = {"program_file": str(program), **run_record(loaded, run)}
     if not as_json:
-        _print_run(run)
+        print_run(run)
     if run.bit_exact is False:
         raise CheckFailedError("not bit-exact: " + "; ".join(map(str, run.mismatches)), record)
     return record
 
 
-def _print_run(run: Run) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False, title=f"{run.engine} on {run.arch.name}", title_justify="left")
-    if run.cycles is not None:
-        table.add_row("cycles", f"{run.cycles:,}")
-        table.add_row("utilisation", f"{run.utilisation:.3f}")
-        table.add_row("simulated", f"{run.wall_s:.2f} s, {run.cycles_per_s:,.0f} cycles/s")
-    exact = {True: "[green]yes[/]", False: "[red]no[/]", None: "not checked"}[run.bit_exact]
-    table.add_row("bit-exact", f"{exact}, {run.bytes_checked:,} bytes" if run.bit_exact is not None else exact)
-    table.add_row("outputs", f"sha256 {run.outputs_sha256[:16]}...")
-    table.add_row("simulator", run.simulator)
-    out().print(table)
-
-
 # -- report and verilog -----------------------------------------------------------------------------------------------
 
+ReportSource = Annotated[
+    Path, typer.Argument(help="Folder of the demo, its summary.json, or what simulate --json printed.")
+]
+ReportFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html beside the source.")
+]
 
-@app.command(epilog=_examples("report out/demo", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html"))
+
+@app.command(
+    epilog=_examples("report out/demo", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html")
+)
 @guarded
-def report(
-    source: Annotated[Path, typer.Argument(help="Folder of the demo, its summary.json, or what simulate --json printed.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html beside the source.")] = None,
-    as_json: Json = False,
-) -> dict[str, Any]:
+def report(source: ReportSource, output: ReportFile = None, as_json: Json = False) -> dict[str, Any]:
     """Write a self-contained HTML report of a demo or of one simulation."""
     from algo.checkpoint import read_json
     from nmforge.errors import BadInputError
@@ -298,42 +328,32 @@ def report(
         raise BadInputError(f"no summary at {file}: run nmforge demo, or nmforge simulate --json > run.json")
     target = output or file.parent / "report.html"
     write_report(read_json(file), target)
+    size = target.stat().st_size
     if not as_json:
-        out().print(f"{target}: {target.stat().st_size:,} bytes", soft_wrap=True)
-    return {"report": str(target), "source": str(file), "bytes": target.stat().st_size}
+        out().print(f"{target}: {size:,} bytes", soft_wrap=True)
+    return {"report": str(target), "source": str(file), "bytes": size}
+
+
+Preset = Annotated[str, typer.Argument(help="tiny, sta256, sta1024, sta4096.")]
+VerilogFile = Annotated[Path | None, typer.Option("--output", "-o", help="File; by default stdout.")]
 
 
 @app.command(epilog=_examples("verilog sta1024 -o sta1024.v", "verilog tiny | less"))
 @guarded
-def verilog(
-    preset: Annotated[str, typer.Argument(help="tiny, sta256, sta1024, sta4096.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; by default stdout.")] = None,
-    as_json: Json = False,
-) -> dict[str, Any]:
+def verilog(preset: Preset, output: VerilogFile = None, as_json: Json = False) -> dict[str, Any]:
     """Write the whole accelerator as one Verilog-2001 file."""
-    import hashlib
-    import time
-
     from nmforge.arguments import parse_arch
-    from nmforge.console import write_text
     from nmforge.errors import BadInputError
 
     arch = parse_arch(preset)
     if as_json and output is None:
         raise BadInputError("--json needs --output: stdout has room for one of them")
-    from hw.verilog import TOP_NAME
-    from hw.verilog import verilog as generate
+    from nmforge.hardware import write_verilog
 
-    start = time.monotonic()
     with err().status(f"generating {arch.name}"):
-        text = generate(arch)
-    seconds = round(time.monotonic() - start, 2)
+        text, facts = write_verilog(arch, output)
     if output is None:
         print(text, end="")
-        return {}
-    write_text(output, text)
-    lines = text.count("\n")
-    if not as_json:
-        out().print(f"{output}: {lines:,} lines, module {TOP_NAME}, {seconds} s", soft_wrap=True)
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return {"arch": arch.name, "file": str(output), "top": TOP_NAME, "lines": lines, "sha256": sha256, "seconds": seconds}
+    elif not as_json:
+        out().print(f"{output}: {facts['lines']:,} lines, module {facts['top']}, {facts['seconds']} s", soft_wrap=True)
+    return facts

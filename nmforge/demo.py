@@ -1,7 +1,7 @@
 """The main job: train sparse, quantise, compile, simulate, prove every byte, report.
 
-Everything that takes time is kept under the output folder, together with a key of all that decides it: the code, the settings, the weights.
-A second run reuses what still has the same key; `fresh` starts over.
+Everything that takes time is kept under the output folder, together with a key of all that decides it: the code, the
+settings, the weights. A second run reuses what still has the same key; `fresh` starts over.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from sim.engine import VerilatorEngine
 from sim.memory import MemoryModel
 from sim.report import run_record, write_report
 from sim.simulate import simulate
+from sim.verilator import verilator_version
 
 __all__ = ["DemoConfig", "run_demo"]
 
@@ -157,7 +158,8 @@ class _Demo:
 
     def run(self) -> dict[str, Any]:
         start = time.monotonic()
-        self.config.out.mkdir(parents=True, exist_ok=True)
+        if self.config.engine == "verilator":
+            verilator_version()  # a missing tool should not show up after minutes of training
         if self.fresh:
             shutil.rmtree(self.kept.folder, ignore_errors=True)
         data = self.load()
@@ -215,6 +217,7 @@ class _Demo:
 
         def compute() -> dict[str, Any]:
             start = time.monotonic()
+            config.out.mkdir(parents=True, exist_ok=True)
             batches = calibration_batches(model.bert, data.train, count=config.calibration)
             program = compile_encoder(
                 model.bert, batch=config.batch, length=config.length, arch=config.arch, calibration=batches,

@@ -25,7 +25,7 @@ KINDS = ("#1d4ed8", "#0f766e", "#b45309", "#7e22ce", "#be123c", "#4d7c0f", "#036
 """Colours of the kinds of a stacked plot, in order; distinct in grey as well as for the colour-blind."""
 
 _INK, _GRID = "#334155", "#e2e8f0"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,

@@ -36,7 +36,7 @@ _WAIT_COLOURS = (plots.SPARSE, "#b45309", "#1d4ed8", "#7e22ce", "#cbd5e1")
 
 
 def run_record(program: Program, run: Run) -> dict[str, Any]:
-    """Everything about a run that a report shows, as JSON values: `Run.to_dict`, and the program's operators with their cycles."""
+    """What a report shows of a run, as JSON values: `Run.to_dict`, and the program's operators with their cycles."""
     operators = []
     for operator in program.operators:
         row = asdict(operator)

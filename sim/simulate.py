@@ -104,8 +104,10 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but tensors, as plain values for JSON."""
-        plain = ("engine", "cycles", "utilisation", "counters", "operator_cycles", "bit_exact", "bytes_checked", "outputs_sha256", "wall_s",
-                 "cycles_per_s", "check_s", "build_s", "simulator")
+        plain = (
+            "engine", "cycles", "utilisation", "counters", "operator_cycles", "bit_exact", "bytes_checked", "outputs_sha256",
+            "wall_s", "cycles_per_s", "check_s", "build_s", "simulator",
+        )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in plain},
             "arch": self.arch.name,

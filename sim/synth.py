@@ -1,8 +1,8 @@
 """Area by Yosys: Verilog in, counts of LUTs, flip-flops, multipliers and memories out.
 
-The synthesis is hierarchical: a module that is instantiated many times is mapped once and counted as often as it occurs. So the
-counts are an upper bound (nothing is optimised across module borders) and a large array takes hardly longer than a small one.
-They are mapped cells before place and route; they say nothing about clock frequency.
+A module that is instantiated more than once is mapped once and counted as often as it occurs; everything else is flattened.
+So a large array takes hardly longer than a small one, and nothing is optimised across the borders of repeated modules. Counts
+are mapped cells before place and route; they say nothing about clock frequency.
 """
 
 import contextlib
@@ -11,10 +11,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +27,8 @@ from sim.verilator import ToolMissingError
 __all__ = ["TARGETS", "Resources", "SynthesisError", "synthesise", "yosys_version"]
 
 TARGETS: dict[str, str] = {
-    "xcup": "synth_xilinx -family xcup -noiopad -noclkbuf",
-    "ecp5": "synth_ecp5 -noflatten",
+    "xcup": "synth_xilinx -family xcup -flatten -noiopad -noclkbuf",
+    "ecp5": "synth_ecp5",
 }
 """Target and its Yosys command: Xilinx UltraScale+ and Lattice ECP5, as a block inside a larger design (no pads)."""
 
@@ -49,6 +51,10 @@ _LUT_RAMS: dict[str, int] = {  # LUTs that memories and shift registers occupy
 _FFS: dict[str, int] = dict.fromkeys(("FDRE", "FDSE", "FDCE", "FDPE", "TRELLIS_FF"), 1)
 _DSPS: dict[str, int] = dict.fromkeys(("DSP48E2", "MULT18X18D", "ALU54B"), 1)
 _BRAMS: dict[str, float] = {"RAMB36E2": 1, "RAMB18E2": 0.5, "DP16KD": 1, "PDPW16KD": 1}
+
+
+_MODULE = re.compile(r"^module (\w+) ?\(", re.MULTILINE)
+_INSTANCE = re.compile(r"^ +(\w+) +(?:\w+|\\\S+) +?\(", re.MULTILINE)
 
 
 class SynthesisError(RuntimeError):
@@ -148,8 +154,11 @@ def _run(verilog_text: str, top: str, command: str, timeout_s: float | None) -> 
         folder = Path(name)
         (folder / "design.v").write_text(verilog_text)
         # without splitnets, Yosys 0.70 stops at an assertion when a wire's name looks like a bit of another (issue 4349)
-        script = "\n".join(("read_verilog design.v", f"{command} -top {top} -run :map_luts", "splitnets",
-                            f"{command} -top {top} -run map_luts:", "check -assert", "tee -q -o stat.json stat -json"))
+        script = "\n".join((
+            "read_verilog design.v", *(f"setattr -mod -set keep_hierarchy 1 {name}" for name in _repeated(verilog_text)),
+            f"{command} -top {top} -run :map_luts", "splitnets", f"{command} -top {top} -run map_luts:",
+            "check -assert", "tee -q -o stat.json stat -json",
+        ))
         with (folder / "log").open("w") as log:
             try:
                 done = subprocess.run([sys.executable, "-c", _RUNNER, script], cwd=folder, stdin=subprocess.DEVNULL,
@@ -160,6 +169,13 @@ def _run(verilog_text: str, top: str, command: str, timeout_s: float | None) -> 
         if done.returncode != 0 or not stat.is_file():
             raise SynthesisError(f"Yosys failed on {top} ({command}); it printed last:\n{_tail(folder / 'log')}")
         return _primitives(json.loads(stat.read_text()))
+
+
+def _repeated(verilog_text: str) -> list[str]:
+    """Names of the modules that have more than one instance."""
+    modules = set(_MODULE.findall(verilog_text))
+    instances = Counter(_INSTANCE.findall(verilog_text))
+    return sorted(name for name in modules if instances[name] > 1)
 
 
 def _primitives(stat: Mapping) -> dict[str, int]:

@@ -29,9 +29,9 @@ def completion_cycles(program: Program, times: WriteTimes, started: int) -> dict
 def operator_cycles(program: Program, times: WriteTimes, started: int, cycles: int) -> dict[str, int]:
     """Cycles by operator name, in the network's order; their sum is `cycles`.
 
-    An instruction is charged with the time from the completion of the storing instruction before it to its own. Operators overlap, so
-    the figure says by how much an operator delayed the end, not how long it was in flight. The first one carries the start-up, the last one
-    the end of the run.
+    An instruction is charged with the time from the completion of the storing instruction before it to its own. Operators
+    overlap, so the figure says by how much an operator delayed the end, not how long it was in flight. The first one carries
+    the start-up, the last one the end of the run.
     """
     owners = {index: operator.name for operator in program.operators
               for start, stop in operator.spans for index in range(start, stop)}

@@ -1,15 +1,16 @@
-"""The table at the end of the demo."""
+"""Results as tables for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from nmforge.console import out
+from sim.simulate import Run
 
-__all__ = ["print_summary"]
+__all__ = ["print_models", "print_run", "print_summary"]
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -55,3 +56,25 @@ def _add_times(table: Table, summary: Mapping[str, Any]) -> None:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
+
+
+def print_models(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what `nmforge.commands.catalogue` gives."""
+    table = Table("name", "parameters", "shapes", "weights", title="Models", title_justify="left")
+    for row in rows:
+        table.add_row(row["name"], f"{row['parameters'] / 1e6:.1f} M", row["shapes"], row["source"])
+    out().print(table)
+
+
+def print_run(run: Run) -> None:
+    """Print what a simulation came to."""
+    table = Table(show_header=False, title=f"{run.engine} on {run.arch.name}", title_justify="left")
+    if run.cycles is not None:
+        table.add_row("cycles", f"{run.cycles:,}")
+        table.add_row("utilisation", f"{run.utilisation:.3f}")
+        table.add_row("simulated", f"{run.wall_s:.2f} s, {run.cycles_per_s:,.0f} cycles/s")
+    exact = {True: "[green]yes[/]", False: "[red]no[/]", None: "not checked"}[run.bit_exact]
+    table.add_row("bit-exact", f"{exact}, {run.bytes_checked:,} bytes" if run.bit_exact is not None else exact)
+    table.add_row("outputs", f"sha256 {run.outputs_sha256[:16]}...")
+    table.add_row("simulator", run.simulator)
+    out().print(table)

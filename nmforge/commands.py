@@ -1,0 +1,192 @@
+"""What the commands do, without the command line: each gives its result as JSON values."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from algo.nm import NM
+from compiler.listing import bound_of
+from compiler.listing import listing as to_text
+from compiler.program import Program, load
+from hw.arch import Arch
+from models.bert import DISTRIBUTIONS, BertModel
+from models.registry import create_model, list_models
+from nmforge.arguments import pattern_text
+from nmforge.console import progress_bars, reporter, write_text
+from nmforge.encoder import compile_encoder
+from nmforge.errors import BadInputError, unknown
+from nmforge.inputs import check_outputs, random_inputs, read_inputs, write_outputs
+from nmforge.sentiment import SentimentConfig, prepare, train
+from nmforge.sources import load_source
+from sim.memory import MemoryModel
+from sim.simulate import Engine, Run, simulate
+from sim.trace import Trace
+
+__all__ = ["build_program", "catalogue", "run_program", "run_training"]
+
+_LABELS = {"reference": "integer reference", "isa": "ISA engine, instructions", "verilator": "RTL, cycles"}
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """One row a model: name, parameters, shapes, and the source of its weights."""
+    return [_row(name) for name in list_models()]
+
+
+def _row(name: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = create_model(name)
+    return {
+        "name": name,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "shapes": _shapes(model),
+        "source": _source(name),
+    }
+
+
+def _shapes(model: torch.nn.Module) -> str:
+    if not isinstance(model, BertModel):
+        return type(model).__name__
+    sizes = model.config
+    return (
+        f"{sizes.layers} layers, hidden {sizes.hidden}, {sizes.heads} heads of {sizes.hidden // sizes.heads}, "
+        f"feed-forward {sizes.intermediate}, up to {sizes.positions} tokens"
+    )
+
+
+def _source(name: str) -> str:
+    if name not in DISTRIBUTIONS:
+        return "random, or pretrained=PATH"
+    package = DISTRIBUTIONS[name]
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"pip install {package}"
+
+
+def _sizes(dense_epochs: int | None, epochs: int | None, sentences: int | None) -> SentimentConfig:
+    config = SentimentConfig()
+    if sentences is not None:
+        config = replace(config, sentences=sentences)
+    if dense_epochs is not None:
+        config = replace(config, dense=replace(config.dense, epochs=dense_epochs))
+    if epochs is not None:
+        config = replace(config, idp=replace(config.idp, train=replace(config.idp.train, epochs=epochs)))
+    return config
+
+
+def run_training(
+    pattern: dict[str, NM],
+    folder: Path,
+    *,
+    dense_epochs: int | None,
+    epochs: int | None,
+    sentences: int | None,
+    held_out: int,
+    seed: int,
+    fresh: bool,
+) -> dict[str, Any]:
+    """Train, and say what came of it; None takes what the demo takes."""
+    config = _sizes(dense_epochs, epochs, sentences)
+    data = prepare(seed, test_size=held_out, max_length=config.max_length, model=config.model)
+    with progress_bars() as progress:
+        result = train(pattern, folder, data=data, fresh=fresh, config=config, progress=progress)
+    return {
+        "pattern": pattern_text(pattern),
+        "patterns": {name: str(nm) for name, nm in result.patterns.items()},
+        "dense": str(result.dense_folder),
+        "sparse": str(result.sparse_folder),
+        "accuracy": {"float_dense": result.dense_accuracy, "float_sparse": result.sparse_accuracy},
+        "held_out": len(data.test),
+        "stages": [
+            {"name": s.name, "accuracy": s.accuracy, "seconds": round(s.seconds, 1), "folder": str(s.folder)}
+            for s in result.stages
+        ],
+        "wall_s": round(result.seconds, 1),
+    }
+
+
+def build_program(
+    source: str,
+    output: Path,
+    *,
+    pattern: dict[str, NM] | None,
+    arch: Arch,
+    batch: int,
+    length: int,
+    pretrained: bool,
+    calibration: int,
+    listing: Path | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Compile, write the program file, and say what is in it as JSON values."""
+    if not output.resolve().parent.is_dir():
+        raise BadInputError(f"the folder of {output} does not exist")
+    found = load_source(source, pattern=pattern, pretrained=pretrained, calibration=calibration, seed=seed)
+    if length > found.bert.config.positions:
+        raise BadInputError(f"length must be <= {found.bert.config.positions}, the positions of the model, not {length}")
+    start = time.monotonic()
+    with progress_bars() as progress:
+        program = compile_encoder(
+            found.bert, batch=batch, length=length, arch=arch, calibration=found.calibration, progress=reporter(progress)
+        )
+    seconds = round(time.monotonic() - start, 2)
+    program.save(output)
+    if listing is not None:
+        write_text(listing, to_text(program))
+    bound = bound_of(program.instructions, program.arch)
+    dense, stored = program.weight_bytes
+    return {
+        "file": str(output),
+        "source": found.description,
+        "arch": arch.name,
+        "operators": len(program.operators),
+        "instructions": program.instruction_count,
+        "memory_bytes": program.memory_bytes,
+        "weight_bytes_dense": dense,
+        "weight_bytes": stored,
+        "macs": program.macs,
+        "effective_macs": program.effective_macs,
+        "bound_cycles": bound.cycles,
+        "bound_unit": bound.unit,
+        "seconds": seconds,
+    }
+
+
+def run_program(
+    file: Path,
+    *,
+    engine: str,
+    inputs: Path | None,
+    outputs: Path | None,
+    check: bool,
+    memory: MemoryModel,
+    trace: Trace | None,
+    seed: int,
+) -> tuple[Program, Run]:
+    """Load a program, run it on inputs from a file or a seed, and write its outputs."""
+    if engine not in get_args(Engine):
+        raise unknown("engine", engine, get_args(Engine))
+    if outputs is not None:
+        check_outputs(outputs)
+    program = load(file)
+    values = read_inputs(inputs) if inputs is not None else random_inputs(program, seed)
+    totals = {"verilator": bound_of(program.instructions, program.arch).cycles}
+    with progress_bars() as progress:
+        run = simulate(
+            program, values, engine=engine, check=check, memory=memory, trace=trace,  # type: ignore[arg-type]
+            progress=reporter(progress, _LABELS, totals),
+        )  # fmt: skip
+    if outputs is not None:
+        write_outputs(outputs, {spec.name: _array(value) for spec, value in zip(program.outputs, run.outputs, strict=True)})
+    return program, run
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(value)

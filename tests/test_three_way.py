@@ -1,0 +1,51 @@
+"""Reference = ISA engine = RTL, byte for byte, on random programs; and the RTL stops at every malformed instruction."""
+
+import numpy as np
+import pytest
+
+from compiler.compile import compile_network
+from hw.arch import PRESETS
+from hw.isa import INSTRUCTION_BYTES, Instruction, Opcode
+from sim.engine import AcceleratorError, VerilatorEngine
+from sim.memory import MemoryModel
+from sim.simulate import simulate
+from tests.compiler.random_networks import random_inputs, random_network
+from tests.hw.malformed import malformed_instructions
+
+TINY = PRESETS["tiny"]
+SEEDS = 40
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_program(seed):
+    """Shapes that are multiples of nothing, every N:M class, int8 and int16, tables, norms, masks, blocked softmax."""
+    network = random_network(seed, TINY)
+    program = compile_network(network, TINY)
+    inputs = random_inputs(np.random.default_rng(seed), network)
+    memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, inputs, memory=memory)
+    assert run.bit_exact, run.mismatches
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """One machine for all: after each error the next program must run."""
+    with VerilatorEngine(TINY, np.zeros(1 << 14, np.uint8)) as engine:
+        yield engine
+
+
+def put(engine, *raws):
+    code = b"".join(raws)
+    engine.harness.memory[: len(code)] = np.frombuffer(code, np.uint8)
+    return len(raws)
+
+
+@pytest.mark.parametrize("case", malformed_instructions(TINY), ids=lambda case: case.name)
+def test_malformed_instruction_stops_the_rtl(engine, case):
+    halt = Instruction(opcode=Opcode.HALT).encode()
+    table = Instruction(opcode=Opcode.TABLE, p_addr=0x1000).encode()
+    count = put(engine, table, case.raw, halt)
+    with pytest.raises(AcceleratorError) as stop:
+        engine.run(code_address=0, instructions=count, max_cycles=20_000)
+    assert (stop.value.code, stop.value.address) == (case.code, INSTRUCTION_BYTES)
+    assert engine.run(code_address=2 * INSTRUCTION_BYTES, instructions=1, max_cycles=20_000).cycles > 0
