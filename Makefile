@@ -25,7 +25,7 @@ demo: $(SETUP)
 	$(BIN)/nmforge demo $(ARGS)
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

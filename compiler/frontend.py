@@ -1,23 +1,26 @@
 """Front end: a `torch.nn.Module` and example inputs become a `Graph`, by way of `torch.export`.
 
-`torch.export` records the aten operators that the module runs. `IMPORTS` says for each supported one which node it becomes;
-anything else is carried along as an `Aten` node, so that mask arithmetic can be understood later (`compiler.passes.masks`) and
-everything that is really unsupported is reported together.
+`torch.export` records the aten operators that the module runs. `IMPORTS` says for each supported one which
+node it becomes; anything else is carried along as an `Aten` node, so that mask arithmetic can be understood
+later (`compiler.passes.masks`) and everything that is really unsupported is reported together.
 """
 
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.utils import parametrize
 
 from algo.nm import NM
@@ -58,10 +61,11 @@ def trace(module: nn.Module, example_inputs: Any) -> Graph:
     Parameters
     ----------
     module
-        Traced in eval mode, whatever mode it is in; it is not changed. Layers in sparse training count with their masked weights.
+        Traced in eval mode, whatever mode it is in; it is not changed. Layers in sparse training count with
+        their masked weights.
     example_inputs
-        A tensor, a tuple of the positional arguments, or a dict of keyword arguments; they fix the shapes. float32 data
-        (rows, C) or (B, S, C), masks (B, S) of bool or an integer type.
+        A tensor, a tuple of the positional arguments, or a dict of keyword arguments; they fix the shapes.
+        float32 data (rows, C) or (B, S, C), masks (B, S) of bool or an integer type.
 
     Returns
     -------
@@ -71,13 +75,15 @@ def trace(module: nn.Module, example_inputs: Any) -> Graph:
     Raises
     ------
     CompileError
-        The module cannot be traced, or uses other dtypes; a weight breaks its N:M pattern (names layer, row and group).
+        The module cannot be traced, or uses other dtypes; a weight breaks its N:M pattern (names layer, row
+        and group).
     TypeError
         Not a module, or inputs that are no tensors.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"trace takes a torch.nn.Module, not {type(module).__name__}")
     args, kwargs = _arguments(example_inputs)
+    _check_parameters(module)
     module = _effective(module)
     return _Importer(module, _export(module, args, kwargs)).graph()
 
@@ -97,10 +103,23 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tenso
         if not isinstance(value, Tensor):
             raise TypeError(f"example_inputs must be tensors, not {type(value).__name__} ({name})")
         if value.is_complex() or (value.is_floating_point() and value.dtype != torch.float32):
-            raise CompileError(f"input {name} is {_dtype(value.dtype)} {tuple(value.shape)}: only float32 data can be compiled")
+            raise CompileError(
+                f"input {name} is {_dtype(value.dtype)} {tuple(value.shape)}: only float32 can be compiled"
+            )
     if not named:
         raise TypeError("example_inputs must hold at least one tensor")
     return args, kwargs
+
+
+def _check_parameters(module: nn.Module) -> None:
+    """Refuse parameters of other dtypes before torch meets them."""
+    problems = [
+        f"{name}: parameter of {_dtype(value.dtype)} {tuple(value.shape)}"
+        for name, value in module.named_parameters()
+        if value.is_complex() or (value.is_floating_point() and value.dtype != torch.float32)
+    ]
+    if problems:
+        raise CompileError(_listed("only float32 can be compiled", problems))
 
 
 def _effective(module: nn.Module) -> nn.Module:
@@ -119,14 +138,20 @@ def _effective(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode without the fused encoder kernel; both as before afterwards."""
+    """Eval mode, no fused encoder kernel, torch silent about what it fails to trace; undone afterwards."""
+    log = logging.getLogger("torch")
+    level = log.level
     training = [part for part in module.modules() if part.training]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     module.eval()
+    log.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
+        log.setLevel(level)
         torch.backends.mha.set_fastpath_enabled(fast)
         for part in training:
             part.training = True
@@ -139,6 +164,10 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tenso
             return torch.export.export(module, args, kwargs, strict=False).run_decompositions({})
         except Exception as error:  # torch.export raises whatever the module's own code raises
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            if "data-dependent" in first:
+                first += (
+                    " (what runs depends on values, as with a causal mask given to nn.TransformerEncoder)"
+                )
             raise CompileError(
                 f"torch.export cannot trace {type(module).__name__} with inputs "
                 f"{[tuple(value.shape) for value in (*args, *kwargs.values())]}: {first}"
@@ -165,7 +194,14 @@ class _Importer:
                 outputs = self._outputs(node)
         if self.problems:
             raise CompileError(_listed("only float32 can be compiled", self.problems))
-        return Graph({}, outputs).rewrite(self.nodes.values())
+        graph = Graph({}, outputs).rewrite(self.nodes.values())
+        users = graph.users()
+        unused = [f"{node.name!r} {node.shape}" for node in graph.inputs if not users[node.name]]
+        if unused:
+            raise CompileError(
+                f"the result does not depend on input {', '.join(unused)}: leave it out of example_inputs"
+            )
+        return graph
 
     def add(self, node: Node) -> Node:
         """Put a node into the graph under a name of its own."""
@@ -186,24 +222,28 @@ class _Importer:
             if spec.kind is InputKind.USER_INPUT:
                 value = node.meta["val"]
                 if isinstance(value, Tensor):
-                    self.values[node] = self.add(Input(name=node.name, shape=tuple(value.shape), dtype=value.dtype))
+                    self.values[node] = self.add(
+                        Input(name=node.name, shape=tuple(value.shape), dtype=value.dtype)
+                    )
                 else:
                     self.values[node] = value
                 continue
             target = str(spec.target)
             stored = self.program.state_dict if target in self.program.state_dict else self.program.constants
             value = cast(Tensor, stored[target]).detach()
-            if value.is_floating_point() and value.dtype != torch.float32 and value.numel() > 1:
-                self.problems.append(f"{target}: parameter of {_dtype(value.dtype)} {tuple(value.shape)}")
             self.values[node] = self.constant(node, value, target)
 
     def _outputs(self, node: fx.Node) -> tuple[str, ...]:
-        flat = [self.values.get(item, item) if isinstance(item, fx.Node) else item for item in node.args[0]]  # type: ignore[union-attr]
+        results = zip(cast(Any, node.args[0]), self.program.graph_signature.output_specs, strict=True)
+        own = [item for item, spec in results if spec.kind is OutputKind.USER_OUTPUT]  # not changed buffers
+        flat = [self.values.get(item) if isinstance(item, fx.Node) else item for item in own]
         for item in flat:
             if not isinstance(item, Node):
                 raise CompileError(f"a compiled module must return tensors, not {type(item).__name__}")
             if isinstance(item, Input | Constant):
-                raise CompileError(f"output {item.name!r} {item.shape} does not depend on a computation: nothing to compile")
+                raise CompileError(
+                    f"output {item.name!r} {item.shape} does not depend on a computation: nothing to compile"
+                )
         return tuple(item.name for item in flat)
 
     def _call(self, node: fx.Node) -> Any:
@@ -213,7 +253,8 @@ class _Importer:
             return None  # an assertion about metadata
         self._check_dtype(node)
         operands = [self.values[item] for item in node.all_input_nodes]
-        if all(isinstance(item, Constant) for item in operands) and isinstance(node.meta.get("val"), Tensor):
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if all(isinstance(item, Constant) for item in operands) and not random:
             return self._fold(node, operands)
         convert = IMPORTS.get(node.target)  # type: ignore[call-overload]
         if convert is not None:
@@ -227,25 +268,39 @@ class _Importer:
 
     def _check_dtype(self, node: fx.Node) -> None:
         value = node.meta.get("val")
-        if isinstance(value, Tensor) and (value.is_complex() or value.dtype in (torch.float64, torch.float16, torch.bfloat16)):
-            self.problems.append(f"{self.path(node) or 'the module'}: {node.target} gives {_dtype(value.dtype)} {tuple(value.shape)}")
+        if not isinstance(value, Tensor) or not (value.is_complex() or value.is_floating_point()):
+            return
+        if value.dtype != torch.float32:
+            where = self.path(node) or "the module"
+            self.problems.append(f"{where}: {node.target} gives {_dtype(value.dtype)} {tuple(value.shape)}")
 
-    def _fold(self, node: fx.Node, operands: list[Constant]) -> Node:
+    def _fold(self, node: fx.Node, operands: list[Constant]) -> Node | list[Node]:
         """Compute what does not depend on any input."""
         values = {item: self.values[item].value for item in node.all_input_nodes}
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: values[item])  # type: ignore[misc]
+        args, kwargs = _mapped(node, lambda item: values[item])
         sources = {item.source for item in operands if item.source}
-        result = cast(Any, node.target)(*args, **kwargs)
-        return self.constant(node, result, sources.pop() if len(sources) == 1 else "")
+        result, source = cast(Any, node.target)(*args, **kwargs), sources.pop() if len(sources) == 1 else ""
+        if isinstance(result, Tensor):
+            return self.constant(node, result, source)
+        return [self.constant(node, part, source) for part in result]
 
-    def _carry(self, node: fx.Node) -> Node:
+    def _carry(self, node: fx.Node) -> Any:
         """The operator as an `Aten` node."""
         operands = list(node.all_input_nodes)
-        names = tuple(self.values[item].name for item in operands if isinstance(self.values[item], Node))
-        if len(names) != len(operands) or not isinstance(node.meta.get("val"), Tensor):
-            raise CompileError(f"{self.path(node) or 'the module'}: operator {node.target} cannot be compiled")
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: Operand(operands.index(item)))  # type: ignore[misc]
-        return self.make(Aten, node, names, target=cast(Any, node.target), args=tuple(args), kwargs=kwargs)
+        names = tuple(self.values[item].name for item in operands)
+        args, kwargs = _mapped(node, lambda item: Operand(operands.index(item)))
+        value = node.meta["val"]
+        first = value if isinstance(value, Tensor) else value[0]
+        made = self.make(
+            Aten,
+            node,
+            names,
+            shape=tuple(first.shape),
+            target=cast(Any, node.target),
+            args=tuple(args),
+            kwargs=kwargs,
+        )
+        return made if isinstance(value, Tensor) else [made] * len(value)
 
     def bound(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by name, with defaults; fx nodes replaced by ours."""
@@ -253,16 +308,26 @@ class _Importer:
         bound = {argument.name: argument.default_value for argument in schema}
         bound.update(zip((argument.name for argument in schema), node.args, strict=False))
         bound.update(node.kwargs)
-        return {name: self.values[item] if isinstance(item, fx.Node) else item for name, item in bound.items()}
+        return {
+            name: self.values[item] if isinstance(item, fx.Node) else item for name, item in bound.items()
+        }
 
     def make(self, kind: type[Node], node: fx.Node, inputs: tuple[str, ...], **fields: Any) -> Node:
         """A node of a kind that stands for an fx node."""
-        fields = {"name": node.name, "source": self.path(node), "shape": tuple(node.meta["val"].shape)} | fields
+        if "shape" not in fields:
+            fields["shape"] = tuple(node.meta["val"].shape)
+        fields = {"name": node.name, "source": self.path(node)} | fields
         return self.add(kind(inputs=inputs, **fields))
 
     def view(self, node: fx.Node, x: Node, layout: Layout, name: str | None = None) -> Node:
         return self.add(
-            View(name=name or node.name, inputs=(x.name,), shape=layout.shape, source=self.path(node), layout=layout)
+            View(
+                name=name or node.name,
+                inputs=(x.name,),
+                shape=layout.shape,
+                source=self.path(node),
+                layout=layout,
+            )
         )
 
     @staticmethod
@@ -300,10 +365,16 @@ def _imports(*targets: Any) -> Callable[[Import], Import]:
     return register
 
 
-# -- what changes nothing but shape ---------------------------------------------------------------------------------------------------
+# -- what changes nothing but shape --------------------------------------------------------------------------
 
 
-@_imports(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+@_imports(
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+)
 def _same(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return a["self"]
 
@@ -321,17 +392,21 @@ def _same_if_equal(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 
 @_imports(
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
 )  # fmt: skip
 def _reshape(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    return importer.view(node, a["self"], Layout.contiguous(a["self"].shape).reshape(tuple(node.meta["val"].shape)))
+    return importer.view(
+        node, a["self"], Layout.contiguous(a["self"].shape).reshape(tuple(node.meta["val"].shape))
+    )
 
 
 @_imports(aten.permute.default)
 def _permute(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     rank = len(a["self"].shape)
-    return importer.view(node, a["self"], Layout.contiguous(a["self"].shape).permute(tuple(d % rank for d in a["dims"])))
+    return importer.view(
+        node, a["self"], Layout.contiguous(a["self"].shape).permute(tuple(d % rank for d in a["dims"]))
+    )
 
 
 @_imports(aten.transpose.int, aten.t.default)
@@ -340,7 +415,11 @@ def _transpose(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     if len(order) > 1:
         i, j = a.get("dim0", 0), a.get("dim1", 1)
         order[i], order[j] = order[j], order[i]
-    return importer.view(node, a["self"], Layout.contiguous(a["self"].shape).permute(tuple(order[d] for d in range(len(order)))))
+    return importer.view(
+        node,
+        a["self"],
+        Layout.contiguous(a["self"].shape).permute(tuple(order[d] for d in range(len(order)))),
+    )
 
 
 @_imports(aten.select.int)
@@ -381,7 +460,7 @@ def _unbind(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return [importer.view(node, x, layout.select(dim, i), f"{node.name}.{i}") for i in range(x.shape[dim])]
 
 
-# -- products -------------------------------------------------------------------------------------------------------------------------
+# -- products ------------------------------------------------------------------------------------------------
 
 
 @_imports(aten.linear.default)
@@ -396,8 +475,8 @@ def _make_linear(importer: _Importer, node: fx.Node, x: Node, weight: Node, bias
         return None
     path, pattern = importer.pattern(weight)
     return importer.make(
-        Linear, node, (x.name,), name=path or node.name, source=path or importer.path(node), weight=weight.value,
-        bias=None if bias is None else bias.value, pattern=pattern,
+        Linear, node, (x.name,), name=path or node.name, source=path or importer.path(node),
+        weight=weight.value, bias=None if bias is None else bias.value, pattern=pattern,
     )  # fmt: skip
 
 
@@ -405,7 +484,9 @@ def _transposed(weight: Any) -> Any:
     """A constant (in, out) matrix as the (out, in) weight of a Linear."""
     if not isinstance(weight, Constant) or weight.value.ndim != 2:
         return None
-    return Constant(name=weight.name, shape=weight.shape[::-1], source=weight.source, value=weight.value.t().contiguous())
+    return Constant(
+        name=weight.name, shape=weight.shape[::-1], source=weight.source, value=weight.value.t().contiguous()
+    )
 
 
 @_imports(aten.addmm.default)
@@ -446,15 +527,20 @@ def _baddbmm(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     if a["is_causal"]:
         raise CompileError(
-            f"{importer.path(node) or 'the module'}: scaled_dot_product_attention {a['query'].shape} with is_causal=True: "
-            "only key padding masks (batch, keys) are supported, causal masks are not"
+            f"{importer.path(node) or 'the module'}: scaled_dot_product_attention {a['query'].shape} with "
+            "is_causal=True: only key padding masks (batch, keys) are supported, causal masks are not"
         )
-    if a["dropout_p"] or a["enable_gqa"] or any(isinstance(a[name], Constant) for name in ("query", "key", "value")):
+    if (
+        a["dropout_p"]
+        or a["enable_gqa"]
+        or any(isinstance(a[name], Constant) for name in ("query", "key", "value"))
+    ):
         return None
     operands = [a["query"], a["key"], a["value"]] + ([a["attn_mask"]] if a["attn_mask"] is not None else [])
     scale = a["scale"] if a["scale"] is not None else a["query"].shape[-1] ** -0.5
-    path = importer.path(node)
-    return importer.make(ScaledDotProduct, node, tuple(item.name for item in operands), name=f"{path}.attention" if path else node.name, scale=float(scale))
+    names, path = tuple(item.name for item in operands), importer.path(node)
+    name = f"{path}.attention" if path else node.name
+    return importer.make(ScaledDotProduct, node, names, name=name, scale=float(scale))
 
 
 @_imports(aten.softmax.int, aten._softmax.default)
@@ -463,7 +549,7 @@ def _softmax(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return importer.make(Softmax, node, (a["self"].name,)) if last else None
 
 
-# -- element by element -----------------------------------------------------------------------------------------------------------------
+# -- element by element --------------------------------------------------------------------------------------
 
 
 @_imports(aten.add.Tensor)
@@ -472,14 +558,20 @@ def _add(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     if not isinstance(x, Node) or not isinstance(y, Node):
         return None
     if a["alpha"] != 1:
-        y = importer.make(Scale, node, (y.name,), name=f"{node.name}.alpha", shape=y.shape, factor=float(a["alpha"]))
+        y = importer.make(
+            Scale, node, (y.name,), name=f"{node.name}.alpha", shape=y.shape, factor=float(a["alpha"])
+        )
     return importer.make(Add, node, (x.name, y.name))
 
 
 @_imports(aten.mul.Tensor, aten.mul.Scalar)
 def _mul(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
-        if isinstance(x, Node) and x.shape == tuple(node.meta["val"].shape) and (number := _number(factor)) is not None:
+        if (
+            isinstance(x, Node)
+            and x.shape == tuple(node.meta["val"].shape)
+            and (number := _number(factor)) is not None
+        ):
             return importer.make(Scale, node, (x.name,), factor=number)
     return None
 
@@ -499,16 +591,39 @@ def _number(value: Any) -> float | None:
 
 @_imports(aten.masked_fill.Scalar)
 def _masked_fill(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    """Scores of masked keys overwritten: the same, for softmax, as adding the value."""
-    if not a["value"] <= MASKED or isinstance(a["mask"], Constant) or isinstance(a["self"], Constant):
+    return _masked(importer, node, a["self"], a["mask"], a["value"], keep=False)
+
+
+@_imports(aten.masked_fill.Tensor)
+def _masked_fill_tensor(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    return _masked(importer, node, a["self"], a["mask"], _number(a["value"]), keep=False)
+
+
+@_imports(aten.where.self, aten.where.ScalarOther)
+def _where(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    return _masked(importer, node, a["self"], a["condition"], _number(a["other"]), keep=True)
+
+
+def _masked(
+    importer: _Importer, node: fx.Node, x: Node, mask: Node, value: float | None, *, keep: bool
+) -> Any:
+    """Scores of masked keys overwritten with a very low value: the same, for softmax, as adding it."""
+    if (
+        value is None
+        or not value <= MASKED
+        or isinstance(x, Constant)
+        or x.shape != tuple(node.meta["val"].shape)
+    ):
         return None
-    zero = importer.add(Constant(name=f"{node.name}.zero", shape=(), value=torch.tensor(0.0)))
-    low = importer.add(Constant(name=f"{node.name}.value", shape=(), value=torch.tensor(float(a["value"]))))
+    numbers = {"zero": torch.tensor(0.0), "value": torch.tensor(float(value))}
+    names = [
+        importer.add(Constant(name=f"{node.name}.{n}", shape=(), value=v)).name for n, v in numbers.items()
+    ]
     bias = importer.make(
-        Aten, node, (a["mask"].name, low.name, zero.name), name=f"{node.name}.bias", shape=a["mask"].shape,
-        target=aten.where.self, args=(Operand(0), Operand(1), Operand(2)), kwargs={},
+        Aten, node, (mask.name, *(names if keep else names[::-1])), name=f"{node.name}.bias",
+        shape=mask.shape, target=aten.where.self, args=(Operand(0), Operand(1), Operand(2)), kwargs={},
     )  # fmt: skip
-    return importer.make(Add, node, (a["self"].name, bias.name))
+    return importer.make(Add, node, (x.name, bias.name))
 
 
 @_imports(aten.layer_norm.default)
@@ -528,15 +643,17 @@ def _norm(importer: _Importer, node: fx.Node, a: Bound, bias: Node | None, *, rm
     gamma = torch.ones(channels) if weight is None else weight.value
     beta = torch.zeros(channels) if bias is None else bias.value
     eps = torch.finfo(torch.float32).eps if a["eps"] is None else float(a["eps"])
-    return importer.make(LayerNorm, node, (a["input"].name,), name=importer.path(node) or node.name, norm=Norm(gamma, beta, eps, rms))
+    name, norm = importer.path(node) or node.name, Norm(gamma, beta, eps, rms)
+    return importer.make(LayerNorm, node, (a["input"].name,), name=name, norm=norm)
 
 
 FUNCTIONS = (
-    aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.elu.default,
-    aten.leaky_relu.default, aten.hardswish.default, aten.hardsigmoid.default, aten.hardtanh.default, aten.softplus.default,
-    aten.mish.default, aten.relu6.default, aten.selu.default, aten.celu.default, aten.erf.default, aten.log_sigmoid.default,
+    aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
+    aten.elu.default, aten.leaky_relu.default, aten.hardswish.default, aten.hardsigmoid.default,
+    aten.hardtanh.default, aten.softplus.default, aten.mish.default, aten.relu6.default, aten.selu.default,
+    aten.celu.default, aten.erf.default, aten.log_sigmoid.default,
 )  # fmt: skip
-"""Operators that are a function of each element with constant parameters: an activation table holds any of them."""
+"""Functions of each element with constant parameters: an activation table holds any of them."""
 
 
 @_imports(*FUNCTIONS)
@@ -545,7 +662,14 @@ def _function(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     x = a.pop(name.name)
     target, parameters = cast(Any, node.target), dict(a)
     label = target._schema.name.removeprefix("aten::")
-    return importer.make(Activation, node, (x.name,), function=Function(label, lambda value: target(value, **parameters)))
+    return importer.make(
+        Activation, node, (x.name,), function=Function(label, lambda value: target(value, **parameters))
+    )
+
+
+def _mapped(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an fx node, with something else for the nodes among them."""
+    return cast(Any, fx.node.map_arg)((node.args, node.kwargs), change)
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -1,7 +1,8 @@
 """The float graph: what the front end makes of a module, what the passes rewrite, what calibration runs.
 
-A `Graph` is named nodes in execution order. There is one frozen dataclass for each kind of operator; `compiler.legality` says which
-kinds may stand where. A graph can be executed at any time (`Graph.run`), so every pass can be checked against the module.
+A `Graph` is named nodes in execution order. There is one frozen dataclass for each kind of operator;
+`compiler.legality` says which kinds may stand where. A graph can be executed at any time (`Graph.run`), so
+every pass can be checked against the module.
 """
 
 from __future__ import annotations
@@ -82,12 +83,11 @@ class Post:
     norm: Norm | None = None
 
     def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        for _, x in self.stages(x, residual):
-            pass
-        return x
+        *_, (_, result) = self.stages(x, residual)
+        return result
 
     def stages(self, x: Tensor, residual: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
-        """("sum", after the residual), ("function", ...), ("norm", ...): the values that calibration has to see."""
+        """The values that calibration has to see: "sum" (after the residual), then "function" and "norm"."""
         if residual is not None:
             x = x + residual
         yield "sum", x
@@ -110,7 +110,8 @@ class Node:
     inputs
         Names of the operands.
     shape
-        Of the result, as traced. A graph without `View`, `Aten` and `ScaledDotProduct` runs on other batch sizes and lengths, too.
+        Of the result, as traced. A graph without `View`, `Aten` and `ScaledDotProduct` runs on other batch
+        sizes and lengths, too.
     source
         Module path, for messages.
     """
@@ -182,7 +183,10 @@ class View(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Linear(Node):
-    """``post(x @ weight.T + bias)``: weight float32 (out, in), N:M along in if ``pattern``; inputs x [, residual]."""
+    """``post(x @ weight.T + bias)``; inputs x [, residual].
+
+    weight float32 (out, in), N:M along in if ``pattern``.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -263,7 +267,10 @@ class Activation(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeyMask(Node):
-    """Which keys take part: bool (batch, 1, keys) from a mask input (batch, keys); ``keep`` is the input's value for "takes part"."""
+    """Which keys take part: bool (batch, 1, keys) from a mask input (batch, keys).
+
+    ``keep`` is the input's value for a key that takes part.
+    """
 
     keep: bool
 
@@ -275,7 +282,8 @@ class KeyMask(Node):
 class ScaledDotProduct(Node):
     """``softmax(scale * q @ k.T, masked) @ v`` over the last two dimensions; inputs q, k, v [, mask].
 
-    A mask operand is what the module gave (bool or additive, broadcast to the scores), or a `KeyMask` (``key_mask``).
+    A mask operand is what the module gave (bool or additive, broadcast to the scores), or a `KeyMask`
+    (``key_mask``).
     """
 
     scale: float
@@ -350,7 +358,9 @@ class Graph:
                 raise ValueError(f"the graph has {len(names)} inputs ({', '.join(names)}), not {len(inputs)}")
             inputs = dict(zip(names, inputs, strict=True))
         if set(inputs) != set(names):
-            raise ValueError(f"the graph's inputs are {', '.join(names)}, not {', '.join(map(str, inputs)) or 'none'}")
+            raise ValueError(
+                f"the graph's inputs are {', '.join(names)}, not {', '.join(map(str, inputs)) or 'none'}"
+            )
         for node in self.inputs:
             value = inputs[node.name]
             if not isinstance(value, Tensor) or value.ndim != len(node.shape):
@@ -389,7 +399,13 @@ class Graph:
                     del values[name]  # nobody reads it any more
         return {name: values[name] for name in self.outputs}
 
-    def rewrite(self, nodes: Iterable[Node], *, renamed: Mapping[str, str] | None = None, outputs: tuple[str, ...] = ()) -> Graph:
+    def rewrite(
+        self,
+        nodes: Iterable[Node],
+        *,
+        renamed: Mapping[str, str] | None = None,
+        outputs: tuple[str, ...] = (),
+    ) -> Graph:
         """A graph of these nodes: operands and outputs renamed, dead nodes dropped (inputs stay).
 
         ``nodes`` must be in an order in which operands come first; ``outputs``, if given, are the new ones.
@@ -411,10 +427,10 @@ class Graph:
         return Graph(kept, outputs, self.stage)
 
     def __str__(self) -> str:
-        lines = [
-            f"{node.name:32} {node.operator:18} {'x'.join(map(str, node.shape)):>14}  ({', '.join(node.inputs)})  {node.source}"
-            for node in self.nodes.values()
-        ]
+        lines = []
+        for node in self.nodes.values():
+            shape, operands = "x".join(map(str, node.shape)), ", ".join(node.inputs)
+            lines.append(f"{node.name:32} {node.operator:18} {shape:>14}  ({operands})  {node.source}")
         return "\n".join([f"graph after {self.stage}:", *lines, f"outputs: {', '.join(self.outputs)}"])
 
 

@@ -1,8 +1,8 @@
 """Index maps of reshapes, transposes and slices, as exact values.
 
-A `Layout` says which element of a contiguous tensor each element of a view is. Each dimension of the view is a product of
-*atoms* (size, stride), slowest first, strides counted in elements of the base. Any chain of view, permute, select and narrow
-is one Layout, so two chains that do the same are equal.
+A `Layout` says which element of a contiguous tensor each element of a view is. Each dimension of the view is
+a product of *atoms* (size, stride), slowest first, strides counted in elements of the base. Any chain of
+view, permute, select and narrow is one Layout, so two chains that do the same are equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Map from a view's index to the base's flat index; ``offset`` is the flat index of the view's first element."""
+    """Map from a view's index to the base's flat index; ``offset`` is that of the view's first element."""
 
     dims: tuple[Dim, ...]
     offset: int = 0
@@ -104,7 +104,9 @@ class Layout:
             The two together are no product of atoms.
         """
         places = _places(inner.atoms)
-        dims = tuple(_joined([piece for atom in dim for piece in _through(atom, places)]) for dim in self.dims)
+        dims = tuple(
+            _joined([piece for atom in dim for piece in _through(atom, places)]) for dim in self.dims
+        )
         offset = inner.offset + sum(self.offset // low % size * stride for size, stride, low in places)
         return Layout(dims, offset)
 
@@ -130,7 +132,7 @@ def _joined(atoms: list[Atom]) -> Dim:
 
 
 def _common(wanted: int, count: int) -> int:
-    """How much of an atom of ``count`` a dimension of ``wanted`` takes: all of the one or all of the other."""
+    """How much of an atom of ``count`` a dimension of ``wanted`` takes: all of one of the two."""
     if wanted % count == 0:
         return count
     if count % wanted == 0:

@@ -1,10 +1,12 @@
 """What a graph may hold after each pass: one table, checked between passes.
 
-The table also says no to a user: an operator that is left over where it is not legal any more is one that cannot be compiled.
+The table also says no to a user: an operator that is left over where it is not legal any more is one that
+cannot be compiled.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from compiler.graph import (
@@ -56,7 +58,8 @@ _REASONS: dict[type[Node], str] = {
     Constant: "adding or comparing with a constant tensor is not supported here",
     MatMul: "a product of two activations is supported only as softmax(q k^T) v attention",
     Softmax: "softmax is supported only over the keys of an attention",
-    ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), split into heads, with equal sizes",
+    ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
+    "split into heads; k and v of equal shape, with as many heads and channels as q",
     View: "this rearrangement of data is supported only around attention heads",
     Scale: "scaling is supported only after a Linear layer or within attention",
 }
@@ -80,15 +83,19 @@ def _kinds(graph: Graph) -> Iterator[str]:
     legal = LEGAL[graph.stage]
     illegal = [node for node in graph.nodes.values() if type(node) not in legal]
     if any(isinstance(node, Aten) for node in illegal):
-        illegal = [node for node in illegal if isinstance(node, Aten)]  # the others are most likely consequences
+        illegal = [
+            node for node in illegal if isinstance(node, Aten)
+        ]  # the others are most likely consequences
     for node in illegal:
         yield describe(graph, node, _REASONS.get(type(node), f"{node.operator} is not legal here"))
 
 
 def describe(graph: Graph, node: Node, reason: str) -> str:
     """One line about a node: module path, operator, shapes, reason."""
-    operands = ", ".join(str(graph.nodes[name].shape) for name in node.inputs)
-    return f"{node.source or 'the module'}: {node.operator} {node.name!r} ({operands}) -> {node.shape}: {reason}"
+    operands = ", ".join(str(graph.nodes[name].shape) if name in graph.nodes else "?" for name in node.inputs)
+    return (
+        f"{node.source or 'the module'}: {node.operator} {node.name!r} ({operands}) -> {node.shape}: {reason}"
+    )
 
 
 def _operands_first(graph: Graph) -> Iterator[str]:
@@ -98,7 +105,7 @@ def _operands_first(graph: Graph) -> Iterator[str]:
             yield f"node {node.name!r} is filed under {name!r}"
         for operand in node.inputs:
             if operand not in known:
-                yield f"{node.source or 'the module'}: {node.operator} {name!r} reads {operand!r}, which is not computed before it"
+                yield describe(graph, node, f"reads {operand!r}, which is not computed before it")
         known.add(name)
     for output in graph.outputs:
         if output not in known:
@@ -108,7 +115,12 @@ def _operands_first(graph: Graph) -> Iterator[str]:
 def _equal_shapes(graph: Graph) -> Iterator[str]:
     """No broadcasting of data: sums have operands of one shape (constants excepted while there are some)."""
     for node in graph.nodes.values():
-        if not isinstance(node, Add) or graph.stage in ("trace", "fold_functions", "match_scores", "fold_masks"):
+        if not isinstance(node, Add) or graph.stage in (
+            "trace",
+            "fold_functions",
+            "match_scores",
+            "fold_masks",
+        ):
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):
             yield describe(graph, node, "operands must have equal shapes: broadcasting is not supported")
@@ -118,7 +130,9 @@ def _masks_only_mask(graph: Graph) -> Iterator[str]:
     """A key mask is read by attention alone, and made from an input."""
     for node in graph.nodes.values():
         for place, name in enumerate(node.inputs):
-            if isinstance(graph.nodes[name], KeyMask) and not (isinstance(node, Attention | ScaledDotProduct) and place == 3):
+            if isinstance(graph.nodes[name], KeyMask) and not (
+                isinstance(node, Attention | ScaledDotProduct) and place == 3
+            ):
                 yield describe(graph, node, "a key mask can only mask attention")
         if isinstance(node, KeyMask) and not isinstance(graph.nodes[node.inputs[0]], Input):
             yield describe(graph, node, "a key mask must be an input")
@@ -134,7 +148,8 @@ def _masks_are_no_data(graph: Graph) -> Iterator[str]:
         for name in node.inputs:
             operand = graph.nodes[name]
             if isinstance(operand, Input) and not operand.dtype.is_floating_point:
-                yield describe(graph, node, f"input {name!r} of {str(operand.dtype).removeprefix('torch.')} can only be a key mask")
+                dtype = str(operand.dtype).removeprefix("torch.")
+                yield describe(graph, node, f"input {name!r} of {dtype} can only be a key mask")
 
 
 def _rows_of_channels(graph: Graph) -> Iterator[str]:
@@ -148,11 +163,19 @@ def _rows_of_channels(graph: Graph) -> Iterator[str]:
             yield describe(graph, node, "a residual is the second operand")
 
 
+def _positive_scales(graph: Graph) -> Iterator[str]:
+    """The hardware's multipliers are not negative."""
+    for node in graph.nodes.values():
+        if isinstance(node, Attention | ScaledDotProduct) and not 0 < node.scale < math.inf:
+            yield describe(graph, node, f"the scale of the scores must be positive, not {node.scale:.4g}")
+
+
 RULES: tuple[Callable[[Graph], Iterator[str]], ...] = (
     _operands_first,
     _equal_shapes,
     _masks_only_mask,
     _masks_are_no_data,
     _rows_of_channels,
+    _positive_scales,
 )
 """What must hold besides the kinds."""

@@ -156,15 +156,15 @@ class Dispatcher(wiring.Component):
         steps, words, issue = Signal(22), Signal(22), Signal()
         tile = raw.opcode == Opcode.TILE
         m.d.comb += [checker.instruction.eq(raw), sequence.instruction.eq(raw), sequence.issue.eq(issue & tile),
-                     self.issued.eq(issue)]
+                     self.issued.eq(issue), self.fetch.payload.addr.eq(self.prog_addr),
+                     self.fetch.payload.words.eq(self.prog_instrs), self.fetch.payload.repeats.eq(1)]
         with m.FSM() as fsm:
             with m.State("IDLE"):
                 with m.If(self.start):
                     m.d.sync += index.eq(0)
                     m.next = "REQUEST"
             with m.State("REQUEST"):
-                m.d.comb += [self.fetch.valid.eq(self.prog_instrs != 0), self.fetch.payload.addr.eq(self.prog_addr),
-                             self.fetch.payload.words.eq(self.prog_instrs), self.fetch.payload.repeats.eq(1)]
+                m.d.comb += self.fetch.valid.eq(self.prog_instrs != 0)
                 with m.If(self.fetch.ready | (self.prog_instrs == 0)):
                     m.next = "FETCH"
             with m.State("FETCH"):

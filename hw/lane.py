@@ -4,7 +4,7 @@ The lane's RAM holds the activation tile, a column (`rows` bytes) per address; t
 address. So the RAM selects M:1 for any N:M without a multiplexer, and dense is the same thing with rising addresses.
 """
 
-from amaranth import Cat, Const, Module, Signal, signed, unsigned
+from amaranth import Cat, Const, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import memory, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -53,11 +53,8 @@ class Mac(wiring.Component):
         product, total = Signal(signed(17)), Signal(signed(32))
         with m.If(self.mul):
             m.d.sync += product.eq(Cat(self.a, self.a[7] & ~self.unsigned_a).as_signed() * self.w)
-        with m.If(self.acc):
-            with m.If(self.first):
-                m.d.sync += total.eq(product)
-            with m.Else():
-                m.d.sync += total.eq(total + product)
+        with m.If(self.acc):  # one adder, so that synthesis needs no multiplexer behind it
+            m.d.sync += total.eq(Mux(self.first, 0, total) + product)
         with m.If(self.copy):
             m.d.sync += self.shadow.eq(total)
         return m

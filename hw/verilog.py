@@ -79,7 +79,14 @@ def _export(arch: Arch) -> str:
     text = backend.convert(
         accelerator, name=TOP_NAME, ports=accelerator.ports(), platform=shared, emit_src=False, strip_internal_attrs=True
     )
-    return _fold_repeats("\n".join([*shared.texts.values(), str(text)]))
+    return _tidy("\n".join([*shared.texts.values(), str(text)]))
+
+
+def _tidy(text: str) -> str:
+    """Yosys' temporaries as plain identifiers, which waveforms leave out for their underscore; sign extensions folded."""
+    if re.search(r"\b_\d+\b", text) is None:
+        text = re.sub(r"\\\$(\d+) ", r"_\1 ", text)
+    return _fold_repeats(text)
 
 
 _TERM = r"(?:\\\S+ |[A-Za-z_][\w$]*)(?: ?\[\d+(?::\d+)?\])?"
@@ -87,8 +94,7 @@ _REPEATS = re.compile(rf"(?<=[{{,] )({_TERM})((?:\s*, \1)+)(?=\s*[,}}])")
 
 
 def _fold_repeats(text: str) -> str:
-    """``{ a[7], a[7], a[7], a }`` to ``{ {3{a[7]}}, a }``: Yosys spells sign extensions out, which nobody wants to read and which
-    makes Verilator compute every bit by itself."""
+    """``{ a[7], a[7], a[7], a }`` to ``{ {3{a[7]}}, a }``: spelled out, Verilator would compute every bit by itself."""
     return _REPEATS.sub(lambda match: f"{{{1 + match[2].count(', ' + match[1])}{{{match[1]}}}}}", text)
 
 

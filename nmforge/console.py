@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -165,7 +166,7 @@ class Stages:
     @contextmanager
     def stage(self, name: str, title: str) -> Iterator[Progress]:
         """Announce a stage; its seconds are kept under `name`."""
-        self._console.print(f"[bold cyan]\\[{len(self.seconds) + 1}/{self.total}][/] [bold]{title}[/]")
+        self._console.print(f"[bold cyan]\\[{len(self.seconds) + 1}/{self.total}][/] [bold]{escape(title)}[/]")
         start = time.monotonic()
         with progress_bars() as progress:
             yield progress

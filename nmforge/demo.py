@@ -183,6 +183,7 @@ class _Demo:
                 config.seed, test_size=config.test_size, max_length=settings.max_length, model=settings.model
             )
         self.stages.say(f"{len(data.train):,} sentences to train on, {len(data.test):,} held out")
+        choose_sentences(data.test, config.batch, config.length)  # what does not fit should show up now
         return data
 
     def train(self, data: SentimentData) -> PipelineResult:

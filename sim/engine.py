@@ -93,7 +93,8 @@ class VerilatorEngine:
     ) -> None:
         self.arch = arch
         self.harness = Harness(
-            _with_registered_reset(verilog(arch)), memory, bus_bytes=arch.bus_bytes, model=model, log_writes=log_writes, trace=trace,
+            _with_registered_reset(verilog(arch)), memory,
+            bus_bytes=arch.bus_bytes, model=model, log_writes=log_writes, trace=trace,
             top=_SIMULATED, progress=progress,
         )
         self._addresses = register_addresses(COUNTER_NAMES)

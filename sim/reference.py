@@ -1,12 +1,13 @@
 """The integer reference: a `QuantNetwork` operator by operator on logical shapes.
 
-What RTL and ISA engine are compared with. It knows no tiles, no packing and no addresses; the arithmetic is that of
-`docs/numerics.md`, the row operations are the models of `hw.row`.
+What RTL and ISA engine are compared with. It knows no tiles, no packing and no addresses; the arithmetic is
+that of `docs/numerics.md`, the row operations are the models of `hw.row`.
 
-Sums of products run through floating-point matrix products, which are many times faster than integer ones, and exact here:
-a product of integers is an integer, and every partial sum, in whatever order and with or without fused multiply-add, is an
-integer of magnitude at most ``max over outputs of sum |weight| * max |activation|``. If that bound is below 2^24 every partial
-sum is a float32 number; below 2^53 a float64 number; then no rounding ever happens. `_product` checks the bound.
+Sums of products run through floating-point matrix products, which are many times faster than integer ones,
+and exact here: every partial sum, in whatever order and with or without fused multiply-add, is an integer of
+magnitude at most ``max over outputs of sum |weight| * max |activation|``. If that bound is at most 2^24 every
+partial sum is a float32 number; at most 2^53, a float64 number; then no rounding ever happens. `_Weight` and
+`_attention` check the bound.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def quantise_inputs(network: QuantNetwork, inputs: Mapping[str, Tensor]) -> dict
     network
         Its `meta` says how masks read (``"keep.<name>"``: the value of a key that takes part).
     inputs
-        By name: float (rows, C) or (B, S, C) data; (B, S) masks of any integer type or bool. Batch and rows may differ from the
-        network's, if they agree among themselves.
+        By name: float (rows, C) or (B, S, C) data; (B, S) masks of any integer type or bool. Batch and rows
+        may differ from the network's, if they agree among themselves.
 
     Returns
     -------
@@ -52,9 +53,14 @@ def quantise_inputs(network: QuantNetwork, inputs: Mapping[str, Tensor]) -> dict
     ValueError
         A missing or unknown name, a wrong shape, a NaN or an infinity.
     """
-    unknown, missing = sorted(set(inputs) - set(network.inputs)), [name for name in network.inputs if name not in inputs]
+    unknown, missing = (
+        sorted(set(inputs) - set(network.inputs)),
+        [name for name in network.inputs if name not in inputs],
+    )
     if unknown or missing:
-        raise ValueError(f"the network's inputs are {', '.join(network.inputs)}, not {', '.join(inputs) or 'none'}")
+        raise ValueError(
+            f"the network's inputs are {', '.join(network.inputs)}, not {', '.join(inputs) or 'none'}"
+        )
     result = {name: _integers(network, network.tensors[name], inputs[name]) for name in network.inputs}
     _check_inputs(network, result)
     return result
@@ -65,13 +71,18 @@ def _integers(network: QuantNetwork, tensor: QuantTensor, value: Tensor) -> NDAr
         raise TypeError(f"input {tensor.name!r} must be a torch.Tensor, not {type(value).__name__}")
     if tensor.dtype == "keymask":
         if value.ndim != 2:
-            raise ValueError(f"input {tensor.name!r} must be a mask of shape (batch, keys), not {tuple(value.shape)}")
+            raise ValueError(
+                f"input {tensor.name!r} must be a mask of shape (batch, keys), not {tuple(value.shape)}"
+            )
         keep = network.meta.get(f"keep.{tensor.name}", "1") == "1"
         return ((value != 0) == keep)[:, None, :].numpy().astype(np.uint8)
     if value.ndim == 2:
         value = value[None]
     if value.ndim != 3:
-        raise ValueError(f"input {tensor.name!r} must be (rows, channels) or (batch, rows, channels), not {tuple(value.shape)}")
+        raise ValueError(
+            f"input {tensor.name!r} must be (rows, channels) or (batch, rows, channels), "
+            f"not {tuple(value.shape)}"
+        )
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"input {tensor.name!r} has a NaN or an infinity")
     low, high = _RANGE[tensor.dtype]
@@ -80,7 +91,7 @@ def _integers(network: QuantNetwork, tensor: QuantTensor, value: Tensor) -> NDAr
 
 
 def dequantise(network: QuantNetwork, name: str, values: NDArray[Any]) -> Tensor:
-    """Real values of a tensor: float32 ``scale * values + offset``, same shape; the offset of most tensors is 0."""
+    """Real values of a tensor: float32 ``scale * values + offset``, same shape; most offsets are 0."""
     offset = np.array([float(text) for text in network.meta.get(f"offset.{name}", "0").split()])
     return torch.from_numpy(np.asarray(values, np.float64) * network.tensors[name].scale + offset).float()
 
@@ -129,22 +140,34 @@ def run_reference(
 
 def _check_inputs(network: QuantNetwork, inputs: Mapping[str, NDArray[Any]]) -> None:
     if set(inputs) != set(network.inputs):
-        raise ValueError(f"the network's inputs are {', '.join(network.inputs)}, not {', '.join(inputs) or 'none'}")
-    sizes: dict[str, int] = {}
+        raise ValueError(
+            f"the network's inputs are {', '.join(network.inputs)}, not {', '.join(inputs) or 'none'}"
+        )
+    sizes: dict[int, int] = {}
     for name in network.inputs:
         tensor, value = network.tensors[name], np.asarray(inputs[name])
         low, high = _RANGE[tensor.dtype]
         if not np.issubdtype(value.dtype, np.integer) or value.ndim != 3 or value.size == 0:
-            raise ValueError(f"input {name!r} must be integers like {tensor.shape}, not {value.dtype} {value.shape}")
+            raise ValueError(
+                f"input {name!r} must be integers like {tensor.shape}, not {value.dtype} {value.shape}"
+            )
         if value.min() < low or value.max() > high:
-            raise ValueError(f"input {name!r} is {tensor.dtype}: values must be in {low}..{high}, not {value.min()}..{value.max()}")
-        batch, middle, last = value.shape
-        fixed, given = (tensor.shape[1], middle) if tensor.dtype == "keymask" else (tensor.shape[2], last)
-        rows = last if tensor.dtype == "keymask" else middle
-        if fixed != given:
+            found = f"{value.min()}..{value.max()}"
+            raise ValueError(
+                f"input {name!r} is {tensor.dtype}: values must be in {low}..{high}, not {found}"
+            )
+        free, fixed = (2, 1) if tensor.dtype == "keymask" else (1, 2)
+        if value.shape[fixed] != tensor.shape[fixed]:
             raise ValueError(f"input {name!r} must have a shape like {tensor.shape}, not {value.shape}")
-        if sizes.setdefault("batch", batch) != batch or sizes.setdefault("rows", rows) != rows:
-            raise ValueError(f"input {name!r} {value.shape} does not fit the other inputs: batch {sizes['batch']}, rows {sizes['rows']}")
+        # inputs of one length in the network must be of one length here
+        agreed = (
+            sizes.setdefault(0, value.shape[0]),
+            sizes.setdefault(tensor.shape[free], value.shape[free]),
+        )
+        if agreed != (value.shape[0], value.shape[free]):
+            raise ValueError(
+                f"input {name!r} {value.shape} does not fit the other inputs: batch, rows = {agreed}"
+            )
 
 
 def _reads(op: Op) -> tuple[str, ...]:
@@ -174,7 +197,9 @@ def _execute(op: Op, values: Mapping[str, NDArray[Any]], out: QuantTensor) -> ND
     return result.reshape(batch, rows, -1)
 
 
-def _rows(op: Linear | Pointwise, weight: _Weight | None, x: Tensor | None, residual: Tensor | None) -> NDArray[Any]:
+def _rows(
+    op: Linear | Pointwise, weight: _Weight | None, x: Tensor | None, residual: Tensor | None
+) -> NDArray[Any]:
     """TILE steps 1 to 5 on rows: x (rows, in) int8, residual (rows, out); gives (rows, out)."""
     if isinstance(op, Linear) and weight is not None and x is not None:
         requant = op.requant
@@ -192,7 +217,7 @@ def _rows(op: Linear | Pointwise, weight: _Weight | None, x: Tensor | None, resi
 
 
 class _Weight:
-    """A weight ready for exact products with int8 rows: (in, out) float32 where the bound allows it, else float64."""
+    """A weight for exact products with int8 rows: (in, out) float32 where the bound allows it, else float64."""
 
     def __init__(self, weight: NDArray[np.int8]) -> None:
         self.bound = int(np.abs(weight.astype(np.int64)).sum(1).max()) * 128
@@ -208,11 +233,14 @@ def _tensor(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
-def _requantise(acc: Tensor, bias: NDArray[Any], mult: NDArray[Any], shift: NDArray[Any], bound: int) -> Tensor:
+def _requantise(
+    acc: Tensor, bias: NDArray[Any], mult: NDArray[Any], shift: NDArray[Any], bound: int
+) -> Tensor:
     """``sat16(rshr(wrap32(acc + bias) * mult, shift))`` on float64 integers; |acc| <= bound.
 
-    Exact: the product has at most 31 + 15 bits. Scaling by 2^-shift is exact, and for shift <= 53 so is adding a half, as the sum is
-    a multiple of 2^-shift below 2^46; for a larger shift the scaled product is below 2^-7, and floor gives 0 either way.
+    Exact: the product has at most 31 + 15 bits. Scaling by 2^-shift is exact, and for shift <= 53 so is
+    adding a half: the sum is a multiple of 2^-shift and fits 53 bits. For a larger shift the scaled product
+    is below 2^-7, and floor gives 0 either way.
     """
     biases = torch.from_numpy(np.asarray(bias, np.float64))
     v = acc + biases
@@ -244,14 +272,20 @@ def _attention(
     heads, width, keys = op.heads, channels // op.heads, k.shape[1]
     result = np.empty((batch, rows, channels), np.float64)
     qh, kh, vh = (_tensor(x).view(batch, -1, heads, width).transpose(1, 2) for x in (q, k, v))
-    bias = np.zeros((batch, 1, 1, keys), np.int64) if mask is None else np.where(mask == 0, MASK_BIAS, 0)[:, :, None, :]
+    bias = (
+        np.zeros((batch, 1, 1, keys), np.int64)
+        if mask is None
+        else np.where(mask == 0, MASK_BIAS, 0)[:, :, None, :]
+    )
     step = max(1, _CHUNK // (heads * rows * max(keys, width)))
     score_dtype = torch.float32 if width * 128 * 128 < 1 << 24 else torch.float64
     value_dtype = torch.float32 if keys * 255 * 128 < 1 << 24 else torch.float64
     for start in range(0, batch, step):
         part = slice(start, start + step)
         scores = (qh[part].to(score_dtype) @ kh[part].to(score_dtype).transpose(-1, -2)).double()
-        s = _requantise(scores, bias[part], np.array([op.score_mult]), np.array([op.score_shift]), width << 14)
+        s = _requantise(
+            scores, bias[part], np.array([op.score_mult]), np.array([op.score_shift]), width << 14
+        )
         p, m, shift = softmax_rows(s.numpy().astype(np.int64), op.out_mult, op.out_shift)
         mixed = (torch.from_numpy(p).to(value_dtype) @ vh[part].to(value_dtype)).double()
         out = _requantise(mixed, np.zeros(1, np.int32), m[..., None], shift[..., None], keys * 255 * 128)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -114,14 +113,17 @@ class RunView:
 def layer_and_kind(operator: Mapping[str, Any]) -> tuple[str, str]:
     """Where an operator belongs: ``("layer 0", "Q, K, V")`` of ``layers.0.attention.query``."""
     source = operator["source"] or operator["name"]
-    match = re.match(r"^(?:.*?\.)?([A-Za-z_]*?)s?\.?(\d+)(?:\.(.*))?$", source)
-    layer, rest = (f"{match[1] or 'layer'} {match[2]}", match[3] or "") if match else ("network", source)
+    parts = source.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if place is None:
+        layer, rest = "network", parts
+    else:
+        layer, rest = f"{parts[place - 1].removesuffix('s') if place else 'layer'} {parts[place]}", parts[place + 1 :]
     if operator["kind"] == "attention":
         return layer, "attention"
-    last = rest.rpartition(".")[2]
-    if last in _PROJECTIONS:
+    if rest and rest[-1] in _PROJECTIONS:
         return layer, "Q, K, V"
-    return layer, rest.replace(".", " ").replace("_", " ") or operator["kind"]
+    return layer, " ".join(rest).replace("_", " ") or operator["kind"]
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ TARGETS: dict[str, str] = {
 _PACKAGE = "pyosys"
 _REQUIREMENT = "pyosys==0.70"
 
-# Runs in a process of its own, since Yosys ends the process on some errors. $0 is the script, one command a line.
+# Runs in a process of its own, since Yosys ends the process on some errors. The argument is the script, one command a line.
 _RUNNER = "import sys; from pyosys import libyosys as y; d = y.Design(); [y.run_pass(c, d) for c in sys.argv[1].splitlines()]"
 
 _LUTS: dict[str, int] = {
@@ -52,9 +52,8 @@ _FFS: dict[str, int] = dict.fromkeys(("FDRE", "FDSE", "FDCE", "FDPE", "TRELLIS_F
 _DSPS: dict[str, int] = dict.fromkeys(("DSP48E2", "MULT18X18D", "ALU54B"), 1)
 _BRAMS: dict[str, float] = {"RAMB36E2": 1, "RAMB18E2": 0.5, "DP16KD": 1, "PDPW16KD": 1}
 
-
 _MODULE = re.compile(r"^module (\w+) ?\(", re.MULTILINE)
-_INSTANCE = re.compile(r"^ +(\w+) +(?:\w+|\\\S+) +?\(", re.MULTILINE)
+_INSTANCE = re.compile(r"^ +(\w+) +(?:\w+|\\\S+) *\(", re.MULTILINE)
 
 
 class SynthesisError(RuntimeError):
@@ -137,37 +136,42 @@ def synthesise(verilog_text: str, *, top: str, target: str = "xcup", timeout_s: 
     if f"module {top}(" not in verilog_text and f"module {top} (" not in verilog_text:
         raise ValueError(f"the Verilog has no module {top!r}")
     version = yosys_version()
-    key = hashlib.sha256("\0".join((version, TARGETS[target], top, verilog_text)).encode()).hexdigest()[:24]
+    script = _script(verilog_text, top, TARGETS[target])
+    key = hashlib.sha256("\0".join((version, script, verilog_text)).encode()).hexdigest()[:24]
     path = cache_dir() / "synth" / f"{top}-{target}-{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # a missing or damaged entry is made again
         return Resources(**json.loads(path.read_text()))
     start = time.monotonic()
-    cells = _run(verilog_text, top, TARGETS[target], timeout_s)
+    cells = _run(verilog_text, script, timeout_s)
     found = _resources(cells, target, version, round(time.monotonic() - start, 2))
     _store(path, found)
     return found
 
 
-def _run(verilog_text: str, top: str, command: str, timeout_s: float | None) -> dict[str, int]:
+def _script(verilog_text: str, top: str, command: str) -> str:
+    """Yosys commands, one a line."""
+    # without splitnets, Yosys 0.70 stops at an assertion when a wire's name looks like a bit of another (issue 4349)
+    return "\n".join((
+        "read_verilog design.v", *(f"setattr -mod -set keep_hierarchy 1 {name}" for name in _repeated(verilog_text)),
+        f"{command} -top {top} -run :map_luts", "splitnets", f"{command} -top {top} -run map_luts:",
+        "check -assert", "tee -q -o stat.json stat -json",
+    ))
+
+
+def _run(verilog_text: str, script: str, timeout_s: float | None) -> dict[str, int]:
     """Counts by cell type, submodules multiplied out."""
     with tempfile.TemporaryDirectory(prefix="nmforge-synth-") as name:
         folder = Path(name)
         (folder / "design.v").write_text(verilog_text)
-        # without splitnets, Yosys 0.70 stops at an assertion when a wire's name looks like a bit of another (issue 4349)
-        script = "\n".join((
-            "read_verilog design.v", *(f"setattr -mod -set keep_hierarchy 1 {name}" for name in _repeated(verilog_text)),
-            f"{command} -top {top} -run :map_luts", "splitnets", f"{command} -top {top} -run map_luts:",
-            "check -assert", "tee -q -o stat.json stat -json",
-        ))
         with (folder / "log").open("w") as log:
             try:
                 done = subprocess.run([sys.executable, "-c", _RUNNER, script], cwd=folder, stdin=subprocess.DEVNULL,
                                       stdout=log, stderr=subprocess.STDOUT, timeout=timeout_s, check=False)
             except subprocess.TimeoutExpired:
-                raise SynthesisError(f"Yosys took more than {timeout_s:g} s for {top}") from None
+                raise SynthesisError(f"Yosys took more than {timeout_s:g} s") from None
         stat = folder / "stat.json"
         if done.returncode != 0 or not stat.is_file():
-            raise SynthesisError(f"Yosys failed on {top} ({command}); it printed last:\n{_tail(folder / 'log')}")
+            raise SynthesisError(f"Yosys failed and printed last:\n{_tail(folder / 'log')}")
         return _primitives(json.loads(stat.read_text()))
 
 
@@ -179,8 +183,8 @@ def _repeated(verilog_text: str) -> list[str]:
 
 
 def _primitives(stat: Mapping) -> dict[str, int]:
-    """The totals of `stat -json` without the instances of the design's own modules."""
-    modules = {name.lstrip("\\") for name in stat["modules"]}
+    """The totals of `stat -json` without the instances of the design's own modules and without notes on flattened ones."""
+    modules = {name.lstrip("\\") for name in stat["modules"]} | {"$scopeinfo"}
     return {name: count for name, count in stat["design"]["num_cells_by_type"].items() if name not in modules}
 
 
@@ -194,7 +198,7 @@ def _resources(cells: dict[str, int], target: str, version: str, seconds: float)
     def total(weights: Mapping[str, float]) -> float:
         return sum(weights.get(name, 0) * count for name, count in cells.items())
 
-    unmapped = sorted(name for name in cells if name.startswith("$") and not name.startswith("$scopeinfo"))
+    unmapped = sorted(name for name in cells if name.startswith("$"))
     if unmapped:
         raise SynthesisError(f"Yosys left cells unmapped for {target}: {', '.join(unmapped)}")
     memories = int(total(_LUT_RAMS))

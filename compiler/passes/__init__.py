@@ -1,7 +1,7 @@
 """The passes, in the order in which they run.
 
-Each takes a graph and gives a graph that computes the same; `compiler.legality` says what is left afterwards. To add one, write a
-function ``Graph -> Graph``, put it into `PASSES` and its row into `LEGAL`.
+Each takes a graph and gives a graph that computes the same; `compiler.legality` says what is left afterwards.
+To add one, write a function ``Graph -> Graph``, put it into `PASSES` and its row into `LEGAL`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PASSES: tuple[Pass, ...] = (
     fold_biases,  # a constant vector added after a Linear becomes its bias
     sink_views,  # reshapes and transposes move behind the operators that do not care
     split_linears,  # a Linear whose result is cut into channel ranges becomes several
+    sink_views,  # the ranges are whole tensors now, and their views can move
     match_heads,  # ScaledDotProduct between head splits becomes Attention
     drop_views,  # what is left of the views cancels out
     fold_scales,  # scales go into weights and attention
@@ -53,6 +54,5 @@ def optimise(graph: Graph) -> Graph:
     CompileError
         An operator that cannot be compiled; names module path, operator and shapes.
     """
-    for graph in run_passes(graph):
-        pass
-    return graph
+    *_, result = run_passes(graph)
+    return result

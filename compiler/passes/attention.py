@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from compiler.graph import (
     Add,
     Attention,
-    Constant,
     Graph,
-    Input,
-    KeyMask,
     Linear,
     MatMul,
     Node,
@@ -39,47 +38,50 @@ def match_scores(graph: Graph) -> Graph:
 def _match(graph: Graph, product: MatMul, data: set[str]) -> list[Node] | None:
     """The nodes that replace the outer product of an attention."""
     softmax = graph.nodes[product.inputs[0]]
-    if not isinstance(softmax, Softmax):
+    found = _scores(graph, softmax.inputs[0], data) if isinstance(softmax, Softmax) else None
+    if found is None:
         return None
-    scores, masks, scale = graph.nodes[softmax.inputs[0]], [], 1.0
-    while not isinstance(scores, MatMul):
-        if isinstance(scores, Scale) and not masks:
-            scale *= scores.factor
-        elif isinstance(scores, Scale):
-            return None  # a scaled sum of scores and mask
-        elif isinstance(scores, Add):
-            mask = [name for name in scores.inputs if name not in data]
-            if len(mask) != 1 or masks:
-                return None
-            masks = mask
-        else:
-            return None
-        place = next(name for name in scores.inputs if name not in masks)
-        scores = graph.nodes[place]
-    if masks:
-        scale = _scale_below(graph, softmax, masks[0])
+    scores, scale, masks = found
+    made: list[Node] = []
+    while len(masks) > 1:
+        shapes = [graph.nodes[name].shape if name in graph.nodes else made[-1].shape for name in masks[:2]]
+        both = Add(
+            name=f"{product.name}.mask{len(masks)}", inputs=tuple(masks[:2]), source=product.source,
+            shape=tuple(torch.broadcast_shapes(*shapes)),
+        )  # fmt: skip
+        made.append(both)
+        masks = [both.name, *masks[2:]]
     q, kt = scores.inputs
     layout = Layout.contiguous(graph.nodes[kt].shape)
     rank = len(layout.dims)
     layout = layout.permute((*range(rank - 2), rank - 1, rank - 2))
     k = View(name=f"{product.name}.k", inputs=(kt,), shape=layout.shape, source=product.source, layout=layout)
+    inputs = (q, k.name, product.inputs[1], *masks)
     whole = ScaledDotProduct(
-        name=product.name, inputs=(q, k.name, product.inputs[1], *masks), shape=product.shape, source=product.source, scale=scale
+        name=product.name, inputs=inputs, shape=product.shape, source=product.source, scale=scale
     )
-    return [k, whole]
+    return [*made, k, whole]
 
 
-def _scale_below(graph: Graph, softmax: Softmax, mask: str) -> float:
-    """Product of the scales between the scores and the product q kT."""
-    node, scale = graph.nodes[softmax.inputs[0]], 1.0
+def _scores(graph: Graph, name: str, data: set[str]) -> tuple[MatMul, float, list[str]] | None:
+    """The product q kT below a softmax, its scale, and what is added to it; None if anything else is there."""
+    node, scale, masks = graph.nodes[name], 1.0, []
     while not isinstance(node, MatMul):
-        scale *= node.factor if isinstance(node, Scale) else 1.0
-        node = graph.nodes[next(name for name in node.inputs if name != mask)]
-    return scale
+        if isinstance(node, Scale):
+            scale *= node.factor
+        elif isinstance(node, Add) and scale == 1:
+            masks += [operand for operand in node.inputs if operand not in data]
+        else:
+            return None
+        below = [operand for operand in node.inputs if operand in data]
+        if len(below) != 1:
+            return None
+        node = graph.nodes[below[0]]
+    return node, scale, masks
 
 
 def _data_nodes(graph: Graph) -> set[str]:
-    """Names of what depends on a Linear, a norm or float data of more than two dimensions: no mask."""
+    """Names of what a product, Linear or softmax went into: no mask."""
     found: set[str] = set()
     for node in graph.nodes.values():
         if isinstance(node, Linear | MatMul | Softmax) or found.intersection(node.inputs):
@@ -88,7 +90,7 @@ def _data_nodes(graph: Graph) -> set[str]:
 
 
 def match_heads(graph: Graph) -> Graph:
-    """ScaledDotProduct of head splits of (B, S, C) tensors becomes `Attention` and a head split of its result."""
+    """ScaledDotProduct of head splits of (B, S, C) tensors becomes `Attention` and a split of its result."""
     nodes: list[Node] = []
     split: dict[str, str] = {}  # attention -> the view of it that has the value of the ScaledDotProduct
     for node in graph.nodes.values():
@@ -104,24 +106,36 @@ def _heads(graph: Graph, node: ScaledDotProduct) -> tuple[Attention, View] | Non
     bases, layouts = zip(*(_unsplit(graph, name) for name in node.inputs[:3]), strict=True)
     q, k, v = (graph.nodes[name] for name in bases)
     *lead, rows, width = node.shape
-    channels = q.shape[-1]
-    if not (q.shape == k.shape == v.shape) or channels % width or len(q.shape) not in (2, 3) or q.shape[-2] != rows:
-        return None
-    heads, batch = channels // width, q.shape[0] if len(q.shape) == 3 else 1
-    split = Layout.contiguous((batch, rows, heads, width)).permute((0, 2, 1, 3))
-    try:
-        if any(layout != split.reshape((*lead, rows, width)) for layout in layouts):
+    channels, keys = q.shape[-1], graph.nodes[node.inputs[1]].shape[-2]
+    batch = q.shape[0] if len(q.shape) == 3 else 1
+    for tensor, length in ((q, rows), (k, keys), (v, keys)):
+        if tensor.shape != ((batch, length, channels) if len(q.shape) == 3 else (length, channels)):
             return None
+    if channels % width:
+        return None
+    heads = channels // width
+    split, split_keys = (
+        Layout.contiguous((batch, length, heads, width)).permute((0, 2, 1, 3)) for length in (rows, keys)
+    )
+    try:
+        wanted = [split.reshape((*lead, rows, width)), *[split_keys.reshape((*lead, keys, width))] * 2]
     except LayoutError:
         return None
     mask = node.inputs[3:]
-    if mask and not (isinstance(graph.nodes[mask[0]], KeyMask) and graph.nodes[mask[0]].shape == (batch, 1, rows)):
+    if list(layouts) != wanted or (mask and graph.nodes[mask[0]].shape != (batch, 1, keys)):
         return None
     whole = Attention(
-        name=node.name, inputs=(*bases, *mask), shape=q.shape, source=node.source, heads=heads, scale=node.scale
+        name=node.name,
+        inputs=(*bases, *mask),
+        shape=q.shape,
+        source=node.source,
+        heads=heads,
+        scale=node.scale,
     )
     layout = split.reshape(tuple(node.shape))
-    return whole, View(name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout)
+    return whole, View(
+        name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout
+    )
 
 
 def _unsplit(graph: Graph, name: str) -> tuple[str, Layout]:

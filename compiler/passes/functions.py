@@ -15,10 +15,10 @@ __all__ = ["POINTWISE", "fold_functions"]
 aten = torch.ops.aten
 
 POINTWISE = frozenset({
-    aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar,
-    aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default, aten.exp.default, aten.abs.default,
-    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.square.default, aten.sqrt.default,
-    aten.reciprocal.default, aten.sin.default, aten.cos.default, aten.log1p.default, aten.maximum.default,
+    aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar,
+    aten.rsub.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default,
+    aten.exp.default, aten.abs.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
+    aten.square.default, aten.sqrt.default, aten.reciprocal.default, aten.sin.default, aten.cos.default, aten.log1p.default, aten.maximum.default,
     aten.minimum.default,
 })  # fmt: skip
 """Operators that work element by element on float tensors."""
@@ -34,7 +34,7 @@ class _Expression:
 
 
 def fold_functions(graph: Graph) -> Graph:
-    """Replace what depends on one tensor alone, element by element, by an `Activation`; alone or in chains."""
+    """Replace what depends on one tensor alone, element by element, by an `Activation`."""
     found: dict[str, _Expression] = {}
     for node in graph.nodes.values():
         expression = _expression(node, graph.nodes, found)
@@ -58,7 +58,9 @@ def _worthwhile(node: Node, expression: _Expression) -> bool:
     return isinstance(node, Aten) or (len(expression.steps) > 1 and not isinstance(node, Scale))
 
 
-def _expression(node: Node, nodes: Mapping[str, Node], found: Mapping[str, _Expression]) -> _Expression | None:
+def _expression(
+    node: Node, nodes: Mapping[str, Node], found: Mapping[str, _Expression]
+) -> _Expression | None:
     if not _is_pointwise(node):
         return None
     data = [name for name in node.inputs if not _is_number(nodes[name])]
@@ -72,7 +74,11 @@ def _expression(node: Node, nodes: Mapping[str, Node], found: Mapping[str, _Expr
     if origin.shape != shape or (isinstance(origin, Input) and not origin.dtype.is_floating_point):
         return None
     steps = [step for name in dict.fromkeys(data) if name in found for step in found[name].steps]
-    label = node.function.name if isinstance(node, Activation) else node.operator.split(".")[-2 if "." in node.operator else -1]
+    label = (
+        node.function.name
+        if isinstance(node, Activation)
+        else node.operator.split(".")[-2 if "." in node.operator else -1]
+    )
     return _Expression(root, _compose(node, nodes, found), (*steps, label.lower()))
 
 
@@ -84,7 +90,9 @@ def _is_number(node: Node) -> bool:
     return isinstance(node, Constant) and node.value.numel() == 1
 
 
-def _compose(node: Node, nodes: Mapping[str, Node], found: Mapping[str, _Expression]) -> Callable[[Tensor], Tensor]:
+def _compose(
+    node: Node, nodes: Mapping[str, Node], found: Mapping[str, _Expression]
+) -> Callable[[Tensor], Tensor]:
     def apply(x: Tensor) -> Tensor:
         operands = []
         for name in node.inputs:

@@ -1,4 +1,4 @@
-"""fuse: residual, function and norm go into the operator before them; what stands alone becomes `Pointwise`."""
+"""fuse: residual, function and norm go into the operator before them; one alone becomes a `Pointwise`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ def fuse(graph: Graph) -> Graph:
         if not isinstance(node, Add | Activation | LayerNorm):
             done[node.name] = node
             continue
-        place = _producer(node, done, {name for name in done if _private(graph, users, renamed, name)})
-        if place is None:
+        place = _place(node, done, {name for name in done if _private(graph, users, renamed, name)})
+        producer = None if place is None else done.pop(node.inputs[place])
+        if place is None or not isinstance(producer, Linear | Pointwise):
             done[node.name] = Pointwise(
-                name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, post=_extended(Post(), node)
+                name=node.name,
+                inputs=node.inputs,
+                shape=node.shape,
+                source=node.source,
+                post=_extended(Post(), node),
             )
             continue
-        producer = done.pop(node.inputs[place])
-        operands = producer.inputs if not isinstance(node, Add) else (*producer.inputs, node.inputs[1 - place])
-        # under the last part's place in the order, so that the residual is computed before it
-        done[producer.name] = replace(producer, inputs=operands, post=_extended(producer.post, node))  # type: ignore[attr-defined]
+        residual = (node.inputs[1 - place],) if isinstance(node, Add) else ()
+        # at the last part's place in the order, so that the residual is computed before it
+        done[producer.name] = replace(
+            producer, inputs=(*producer.inputs, *residual), post=_extended(producer.post, node)
+        )
         renamed[node.name] = producer.name
     return graph.rewrite(done.values(), renamed=renamed)
 
@@ -39,15 +45,19 @@ def _private(graph: Graph, users: dict[str, list[Node]], renamed: dict[str, str]
     return len(users[latest]) == 1 and latest not in graph.outputs
 
 
-def _producer(node: Node, done: dict[str, Node], private: set[str]) -> int | None:
-    """Which operand of a sum, function or norm can take it in: the latest in execution order that has room."""
+def _place(node: Node, done: dict[str, Node], private: set[str]) -> int | None:
+    """Which operand of a sum, function or norm can take it in: the latest in the order that has room."""
     order = list(done)
     places = sorted(range(len(node.inputs)), key=lambda i: order.index(node.inputs[i]), reverse=True)
     if len(set(node.inputs)) < len(node.inputs):
         return None  # x + x
     for place in places:
         producer = done[node.inputs[place]]
-        if node.inputs[place] in private and isinstance(producer, Linear | Pointwise) and _has_room(producer.post, node):
+        if (
+            node.inputs[place] in private
+            and isinstance(producer, Linear | Pointwise)
+            and _has_room(producer.post, node)
+        ):
             if isinstance(node, Add) and isinstance(producer, Pointwise) and producer.post.residual:
                 continue
             return place

@@ -1,7 +1,8 @@
 """fold_masks: whatever arithmetic a module does on its padding mask becomes one `KeyMask`.
 
-Modules build masks in many ways (``(1 - m) * -1e4``, ``masked_fill(-inf)``, ``m[:, None, None, :].bool()``, ...), so the pass does not
-match patterns: it runs the arithmetic on probe masks and looks at which keys each query may see.
+Modules build masks in many ways (``(1 - m) * -1e4``, ``masked_fill(-inf)``, ``m[:, None, None, :].bool()``,
+...), so the pass does not match patterns: it runs the arithmetic on probe masks and looks at which keys each
+query may see.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ def fold_masks(graph: Graph) -> Graph:
                     made[found] = f"{found[0]}.keep{int(found[1])}"
                     batch, keys = graph.nodes[found[0]].shape
                     nodes.append(
-                        KeyMask(name=made[found], inputs=(found[0],), shape=(batch, 1, keys), source=node.source, keep=found[1])
+                        KeyMask(
+                            name=made[found],
+                            inputs=(found[0],),
+                            shape=(batch, 1, keys),
+                            source=node.source,
+                            keep=found[1],
+                        )
                     )
                 node = replace(node, inputs=(*node.inputs[:3], made[found]), key_mask=True)
         nodes.append(node)
@@ -50,7 +57,9 @@ def _understand(graph: Graph, attention: ScaledDotProduct) -> tuple[str, bool] |
     inputs = [node for node in order if isinstance(node, Input)]
     if len(inputs) > 1 or any(len(node.shape) != 2 for node in inputs):
         shapes = ", ".join(f"{node.name} {node.shape}" for node in inputs)
-        raise _refuse(graph, attention, f"the mask must come from one input of shape (batch, keys), not from {shapes}")
+        raise _refuse(
+            graph, attention, f"the mask must come from one input of shape (batch, keys), not from {shapes}"
+        )
     heads = graph.nodes[attention.inputs[0]].shape[:-2]
     scores = (*heads, graph.nodes[attention.inputs[0]].shape[-2], graph.nodes[attention.inputs[1]].shape[-2])
     if not inputs:
@@ -58,7 +67,8 @@ def _understand(graph: Graph, attention: ScaledDotProduct) -> tuple[str, bool] |
             return None
         raise _refuse(
             graph, attention,
-            "its mask is a constant (causal or other 2-D): only key padding masks from an input (batch, keys) are supported",
+            "its mask is a constant (causal or other 2-D): only key padding masks from an input (batch, keys) "
+            "are supported",
         )  # fmt: skip
     return _probe(graph, attention, order, inputs[0], scores)
 
@@ -71,11 +81,8 @@ def _probe(
     for probe in _probes(mask):
         kept = _kept(graph, attention, order, scores, {mask.name: probe.to(mask.dtype)})
         for keep in agree:
-            wanted = (probe == keep)[:, None, None, :] if len(scores) == 4 else (probe == keep).repeat_interleave(
-                max(scores[0] // len(probe), 1), 0)[:, None, :]  # fmt: skip
-            if len(wanted) != scores[0] and len(wanted) != 1:
-                raise _refuse(graph, attention, f"the mask's batch {mask.shape} does not fit scores {scores}")
-            agree[keep] &= bool((kept == wanted).all())
+            wanted = _wanted(probe == keep, scores)
+            agree[keep] &= wanted is not None and bool((kept == wanted).all())
     if not any(agree.values()):
         raise _refuse(
             graph, attention,
@@ -83,6 +90,19 @@ def _probe(
             "(causal or 2-D): only key padding masks are supported",
         )  # fmt: skip
     return mask.name, agree[True]
+
+
+def _wanted(keep: Tensor, scores: tuple[int, ...]) -> Tensor | None:
+    """A key padding mask (batch, keys) as it looks on the scores (batch, heads, rows, keys) or
+    (batch * heads, rows, keys)."""
+    batch, keys = keep.shape
+    if keys != scores[-1] or scores[0] % batch:
+        return None
+    if len(scores) == 4:
+        return keep[:, None, None, :].expand(scores) if batch == scores[0] else None
+    return (
+        keep.repeat_interleave(scores[0] // batch, 0)[:, None, :].expand(scores) if len(scores) == 3 else None
+    )
 
 
 def _probes(mask: Input) -> Iterator[Tensor]:
@@ -96,7 +116,11 @@ def _probes(mask: Input) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _kept(
-    graph: Graph, attention: ScaledDotProduct, order: list[Node], scores: tuple[int, ...], inputs: dict[str, Tensor]
+    graph: Graph,
+    attention: ScaledDotProduct,
+    order: list[Node],
+    scores: tuple[int, ...],
+    inputs: dict[str, Tensor],
 ) -> Tensor:
     """bool of the scores' shape: which key each query may see."""
     values = dict(inputs)
@@ -104,12 +128,19 @@ def _kept(
         if not isinstance(node, Input):
             values[node.name] = node.evaluate(*(values[name] for name in node.inputs))
     mask = values[attention.inputs[3]]
+    try:
+        torch.broadcast_shapes(mask.shape, scores)
+    except RuntimeError:
+        raise _refuse(
+            graph, attention, f"its mask {tuple(mask.shape)} does not fit scores {scores}"
+        ) from None
     if mask.dtype != torch.bool:
         kept = mask > MASKED
         if bool(((mask != 0) & kept).any()) or bool(mask.isnan().any()):
             raise _refuse(
                 graph, attention,
-                "its additive mask holds values that neither keep a key (0) nor remove it (<= -1000): attention biases are not supported",
+                "its additive mask holds values that neither keep a key (0) nor remove it (<= -1000): "
+                "attention biases are not supported",
             )  # fmt: skip
         mask = kept
     return mask.expand(scores)
@@ -118,7 +149,7 @@ def _kept(
 def _ancestors(graph: Graph, name: str) -> list[Node]:
     """The nodes that a value is computed from, and its own, in execution order."""
     needed = {name}
-    for node in reversed(graph.nodes.values()):
+    for node in reversed(list(graph.nodes.values())):
         if node.name in needed:
             needed.update(node.inputs)
     return [node for node in graph.nodes.values() if node.name in needed]

@@ -12,7 +12,7 @@ __all__ = ["drop_views", "regrouped", "sink_views"]
 
 
 def sink_views(graph: Graph) -> Graph:
-    """``op(view(x))`` becomes ``view(op(x))`` where op works on rows or elements; views of views become one."""
+    """``op(view(x))`` becomes ``view(op(x))`` where op works on rows or elements; two views become one."""
     nodes: dict[str, Node] = {}
     now: dict[str, str] = {}  # name in the given graph -> name of the same value in the new one
     for original in graph.nodes.values():
@@ -31,7 +31,7 @@ def sink_views(graph: Graph) -> Graph:
 
 
 def drop_views(graph: Graph) -> Graph:
-    """Sink the views again, now that head splits and merges meet; a plain reshape of an output is left to the host."""
+    """Sink the views again, now that head splits meet merges; reshaping an output is left to the host."""
     graph = sink_views(graph)
     renamed = {}
     for name in graph.outputs:
@@ -56,7 +56,10 @@ def _lifted_view(node: Node, nodes: dict[str, Node]) -> View | None:
     base = nodes[first.inputs[0]]
     if prod(base.shape) != prod(first.shape):
         return None  # a slice: the operator would do more work than before
-    if isinstance(node, Linear | LayerNorm) and regrouped(first.layout, base.shape[-1], base.shape[-1]) is None:
+    if (
+        isinstance(node, Linear | LayerNorm)
+        and regrouped(first.layout, base.shape[-1], base.shape[-1]) is None
+    ):
         return None
     return first
 
@@ -70,7 +73,9 @@ def _swapped(node: Node, view: View, nodes: dict[str, Node]) -> tuple[Node, View
         regroup = regrouped(layout, base.shape[-1], node.shape[-1])
         layout = layout if regroup is None else regroup
     inner = replace(node, inputs=tuple(nodes[name].inputs[0] for name in node.inputs), shape=shape)
-    outer = View(name=f"{node.name}.view", inputs=(node.name,), shape=node.shape, source=node.source, layout=layout)
+    outer = View(
+        name=f"{node.name}.view", inputs=(node.name,), shape=node.shape, source=node.source, layout=layout
+    )
     return inner, outer
 
 
@@ -85,7 +90,7 @@ def _merged(view: View, nodes: dict[str, Node]) -> View:
 
 
 def regrouped(layout: Layout, channels: int, new: int) -> Layout | None:
-    """A layout that moves only whole rows of ``channels``, for rows of ``new`` channels; None if it is no such layout."""
+    """A layout that moves whole rows of ``channels``, for rows of ``new`` channels; None if it does not."""
     *rows, last = layout.dims
     if last != (((channels, 1),) if channels > 1 else ()):
         return None

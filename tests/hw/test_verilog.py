@@ -30,6 +30,25 @@ def test_deterministic_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert verilog("tiny") == "from the cache"
 
 
+def test_text_is_tidy() -> None:
+    text = verilog("tiny")
+    assert re.search(r"\\\$\d+ ", text) is None, "temporaries have plain names"
+    assert re.search(r"\{\d+\{", text), "sign extensions are folded"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a = { \\$x [16], \\$x [16], \\$x  };", "a = { {2{\\$x [16]}}, \\$x  };"),
+        ("a = { x[1], x[1:0], x[1], x[1], b };", "a = { x[1], x[1:0], {2{x[1]}}, b };"),
+        ("a = { x, y, x, xx, x };", "a = { x, y, x, xx, x };"),
+        ("a = { x, x };", "a = { {2{x}} };"),
+    ],
+)
+def test_repeats(before: str, after: str) -> None:
+    assert hw.verilog._fold_repeats(before) == after
+
+
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="unknown arch preset"):
         verilog("huge")

@@ -1,6 +1,7 @@
 """The main job on a small budget."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from sim.verilator import ToolMissingError
 from tests.nmforge.tiny_demo import config, data, model
 
 
-def run(folder: Path, **changes: Any) -> dict[str, Any]:
-    return run_demo(config(folder, **changes), data=data(), model=model())
+def run(folder: Path, *, fresh: bool = False, **changes: Any) -> dict[str, Any]:
+    return run_demo(config(folder, **changes), data=data(), model=model(), fresh=fresh)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steady_sources() -> Iterator[None]:
+    """As if nobody edited the code while the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nmforge.demo, "_source_key", lambda: "the same")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +41,7 @@ def test_summary_has_what_the_issue_asks_for(first: tuple[Path, dict[str, Any]])
     assert set(summary["cycles"]) == set(summary["utilisation"]) == {"dense", "sparse"}
     assert summary["sparse_speedup"] == summary["cycles"]["dense"] / summary["cycles"]["sparse"] > 1
     assert 1.5 < summary["ideal_speedup"] < 2
-    assert summary["bytes"]["dense_int8"] == 4 * 16 * 16 + 2 * 16 * 32 and summary["bytes"]["compressed"] == 1280
+    assert summary["bytes"]["dense_int8"] == 4 * 16 * 16 + 2 * 16 * 32 > summary["bytes"]["compressed"]
     assert {"seconds_per_sentence", "threads", "torch"} <= set(summary["cpu"])
     assert {"clock_mhz_assumed", "seconds_per_sentence"} <= set(summary["accelerator"])
     assert {"version", "cycles_per_s", "build_s"} <= set(summary["simulator"])
@@ -69,22 +78,22 @@ def test_second_run_reuses_and_fresh_does_not(first: tuple[Path, dict[str, Any]]
     (folder / "sparse.nmf").write_bytes(b"altered")
     mended = run(folder, engine="verilator")
     assert mended["reused"] == ["compile-dense", "accuracy", "simulate-sparse", "simulate-dense"]
-    fresh = run_demo(config(folder), data=data(), model=model(), fresh=True)
-    assert fresh["reused"] == [] and fresh["training"]["stages"][0]["seconds"] > 0
 
 
 def test_mix_of_patterns_without_verilator(tmp_path: Path) -> None:
-    summary = run(tmp_path, pattern=dict(config(tmp_path, "*.attention.*=1:4,*.up=2:8").pattern))
+    summary = run(tmp_path, pattern="*.attention.*=1:4,*.up=2:8")
     assert set(summary["patterns"].values()) == {"1:4", "2:8"}
     assert not any(name.endswith("down") for name in summary["patterns"])
     assert summary["bit_exact"] is True and summary["cycles"] == {"sparse": None, "dense": None}
-    assert "report.html" in {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "report.html").is_file()
+    fresh = run(tmp_path, pattern="*.attention.*=1:4,*.up=2:8", fresh=True)
+    assert fresh["reused"] == [] and fresh["training"]["stages"][0]["seconds"] > 0
 
 
 def test_a_pattern_without_a_layer_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with pytest.raises(ValueError, match=r"no Linear or Conv2d layer matches 'bert.encoder.\*.foo'"):
-        run(folder, pattern=dict(config(folder, "*.foo=2:4").pattern))
+        run(folder, pattern="*.foo=2:4")
     assert not folder.exists()
 
 
@@ -107,4 +116,5 @@ def test_sizes_are_checked(tmp_path: Path, name: str) -> None:
 
 def test_sentences_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"only \d+ of 30 sentences fit 4 tokens: 20 are wanted"):
-        run(tmp_path, length=4, batch=20)
+        run(tmp_path / "out", length=4, batch=20)
+    assert not (tmp_path / "out").exists()

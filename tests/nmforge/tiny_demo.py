@@ -1,11 +1,13 @@
 """The demo's flow on a budget of seconds: a small BERT, made-up sentences, the arch tiny."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from algo.idp import IDPConfig
+from algo.nm import NM
 from algo.train import TrainConfig
 from hw.arch import get_arch
 from models import create_model
@@ -49,10 +51,11 @@ def model() -> BertClassifier:
     return made
 
 
-def config(folder: Path, pattern: str = "2:4", **changes: Any) -> DemoConfig:
+def config(folder: Path, pattern: str | Mapping[str, NM] = "2:4", **changes: Any) -> DemoConfig:
     """A demo of three sentences of twelve tokens on the ISA engine."""
     settings: dict[str, Any] = {
-        "pattern": parse_pattern(pattern), "arch": get_arch("tiny"), "out": folder, "batch": 3, "length": 12,
+        "pattern": parse_pattern(pattern) if isinstance(pattern, str) else pattern,
+        "arch": get_arch("tiny"), "out": folder, "batch": 3, "length": 12,
         "calibration": 16, "engine": "isa", "training": TRAINING,
     }  # fmt: skip
     return DemoConfig(**{**settings, **changes})

@@ -1,0 +1,29 @@
+"""Plots are SVG elements: whole, scalable, and the same for the same numbers."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from sim.plots import bars, grouped, short, stacked
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (7, "7"), (1234, "1.23 k"), (45e6, "45 M"), (2.5e9, "2.5 G"), (0.125, "0.125")]
+)
+def test_short(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+def test_svg() -> None:
+    made = [
+        stacked(["a", "b"], {"x": [1, 2], "y": [3, 4]}, label="cycles"),
+        stacked(["a"], {"x": [0.25], "y": [0.75]}, label="share", share=True),
+        grouped(["a", "b"], {"dense": [1e3, 2e3], "2:4": [0, 3e3]}, label="bytes"),
+        bars(["a"], [0.8], ["80 %"], label="accuracy", colours=["#123456"], errors=[0.02], limits=(0.5, 1), share=True),
+    ]
+    for svg in made:
+        root = ElementTree.fromstring(svg)
+        assert root.tag.endswith("svg") and "viewBox" in root.attrib
+        assert "width" not in root.attrib and "height" not in root.attrib
+    again = stacked(["a", "b"], {"x": [1, 2], "y": [3, 4]}, label="cycles")
+    assert again == made[0]
