@@ -83,7 +83,7 @@ class SentimentConfig:
     dropout: float = 0.1
     train_embeddings: bool = True
     dense: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=2))
-    idp: IDPConfig = field(default_factory=IDPConfig)
+    idp: IDPConfig = field(default_factory=lambda: IDPConfig(train=TrainConfig(lr=1e-4)))
 
     def __post_init__(self) -> None:
         for name in ("sentences", "batch_size", "max_length"):

@@ -1,6 +1,5 @@
 """The Verilator engine: the generated Verilog of an Arch, its memory, and a driver that speaks through the registers."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from sim.trace import Trace
 
 __all__ = ["AcceleratorError", "CycleLimitError", "EngineRun", "VerilatorEngine"]
 
-_SIMULATED = f"{TOP_NAME}_simulated"
 _REGISTERS = {register.name: register for register in REGISTERS}
 
 
@@ -93,9 +91,9 @@ class VerilatorEngine:
     ) -> None:
         self.arch = arch
         self.harness = Harness(
-            _with_registered_reset(verilog(arch)), memory,
+            verilog(arch), memory,
             bus_bytes=arch.bus_bytes, model=model, log_writes=log_writes, trace=trace,
-            top=_SIMULATED, progress=progress,
+            top=TOP_NAME, progress=progress,
         )
         self._addresses = register_addresses(COUNTER_NAMES)
 
@@ -182,24 +180,6 @@ class VerilatorEngine:
         self.write("STATUS", _mask("STATUS", "irq"))
         raw = self.harness.memory[address : address + INSTRUCTION_BYTES].tobytes()
         raise AcceleratorError(code, address, raw)
-
-
-def _with_registered_reset(text: str) -> str:
-    """The design in a module of the same ports that delays `rst` by a cycle.
-
-    Every next value depends on the reset, and Verilator computes what depends on an input again whenever it settles the
-    inputs, twice a cycle. Behind a register that is spared: a quarter more speed.
-    """
-    top = re.search(rf"^module {TOP_NAME}\(.*?^endmodule", text, re.MULTILINE | re.DOTALL)
-    if top is None:
-        raise ValueError(f"the design has no module {TOP_NAME}")
-    ports = re.findall(r"^  (input|output) (\[\d+:0\] )?(\w+)\s*;", top[0], re.MULTILINE)
-    declared = ", ".join(f"{direction} {width}{name}" for direction, width, name in ports)
-    connected = ", ".join(f".{name}({'delayed' if name == 'rst' else name})" for _, _, name in ports)
-    return (
-        f"{text}\nmodule {_SIMULATED}({declared});\n  reg delayed = 1;\n  always @(posedge clk) delayed <= rst;\n"
-        f"  {TOP_NAME} top({connected});\nendmodule\n"
-    )
 
 
 def _mask(register: str, field: str) -> int:
