@@ -236,14 +236,15 @@ class _Importer:
     def _outputs(self, node: fx.Node) -> tuple[str, ...]:
         results = zip(cast(Any, node.args[0]), self.program.graph_signature.output_specs, strict=True)
         own = [item for item, spec in results if spec.kind is OutputKind.USER_OUTPUT]  # not changed buffers
-        flat = [self.values.get(item) if isinstance(item, fx.Node) else item for item in own]
-        for item in flat:
+        flat: list[Node] = []
+        for item in (self.values.get(item) if isinstance(item, fx.Node) else item for item in own):
             if not isinstance(item, Node):
                 raise CompileError(f"a compiled module must return tensors, not {type(item).__name__}")
             if isinstance(item, Input | Constant):
                 raise CompileError(
                     f"output {item.name!r} {item.shape} does not depend on a computation: nothing to compile"
                 )
+            flat.append(item)
         return tuple(item.name for item in flat)
 
     def _call(self, node: fx.Node) -> Any:

@@ -82,6 +82,11 @@ class Post:
     function: Function | None = None
     norm: Norm | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing follows."""
+        return not self.residual and self.function is None and self.norm is None
+
     def apply(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         *_, (_, result) = self.stages(x, residual)
         return result
@@ -347,7 +352,7 @@ class Graph:
         Raises
         ------
         ValueError
-            A missing or surplus input, or one of another rank.
+            A missing or surplus input, or one of another rank, dtype or number of channels.
         """
         names = [node.name for node in self.inputs]
         if isinstance(inputs, Tensor):
@@ -361,11 +366,17 @@ class Graph:
             raise ValueError(
                 f"the graph's inputs are {', '.join(names)}, not {', '.join(map(str, inputs)) or 'none'}"
             )
+        masks = {name for node in self.nodes.values() if isinstance(node, KeyMask) for name in node.inputs}
         for node in self.inputs:
             value = inputs[node.name]
-            if not isinstance(value, Tensor) or value.ndim != len(node.shape):
-                given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"input {node.name!r} must be a tensor like {node.shape}, not {given}")
+            if not isinstance(value, Tensor):
+                raise ValueError(f"input {node.name!r} must be a tensor, not {type(value).__name__}")
+            fits = value.ndim == len(node.shape)
+            if fits and node.dtype == torch.float32 and node.name not in masks:
+                fits = value.dtype == torch.float32 and value.shape[-1] == node.shape[-1]
+            if not fits:
+                wanted, given = f"{node.dtype} like {node.shape}", f"{value.dtype} {tuple(value.shape)}"
+                raise ValueError(f"input {node.name!r} must be {wanted}, not {given}".replace("torch.", ""))
         return dict(inputs)
 
     @torch.no_grad()

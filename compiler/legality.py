@@ -73,7 +73,7 @@ def check(graph: Graph, *, shown: int = 5) -> None:
     CompileError
         Names module path, operator and shapes of the first few offending nodes.
     """
-    problems = list(_kinds(graph)) or [problem for rule in RULES for problem in rule(graph)]
+    problems = next(filter(None, (list(rule(graph)) for rule in RULES)), [])
     if problems:
         more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
         raise CompileError("\n  ".join([f"cannot compile (after {graph.stage}):", *problems[:shown], *more]))
@@ -172,10 +172,11 @@ def _positive_scales(graph: Graph) -> Iterator[str]:
 
 RULES: tuple[Callable[[Graph], Iterator[str]], ...] = (
     _operands_first,
+    _kinds,
     _equal_shapes,
     _masks_only_mask,
     _masks_are_no_data,
     _rows_of_channels,
     _positive_scales,
 )
-"""What must hold besides the kinds."""
+"""What must hold; the first rule that is broken is reported."""

@@ -147,8 +147,8 @@ class Calibration:
             self._watched.setdefault((name, stage), _Watched(self._make())).update(values)
 
     def peak(self, name: str, stage: str) -> float:
-        """Largest magnitude."""
-        return self._peaks[name, stage]
+        """Largest magnitude; 0 for a stage that the node does not have."""
+        return self._peaks.get((name, stage), 0.0)
 
     def scale(self, name: str, stage: str) -> float:
         """Real value of one int8 step by the observer's method."""
@@ -209,17 +209,15 @@ def calibrate(
 
 
 def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibration: Calibration) -> None:
-    """Run one batch."""
+    """Run one batch; rows of tokens that ``keep`` (batch, rows) masks do not count."""
+    masked = keep is not None and bool(keep.any())
 
     def seen(values: Tensor) -> Tensor:
-        return (
-            values[keep]
-            if keep is not None and values.ndim == 3 and values.shape[:2] == keep.shape
-            else values
-        )
+        fits = keep is not None and values.ndim == 3 and values.shape[:2] == keep.shape
+        return values[keep] if masked and fits else values
 
     def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
-        if isinstance(node, Linear | Pointwise):
+        if isinstance(node, Linear | Pointwise) and not node.post.is_empty:
             x = node.product(operands[0]) if isinstance(node, Linear) else operands[0]
             calibration.update(node.name, "product", seen(x), watched=False)
             for stage, result in node.post.stages(x, *operands[1:]):
@@ -238,8 +236,7 @@ def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibra
 
 
 def norm_parameters(norm: Norm, *, in_scale: float, out_scale: float, offset: Offset = 0.0) -> ops.LayerNorm:
-    """Integer parameters of a norm from a grid of ``in_scale`` to one of ``out_scale`` on which ``offset`` is
-    0.
+    """Integer parameters of a norm, from a grid of ``in_scale`` to one of ``out_scale`` with ``offset`` at 0.
 
     ``z`` has 10 fraction bits, so ``gamma / out_scale * 2^-10 = g * 2^-shift``: as large a shift as keeps g
     in 16 bits and beta in 31.
@@ -293,8 +290,8 @@ def _table_input(
     if not high > low:
         return 1.0, 0.0
     best, least = (1.0, 0.0), np.inf
-    for top in np.linspace(0.3, 1.0, 36):
-        for bottom in (-top,) if symmetric else np.linspace(0.1, 1.0, 19):
+    for top in np.linspace(0.3, 1.0, 29):
+        for bottom in (-top,) if symmetric else np.linspace(0.1, 1.0, 13):
             first = min(low, 0.0) * abs(bottom) + max(low, 0.0)
             scale = (max(high, 0.0) * top + min(high, 0.0) - first) / 255
             offset = 0.0 if symmetric else first + 128 * scale
@@ -388,12 +385,11 @@ class _Builder:
         self.offsets: dict[str, NDArray[np.float64]] = {}  # value at 0 of the channels, where it is not 0
 
     def network(self) -> ops.QuantNetwork:
-        inputs: list[str] = []
         for node in self.graph.nodes.values():
             if isinstance(node, Input) and not any(
                 isinstance(user, KeyMask) for user in self.users[node.name]
             ):
-                self.tensor(node, "int8", self.calibration.scale(node.name, "out"))
+                self.tensor(node, "int8", self.out_scale(node.name))
             elif isinstance(node, KeyMask):
                 self.mask(node)
             elif isinstance(node, Attention):
@@ -447,15 +443,12 @@ class _Builder:
         if tensor.dtype == "int8":
             return name
         if name not in self.narrow:
-            scale = (
-                self.calibration.centred(name, "out")[0]
-                if name in self.offsets
-                else self.calibration.scale(name, "out")
-            )
+            shifted = name in self.offsets
+            scale = self.calibration.centred(name, "out")[0] if shifted else self.out_scale(name)
             small = replace(tensor, name=f"{name}.int8", dtype="int8", scale=scale)
             mult, shift = _multiplier(tensor.scale / small.scale, name)
             self.tensors[small.name] = small
-            if name in self.offsets:
+            if shifted:
                 self.shift(small.name, self.offsets[name])
             residual, source = ops.ResidualInput(name, mult, shift), self.graph.nodes[name].source
             self.ops.append(
@@ -481,7 +474,7 @@ class _Builder:
             scale, zero = self.calibration.from_low(node.name, "out")
             self.shift(node.name, np.full(node.shape[-1], zero))
             return self.tensor(node, "int8", scale)
-        return self.tensor(node, "int8", self.out_scale(node))
+        return self.tensor(node, "int8", self.out_scale(node.name))
 
     def may_shift(self, node: Node) -> bool:
         """Whether the value at 0 may be any: all readers have a bias to make up for it."""
@@ -498,19 +491,15 @@ class _Builder:
         self.offsets[name] = np.array([float(text) for text in texts])
         self.meta[f"offset.{name}"] = " ".join(texts if len(set(texts)) > 1 else texts[:1])
 
-    def out_scale(self, node: Node) -> float:
-        """Scale of an 8-bit result; coarser where an attention score would be too fine."""
-        scale = self.calibration.scale(node.name, "out")
-        for user in self.users[node.name]:
-            if isinstance(user, Attention) and node.name in user.inputs[:2]:
-                product = user.scale * LOG2E_256
-                for name in user.inputs[:2]:
-                    product *= self.calibration.scale(name, "out")
-                if product < SCORE_FLOOR:
-                    scale *= (SCORE_FLOOR / max(product, 1e-30)) ** (
-                        1.0 if user.inputs[0] == user.inputs[1] else 0.5
-                    ) * 1.001
-        return scale
+    def out_scale(self, name: str) -> float:
+        """Scale of an 8-bit tensor; coarser where the scores of an attention would be too fine."""
+        scale = self.calibration.scale(name, "out")
+        coarser = [1.0]
+        for user in self.users[name]:
+            if isinstance(user, Attention) and name in user.inputs[:2]:
+                q, k = (self.calibration.scale(operand, "out") for operand in user.inputs[:2])
+                coarser.append(1.001 * np.sqrt(SCORE_FLOOR / (q * k * user.scale * LOG2E_256)))
+        return scale * max(coarser)
 
     def peak(self, node: Linear | Pointwise, stage: str) -> float:
         """Largest magnitude of a value, and of what is added up to it."""
@@ -598,7 +587,7 @@ class _Builder:
 
     def attention(self, node: Attention) -> None:
         q, k, v = (self.operand8(name) for name in node.inputs[:3])
-        out = self.tensor(node, "int8", self.out_scale(node))
+        out = self.tensor(node, "int8", self.out_scale(node.name))
         what = node.source or node.name
         score = _multiplier(self.tensors[q].scale * self.tensors[k].scale * node.scale * LOG2E_256, what)
         output = _multiplier(self.tensors[v].scale / out.scale, what)

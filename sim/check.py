@@ -17,7 +17,7 @@ from hw.isa import Instruction, Out
 from sim.harness import WriteLog
 from sim.isa_engine import run_isa
 
-__all__ = ["IsaRecord", "Mismatch", "compare_image", "compare_log", "record_isa"]
+__all__ = ["IsaRecord", "Mismatch", "compare_image", "compare_log", "record_isa", "written_addresses"]
 
 Bytes = NDArray[np.uint8]
 

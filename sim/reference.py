@@ -217,7 +217,7 @@ def _rows(
 
 
 class _Weight:
-    """A weight for exact products with int8 rows: (in, out) float32 where the bound allows it, else float64."""
+    """A weight for exact products with int8 rows: (in, out) float32 where the bound allows, else float64."""
 
     def __init__(self, weight: NDArray[np.int8]) -> None:
         self.bound = int(np.abs(weight.astype(np.int64)).sum(1).max()) * 128

@@ -276,6 +276,7 @@ class _Verilator:
             start = time.monotonic()
             result = self._run_program(engine)
             wall = time.monotonic() - start
+            self.report("verilator", result.cycles, result.cycles)
             mismatches = self._compare(engine)
             build = engine.harness.build
             times = engine.harness.write_times()

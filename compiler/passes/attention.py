@@ -64,7 +64,7 @@ def _match(graph: Graph, product: MatMul, data: set[str]) -> list[Node] | None:
 
 
 def _scores(graph: Graph, name: str, data: set[str]) -> tuple[MatMul, float, list[str]] | None:
-    """The product q kT below a softmax, its scale, and what is added to it; None if anything else is there."""
+    """The product q kT below a softmax, its scale, and what is added to it; None if there is more."""
     node, scale, masks = graph.nodes[name], 1.0, []
     while not isinstance(node, MatMul):
         if isinstance(node, Scale):

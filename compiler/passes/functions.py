@@ -14,13 +14,22 @@ __all__ = ["POINTWISE", "fold_functions"]
 
 aten = torch.ops.aten
 
-POINTWISE = frozenset({
-    aten.mul.Tensor, aten.mul.Scalar, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar,
-    aten.rsub.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default,
-    aten.exp.default, aten.abs.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default,
-    aten.square.default, aten.sqrt.default, aten.reciprocal.default, aten.sin.default, aten.cos.default, aten.log1p.default, aten.maximum.default,
-    aten.minimum.default,
-})  # fmt: skip
+POINTWISE = frozenset(
+    {
+        *(
+            aten.mul.Tensor,
+            aten.mul.Scalar,
+            aten.add.Tensor,
+            aten.add.Scalar,
+            aten.sub.Tensor,
+            aten.sub.Scalar,
+        ),
+        *(aten.rsub.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default),
+        *(aten.exp.default, aten.abs.default, aten.clamp.default, aten.clamp_min.default),
+        *(aten.clamp_max.default, aten.square.default, aten.sqrt.default, aten.reciprocal.default),
+        *(aten.sin.default, aten.cos.default, aten.log1p.default, aten.maximum.default, aten.minimum.default),
+    }
+)
 """Operators that work element by element on float tensors."""
 
 

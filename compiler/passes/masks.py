@@ -67,8 +67,8 @@ def _understand(graph: Graph, attention: ScaledDotProduct) -> tuple[str, bool] |
             return None
         raise _refuse(
             graph, attention,
-            "its mask is a constant (causal or other 2-D): only key padding masks from an input (batch, keys) "
-            "are supported",
+            "its mask is a constant (causal or other 2-D): only key padding masks from an input "
+            "(batch, keys) are supported",
         )  # fmt: skip
     return _probe(graph, attention, order, inputs[0], scores)
 
@@ -86,15 +86,14 @@ def _probe(
     if not any(agree.values()):
         raise _refuse(
             graph, attention,
-            f"the mask from input {mask.name!r} {mask.shape} depends on the query, the head or several entries "
-            "(causal or 2-D): only key padding masks are supported",
+            f"the mask from input {mask.name!r} {mask.shape} depends on the query, the head or several "
+            "entries (causal or 2-D): only key padding masks are supported",
         )  # fmt: skip
     return mask.name, agree[True]
 
 
 def _wanted(keep: Tensor, scores: tuple[int, ...]) -> Tensor | None:
-    """A key padding mask (batch, keys) as it looks on the scores (batch, heads, rows, keys) or
-    (batch * heads, rows, keys)."""
+    """A key padding mask as it looks on scores (batch, heads, rows, keys) or (batch * heads, rows, keys)."""
     batch, keys = keep.shape
     if keys != scores[-1] or scores[0] % batch:
         return None

@@ -1,0 +1,207 @@
+"""Every pass keeps what the module computes, and the last one leaves what the quantiser takes."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from compiler.frontend import trace
+from compiler.graph import Attention, CompileError, Graph, KeyMask, Linear, Pointwise
+from compiler.passes import PASSES, optimise, run_passes
+from tests.compiler.modules import CASES, Apply, attention_layers, bert_attention, keep_mask, make
+
+INF = float("inf")
+
+
+@cache
+def _stages(name: str) -> tuple[Graph, ...]:
+    module, inputs = make(name)
+    graph = trace(module, inputs)
+    return (graph, *run_passes(graph))
+
+
+def _expected(name: str) -> tuple[torch.Tensor, ...]:
+    module, inputs = make(name)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            result = module(**inputs) if isinstance(inputs, dict) else module(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_pass_keeps_the_result(name):
+    expected, (_, inputs) = _expected(name), make(name)
+    for graph in _stages(name):
+        results = graph.run(inputs).values()
+        for result, wanted in zip(results, expected, strict=True):
+            error = (result.reshape(wanted.shape) - wanted).abs().max()
+            assert error <= 1e-5, f"after {graph.stage}"
+
+
+def _operators(name: str) -> list[str]:
+    marks = []
+    for node in _stages(name)[-1].nodes.values():
+        if isinstance(node, Linear | Pointwise):
+            post = node.post
+            parts = (post.residual and "add", post.function and post.function.name, post.norm and "norm")
+            marks.append(" ".join([type(node).__name__, *(part for part in parts if part)]))
+        elif isinstance(node, Attention):
+            marks.append("Attention")
+    return marks
+
+
+LAYER = ["Linear", "Linear", "Linear", "Attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "operators"),
+    [
+        ("linear", ["Linear"]),
+        ("mlp with dropout", ["Linear relu", "Linear norm"]),
+        ("norms", ["Pointwise norm", "Linear norm", "Pointwise tanh"]),
+        ("residual", ["Linear gelu", "Linear add"]),
+        ("residual and norm", ["Linear gelu", "Linear add norm"]),
+        ("activation after residual", ["Linear gelu", "Linear add relu"]),
+        ("stream read twice", ["Linear add", "Linear add", "Linear"]),
+        ("x + x", ["Pointwise add", "Linear"]),
+        ("scaled residual", ["Linear add"]),
+        ("weight and bias by hand", ["Linear"]),
+        ("rows flattened and back", ["Linear"]),
+        ("two outputs", ["Linear", "Linear"]),
+        ("timm attention", [*LAYER, "Linear"]),
+        ("cross attention", [*LAYER, "Linear"]),
+        ("post-LN encoder", [*LAYER, "Linear add norm", "Linear relu", "Linear add norm"] * 2),
+        ("post-LN encoder, gelu, mask", [*LAYER, "Linear add norm", "Linear gelu", "Linear add norm"]),
+        (
+            "pre-LN encoder, gelu",
+            ["Pointwise norm", *LAYER, "Linear add", "Pointwise norm", "Linear gelu", "Linear add", "Pointwise norm"],
+        ),
+    ],
+)
+def test_what_is_fused_into_what(name, operators):
+    assert sorted(_operators(name)) == sorted(operators)
+
+
+def test_arithmetic_of_one_tensor_becomes_one_function():
+    kinds = _operators("gelu by hand")
+    assert len(kinds) == 2 and kinds[0].startswith("Linear ") and kinds[1] == "Linear"
+
+
+def test_packed_projection_becomes_three_slices_of_its_weight():
+    module, _ = make("post-LN encoder")
+    graph = _stages("post-LN encoder")[-1]
+    packed = module.layers[0].self_attn.in_proj_weight
+    names = [f"layers.0.self_attn[{24 * i}:{24 * i + 24}]" for i in range(3)]
+    for i, name in enumerate(names):
+        assert torch.equal(graph.nodes[name].weight, packed[24 * i : 24 * i + 24])
+        assert graph.nodes[name].source == name
+    assert graph.nodes["layers.0.self_attn.attention"].inputs == tuple(names)
+
+
+def test_heads_and_scale_of_attention():
+    (attention,) = (node for node in _stages("timm attention")[-1].nodes.values() if isinstance(node, Attention))
+    assert attention.heads == 3
+    assert math.isclose(attention.scale, 8**-0.5)
+
+
+@pytest.mark.parametrize("name", ["post-LN encoder, gelu, mask", "pre-LN encoder, mask"])
+def test_a_fused_graph_runs_on_other_shapes(name):
+    module, _ = make(name)
+    x, mask = torch.randn(3, 11, 24), torch.zeros(3, 11, dtype=torch.bool)
+    mask[2, 5:] = True
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad():
+        wanted = module(x, src_key_padding_mask=mask)
+    (result,) = _stages(name)[-1].run({"src": x, "src_key_padding_mask": mask}).values()
+    torch.testing.assert_close(result, wanted, atol=1e-5, rtol=0)
+
+
+def test_one_key_mask_for_all_layers():
+    graph = _stages("pre-LN encoder, mask")[-1]
+    (mask,) = (node for node in graph.nodes.values() if isinstance(node, KeyMask))
+    assert mask.inputs == ("src_key_padding_mask",) and not mask.keep and mask.shape == (2, 1, 7)
+    assert len(graph.users()[mask.name]) == 2
+
+
+def _bert(masked):
+    torch.manual_seed(1)
+    return Apply(lambda m, x, mask: bert_attention(m, x, mask, masked), **attention_layers()).eval()
+
+
+MASKS = {
+    "additive -1e4": lambda s, m: s + (1.0 - m[:, None, None, :].float()) * -10000.0,
+    "additive least float": lambda s, m: s + (1.0 - m[:, None, None, :].to(s.dtype)) * torch.finfo(s.dtype).min,
+    "masked_fill": lambda s, m: s.masked_fill(m[:, None, None, :] == 0, -INF),
+    "where": lambda s, m: torch.where(m[:, None, None, :].bool(), s, torch.tensor(-1e9)),
+    "where with a number": lambda s, m: torch.where(m[:, None, None, :] > 0, s, -1e9),
+    "twice": lambda s, m: s.masked_fill(m[:, None, None, :] == 0, -INF) + (1.0 - m.float())[:, None, None, :] * -1e9,
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_ways_to_write_a_padding_mask(name):
+    module, x = _bert(MASKS[name]), torch.randn(2, 7, 24)
+    graph = optimise(trace(module, (x, keep_mask())))
+    (mask,) = (node for node in graph.nodes.values() if isinstance(node, KeyMask))
+    assert mask.keep
+    with torch.no_grad():
+        wanted = module(x, keep_mask())
+    (result,) = graph.run((x, keep_mask())).values()
+    torch.testing.assert_close(result, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_dtypes_of_a_padding_mask(dtype):
+    module, x, mask = _bert(MASKS["masked_fill"]), torch.randn(2, 7, 24), keep_mask().to(dtype)
+    graph = optimise(trace(module, (x, mask)))
+    with torch.no_grad():
+        torch.testing.assert_close(next(iter(graph.run((x, mask)).values())), module(x, mask), atol=1e-5, rtol=0)
+
+
+REFUSED = {
+    "causal and padding": (
+        lambda s, m: s.masked_fill(torch.ones(7, 7).triu(1).bool(), -1e9).masked_fill(m[:, None, None, :] == 0, -1e9),
+        r"the mask from input 'args_1' \(2, 7\) depends on the query, the head or several entries \(causal or 2-D\)",
+    ),
+    "pairs of tokens": (
+        lambda s, m: s.masked_fill((m[:, None, None, :] * m[:, None, :, None]) == 0, -1e9),
+        "depends on the query, the head or several entries",
+    ),
+    "bias": (
+        lambda s, m: s + m[:, None, None, :].float() * 0.5,
+        "attention biases are not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_masks_that_are_no_key_padding(name):
+    masked, message = REFUSED[name]
+    with pytest.raises(CompileError, match=message):
+        optimise(trace(_bert(masked), (torch.randn(2, 7, 24), keep_mask())))
+
+
+def test_constant_masks():
+    def masked(constant):
+        layers = {name: nn.Linear(24, 24) for name in "qkvo"}
+        function = lambda m, x: bert_attention(m, x, x, lambda s, _: s + constant)
+        return optimise(trace(Apply(function, **layers), torch.randn(2, 7, 24)))
+
+    graph = masked(torch.zeros(7, 7))
+    assert not any(isinstance(node, KeyMask) for node in graph.nodes.values())
+    with pytest.raises(CompileError, match=r"mask is a constant \(causal or other 2-D\)"):
+        masked(torch.full((7, 7), -INF).triu(1))
+    with pytest.raises(CompileError, match="attention biases are not supported"):
+        masked(torch.arange(7.0))
+
+
+def test_the_passes_are_one_visible_list():
+    names = [transform.__name__ for transform in PASSES]
+    assert names[0] == "fold_functions" and names[-1] == "fuse"
+    assert [graph.stage for graph in _stages("linear")] == ["trace", *names]
