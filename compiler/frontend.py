@@ -129,9 +129,13 @@ def _effective(module: nn.Module) -> nn.Module:
     result = copy.deepcopy(module).eval()
     for part in result.modules():
         if parametrize.is_parametrized(part):
-            pattern = pattern_of(part)
-            for name in list(cast(Any, part).parametrizations):
-                parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+            pattern, names = pattern_of(part), list(cast(Any, part).parametrizations)
+            values = {name: getattr(part, name).detach() for name in names}
+            # not remove_parametrizations: it would change the class, which the copy shares with the module
+            part.__class__ = parametrize.type_before_parametrizations(part)
+            del part.parametrizations
+            for name, value in values.items():
+                setattr(part, name, nn.Parameter(value, requires_grad=False))
             part.nm_pattern = pattern  # type: ignore[assignment]
     return result
 
@@ -159,6 +163,8 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> ExportedProgram:
     """The module as functional aten operators; linear, layer_norm and attention stay whole."""
+    args = tuple(value.clone() for value in args)  # one tensor given twice is two inputs
+    kwargs = {name: value.clone() for name, value in kwargs.items()}
     with _eval_mode(module), torch.no_grad():
         try:
             return torch.export.export(module, args, kwargs, strict=False).run_decompositions({})

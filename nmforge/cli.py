@@ -18,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog="Exit codes: 0 done, 1 a check failed, 2 wrong use or bad input. NMFORGE_DEBUG=1 shows tracebacks.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -247,6 +248,9 @@ def compile_command(
 # -- simulate ---------------------------------------------------------------------------------------------------------
 
 Program = Annotated[Path, typer.Argument(help="Program file.")]
+OnlyArch = Annotated[
+    str | None, typer.Option("--arch", metavar="PRESET", help="Refuse a program that was compiled for another.")
+]
 EngineName = Annotated[str, typer.Option("--engine", help="verilator: the RTL, cycle by cycle. isa: functional.")]
 Inputs = Annotated[
     Path | None, typer.Option("--inputs", help="The model's inputs by name, .npz or .safetensors; else random ones.")
@@ -269,6 +273,7 @@ Last = Annotated[int | None, typer.Option("--to", help="Cycle before which the t
 @guarded
 def simulate(
     program: Program,
+    arch: OnlyArch = None,
     engine: EngineName = "verilator",
     inputs: Inputs = None,
     outputs: Outputs = None,
@@ -283,6 +288,9 @@ def simulate(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Run a program on the simulated accelerator and check every byte that it writes."""
+    from nmforge.arguments import parse_arch
+
+    wanted = None if arch is None else parse_arch(arch)
     from nmforge.commands import run_program
     from nmforge.errors import CheckFailedError
     from nmforge.tables import print_run
@@ -292,7 +300,7 @@ def simulate(
 
     memory = MemoryModel(latency=latency, bytes_per_cycle=bandwidth, stall_probability=stalls, seed=seed)
     loaded, run = run_program(
-        program, engine=engine, inputs=inputs, outputs=outputs, check=check, memory=memory,
+        program, arch=wanted, engine=engine, inputs=inputs, outputs=outputs, check=check, memory=memory,
         trace=None if trace is None else Trace(trace, first, last), seed=seed,
     )  # fmt: skip
     record = {"program_file": str(program), **run_record(loaded, run)}

@@ -162,6 +162,7 @@ def build_program(
 def run_program(
     file: Path,
     *,
+    arch: Arch | None,
     engine: str,
     inputs: Path | None,
     outputs: Path | None,
@@ -170,12 +171,14 @@ def run_program(
     trace: Trace | None,
     seed: int,
 ) -> tuple[Program, Run]:
-    """Load a program, run it on inputs from a file or a seed, and write its outputs."""
+    """Load a program, run it on inputs from a file or a seed, and write its outputs; `arch`: refuse a program for another."""
     if engine not in get_args(Engine):
         raise unknown("engine", engine, get_args(Engine))
     if outputs is not None:
         check_outputs(outputs)
     program = load(file)
+    if arch is not None and program.arch != arch:
+        raise BadInputError(f"{file} was compiled for {program.arch.name}, not for {arch.name}: compile it again")
     values = read_inputs(inputs) if inputs is not None else random_inputs(program, seed)
     with progress_bars() as progress:
         run = simulate(

@@ -30,7 +30,7 @@ from compiler.listing import bound_of
 from compiler.program import Program, load
 from hw.arch import Arch
 from hw.verilog import verilog
-from models.bert import BertClassifier
+from models.bert import CONFIGS, BertClassifier
 from nmforge.arguments import pattern_text
 from nmforge.console import Report, Stages, reporter, write_text
 from nmforge.encoder import (
@@ -41,6 +41,7 @@ from nmforge.encoder import (
     int8_logits,
     pad,
 )
+from nmforge.errors import BadInputError
 from nmforge.sentiment import Batch, SentimentConfig, SentimentData, collate, prepare, train
 from sim.engine import VerilatorEngine
 from sim.memory import MemoryModel
@@ -183,7 +184,11 @@ class _Demo:
                 config.seed, test_size=config.test_size, max_length=settings.max_length, model=settings.model
             )
         self.stages.say(f"{len(data.train):,} sentences to train on, {len(data.test):,} held out")
-        choose_sentences(data.test, config.batch, config.length)  # what does not fit should show up now
+        # What does not fit should show up now, not after minutes of training.
+        positions = (self._model.bert.config if self._model else CONFIGS[settings.model]).positions
+        if config.length > positions:
+            raise BadInputError(f"length must be <= {positions}, the positions of the model, not {config.length}")
+        choose_sentences(data.test, config.batch, config.length)
         return data
 
     def train(self, data: SentimentData) -> PipelineResult:
@@ -351,7 +356,7 @@ class _Demo:
             "accelerator": _accelerator(config, cycles),
             "simulator": {
                 "version": build["version"],
-                "cycles_per_s": runs["sparse"]["cycles_per_s"],
+                "cycles_per_s": _speed(runs),
                 "build_s": build["build_s"],
             },
             "verilog_s": build["verilog_s"],
@@ -359,7 +364,7 @@ class _Demo:
             "sentences": _sentence_rows(data, numbers, model, runs["sparse"]["logits"]),
             "runs": dict(runs),
             "environment": _environment(),
-            "stages": self.stages.seconds,
+            "stages": [{"name": name, "seconds": seconds} for name, seconds in self.stages.seconds.items()],
             "reused": self.kept.reused,
         }
 
@@ -394,6 +399,12 @@ def _accuracy(logits: Tensor, data: SentimentData) -> float:
 
 def _ratio(dense: int | None, sparse: int | None) -> float | None:
     return None if dense is None or sparse is None else dense / sparse
+
+
+def _speed(runs: Mapping[Kind, dict[str, Any]]) -> float | None:
+    """Simulated cycles a second, over both runs."""
+    cycles = [record["cycles"] for record in runs.values()]
+    return None if None in cycles else sum(cycles) / sum(record["wall_s"] for record in runs.values())
 
 
 def _run_line(record: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ def int8_logits(
     model: BertClassifier,
     sentences: Sequence[Encoded],
     *,
-    batch_size: int = 64,
+    batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Logits (sentences, classes) with the encoder in the integer arithmetic of the accelerator, by the reference.

@@ -61,8 +61,7 @@ def stacked(
     label: str,
     colours: Sequence[str] = KINDS,
     share: bool = False,
-    totals: bool = True,
-    hatched: Sequence[str] = (),
+    group: int = 1,
 ) -> str:
     """Horizontal stacked bars, first row on top: one bar a row, one colour a part.
 
@@ -70,27 +69,25 @@ def stacked(
     ----------
     share
         Values are shares of 1, shown as percentages, and written into the parts that have room.
-    totals
-        Write the sum at the end of each bar.
-    hatched
-        Parts to hatch as well as to colour.
+    group
+        So many rows stand together.
     """
     with plt.rc_context(_STYLE):
         figure, axes = _figure(len(rows))
         left = [0.0] * len(rows)
+        places = [row - 0.16 * (row % group - (group - 1) / 2) for row in range(len(rows))]
         for (name, values), colour in zip(parts.items(), colours):
             drawn = axes.barh(
-                range(len(rows)), values, left=left, color=colour, label=name, height=0.68, edgecolor="white",
-                linewidth=0.6, hatch="///" if name in hatched else None,
-            )  # fmt: skip
+                places, values, left=left, color=colour, label=name, height=0.72, edgecolor="white", linewidth=0.6
+            )
             if share:
                 texts = [f"{value:.0%}" if value >= 0.055 else "" for value in values]
                 axes.bar_label(drawn, texts, label_type="center", color=_contrast(colour), fontsize=9.5)
             left = [start + value for start, value in zip(left, values, strict=True)]
-        if totals and not share:
-            _write_ends(axes, left, [short(value) for value in left])
-        _finish(figure, axes, rows, label, share=share)
-        _legend_below(figure, axes, len(parts))
+        if not share:
+            _write_ends(axes, left, [short(value) for value in left], places)
+        _finish(axes, rows, label, share=share, places=places)
+        _legend_below(figure, len(parts))
         return to_svg(figure)
 
 
@@ -110,9 +107,9 @@ def grouped(
             places = [row + (number - (len(series) - 1) / 2) * height for row in range(len(rows))]
             axes.barh(places, values, height=height * 0.92, color=colour, label=name)
             _write_ends(axes, values, [f"{value:.1%}" if share else short(value) for value in values], places)
-        _finish(figure, axes, rows, label, share=share)
+        _finish(axes, rows, label, share=share)
         if len(series) > 1:
-            _legend_below(figure, axes, len(series))
+            _legend_below(figure, len(series))
         return to_svg(figure)
 
 
@@ -134,7 +131,7 @@ def bars(
         axes.barh(range(len(rows)), values, color=list(colours), height=0.62, xerr=errors, error_kw=whisker)
         ends = [value + error for value, error in zip(values, errors or [0.0] * len(values), strict=True)]
         _write_ends(axes, ends, texts)
-        _finish(figure, axes, rows, label, share=share)
+        _finish(axes, rows, label, share=share)
         if limits is not None:
             axes.set_xlim(*limits)
         return to_svg(figure)
@@ -158,8 +155,10 @@ def _figure(rows: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finish(figure: Figure, axes: Axes, rows: Sequence[str], label: str, *, share: bool) -> None:
-    axes.set_yticks(range(len(rows)), rows)
+def _finish(
+    axes: Axes, rows: Sequence[str], label: str, *, share: bool, places: Sequence[float] | None = None
+) -> None:
+    axes.set_yticks(places if places is not None else range(len(rows)), rows)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlabel(label)
@@ -181,7 +180,7 @@ def _write_ends(
         axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9.5)
 
 
-def _legend_below(figure: Figure, axes: Axes, count: int) -> None:
+def _legend_below(figure: Figure, count: int) -> None:
     figure.legend(loc="outside lower center", ncols=min(count, 5), handlelength=1.2, columnspacing=1.4)
 
 

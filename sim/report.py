@@ -210,7 +210,7 @@ def _plot_layers(views: Sequence[RunView]) -> str:
     others = [float(sum(value for kind, value in cell.items() if kind not in kinds)) for cell in cells]
     if any(others):
         parts["other"] = others
-    return plots.stacked(rows, parts, label="cycles")
+    return plots.stacked(rows, parts, label="cycles", group=len(views))
 
 
 def _top_kinds(cells: Sequence[Mapping[str, int]]) -> list[str]:
@@ -331,4 +331,4 @@ def _seconds(value: float | None) -> str:
         return f"{value * 1e6:.0f} µs"
     if value < 1:
         return f"{value * 1e3:.2f} ms"
-    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+    return f"{value:.1f} s" if value < 60 else f"{value / 60:.1f} min"

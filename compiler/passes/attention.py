@@ -19,6 +19,7 @@ from compiler.graph import (
     View,
 )
 from compiler.layout import Layout, LayoutError
+from compiler.passes.views import sink_views
 
 __all__ = ["match_heads", "match_scores"]
 
@@ -90,16 +91,27 @@ def _data_nodes(graph: Graph) -> set[str]:
 
 
 def match_heads(graph: Graph) -> Graph:
-    """ScaledDotProduct of head splits of (B, S, C) tensors becomes `Attention` and a split of its result."""
-    nodes: list[Node] = []
-    split: dict[str, str] = {}  # attention -> the view of it that has the value of the ScaledDotProduct
-    for node in graph.nodes.values():
+    """ScaledDotProduct of head splits of (B, S, C) tensors becomes `Attention` and a split of its result.
+
+    One at a time, so that the next one sees a (B, S, C) tensor where it reads the result of the one before.
+    """
+    for name, node in list(graph.nodes.items()):
+        node = graph.nodes.get(name, node)
         found = _heads(graph, node) if isinstance(node, ScaledDotProduct) else None
-        node = replace(node, inputs=tuple(split.get(name, name) for name in node.inputs))
-        nodes.extend(found or [node])
         if found is not None:
-            split[node.name] = found[1].name
-    return graph.rewrite(nodes, outputs=tuple(split.get(name, name) for name in graph.outputs))
+            nodes, outputs = _replaced(graph, *found)
+            graph = sink_views(graph.rewrite(nodes, outputs=outputs))
+    return graph
+
+
+def _replaced(graph: Graph, attention: Attention, split: View) -> tuple[list[Node], tuple[str, ...]]:
+    """The graph's nodes and outputs with the split wherever the node of the attention's name was read."""
+    renamed = {attention.name: split.name}
+    nodes: list[Node] = []
+    for node in graph.nodes.values():
+        inputs = tuple(renamed.get(name, name) for name in node.inputs)
+        nodes += [attention, split] if node.name == attention.name else [replace(node, inputs=inputs)]
+    return nodes, tuple(renamed.get(name, name) for name in graph.outputs)
 
 
 def _heads(graph: Graph, node: ScaledDotProduct) -> tuple[Attention, View] | None:

@@ -1,13 +1,28 @@
 """Modules and inputs that the tests of the front end, the passes and the quantiser share."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CASES", "Apply", "attention_layers", "bert_attention", "keep_mask", "make", "split_heads", "timm_attention"]
+from compiler.frontend import trace
+from compiler.graph import Graph
+from compiler.passes import run_passes
+
+__all__ = [
+    "CASES",
+    "Apply",
+    "attention_layers",
+    "bert_attention",
+    "keep_mask",
+    "make",
+    "split_heads",
+    "stages",
+    "timm_attention",
+]
 
 Call = Callable[..., Any]
 
@@ -59,6 +74,11 @@ def attention_layers() -> dict[str, nn.Module]:
     return {name: nn.Linear(24, 24) for name in "qkvo"}
 
 
+def _itself(x: Tensor) -> Tensor:
+    """Attention of a tensor to itself, without layers."""
+    return F.scaled_dot_product_attention(*[split_heads(x)] * 3).transpose(1, 2).flatten(2)
+
+
 def _encoder(layers: int, **options: Any) -> nn.Module:
     layer = nn.TransformerEncoderLayer(24, 3, 48, batch_first=True, **options)
     norm = nn.LayerNorm(24) if options.get("norm_first") else None
@@ -82,7 +102,9 @@ X, ROWS = (2, 7, 24), (9, 24)
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "linear": (lambda: nn.Linear(24, 5), lambda: torch.randn(ROWS)),
     "mlp with dropout": (
-        lambda: nn.Sequential(nn.Linear(24, 48), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(48, 24), nn.LayerNorm(24)),
+        lambda: nn.Sequential(
+            nn.Linear(24, 48), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(48, 24), nn.LayerNorm(24)
+        ),
         lambda: torch.randn(ROWS),
     ),
     "norms": (
@@ -99,28 +121,50 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         lambda: torch.randn(X),
     ),
     "stream read twice": (
-        lambda: Apply(lambda m, x: m.c(m.b(y := x + m.a(x)) + y), a=nn.Linear(24, 24), b=nn.Linear(24, 24), c=nn.Linear(24, 8)),
+        lambda: Apply(
+            lambda m, x: m.c(m.b(y := x + m.a(x)) + y),
+            a=nn.Linear(24, 24),
+            b=nn.Linear(24, 24),
+            c=nn.Linear(24, 8),
+        ),
         lambda: torch.randn(X),
     ),
     "x + x": (lambda: Apply(lambda m, x: m.a(x + x), a=nn.Linear(24, 24)), lambda: torch.randn(X)),
-    "scaled residual": (lambda: Apply(lambda m, x: x + 0.5 * m.a(x), a=nn.Linear(24, 24)), lambda: torch.randn(X)),
+    "scaled residual": (
+        lambda: Apply(lambda m, x: x + 0.5 * m.a(x), a=nn.Linear(24, 24)),
+        lambda: torch.randn(X),
+    ),
     "weight and bias by hand": (
-        lambda: Apply(lambda m, x: x @ m.w + m.b, w=nn.Parameter(torch.randn(24, 8) / 5), b=nn.Parameter(torch.randn(8))),
+        lambda: Apply(
+            lambda m, x: x @ m.w + m.b, w=nn.Parameter(torch.randn(24, 8) / 5), b=nn.Parameter(torch.randn(8))
+        ),
         lambda: torch.randn(X),
     ),
     "rows flattened and back": (
         lambda: Apply(lambda m, x: m.a(x.view(-1, 24)).view(2, 7, 12), a=nn.Linear(24, 12)),
         lambda: torch.randn(X),
     ),
-    "gelu by hand": (lambda: Apply(_gelu_by_hand, a=nn.Linear(24, 24), b=nn.Linear(24, 24)), lambda: torch.randn(X)),
+    "gelu by hand": (
+        lambda: Apply(_gelu_by_hand, a=nn.Linear(24, 24), b=nn.Linear(24, 24)),
+        lambda: torch.randn(X),
+    ),
     "two outputs": (
         lambda: Apply(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(24, 24), b=nn.Linear(24, 3)),
         lambda: torch.randn(X),
     ),
-    "timm attention": (lambda: Apply(timm_attention, qkv=nn.Linear(24, 72), o=nn.Linear(24, 24)), lambda: torch.randn(X)),
-    "chunked attention": (lambda: Apply(_chunked, qkv=nn.Linear(24, 72), o=nn.Linear(24, 24)), lambda: torch.randn(X)),
+    "timm attention": (
+        lambda: Apply(timm_attention, qkv=nn.Linear(24, 72), o=nn.Linear(24, 24)),
+        lambda: torch.randn(X),
+    ),
+    "chunked attention": (
+        lambda: Apply(_chunked, qkv=nn.Linear(24, 72), o=nn.Linear(24, 24)),
+        lambda: torch.randn(X),
+    ),
     "attention with weights": (
-        lambda: Apply(lambda m, x, k: m.a(x, x, x, key_padding_mask=k == 0)[0], a=nn.MultiheadAttention(24, 3, batch_first=True)),
+        lambda: Apply(
+            lambda m, x, k: m.a(x, x, x, key_padding_mask=k == 0)[0],
+            a=nn.MultiheadAttention(24, 3, batch_first=True),
+        ),
         lambda: (torch.randn(X), keep_mask()),
     ),
     "unbatched attention": (
@@ -128,8 +172,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         lambda: torch.randn(ROWS),
     ),
     "cross attention": (
-        lambda: Apply(lambda m, x, y: m.a(x, y, y, need_weights=False)[0], a=nn.MultiheadAttention(24, 3, batch_first=True)),
+        lambda: Apply(
+            lambda m, x, y: m.a(x, y, y, need_weights=False)[0],
+            a=nn.MultiheadAttention(24, 3, batch_first=True),
+        ),
         lambda: (torch.randn(X), torch.randn(2, 5, 24)),
+    ),
+    "attention of attention": (
+        lambda: Apply(lambda m, x: m.a(_itself(_itself(m.b(x)))), a=nn.Linear(24, 24), b=nn.Linear(24, 24)),
+        lambda: torch.randn(X),
     ),
     "post-LN encoder": (lambda: _encoder(2), lambda: torch.randn(X)),
     "post-LN encoder, gelu, mask": (
@@ -165,3 +216,11 @@ def make(name: str) -> tuple[nn.Module, Any]:
         if isinstance(layer, nn.MultiheadAttention):
             nn.init.normal_(layer.in_proj_bias)
     return module, inputs()
+
+
+@cache
+def stages(name: str) -> tuple[Graph, ...]:
+    """The graph of a case as traced and after each pass."""
+    module, inputs = make(name)
+    graph = trace(module, inputs)
+    return (graph, *run_passes(graph))

@@ -84,7 +84,9 @@ def test_post_runs_residual_function_norm_in_this_order():
     stages = dict(post.stages(x, r))
     assert stages["sum"].tolist() == [[2.0, -2.0]]
     assert stages["function"].tolist() == [[2.0, 0.0]]
-    torch.testing.assert_close(stages["norm"], nn.functional.layer_norm(torch.tensor([[2.0, 0.0]]), (2,), norm.gamma, norm.beta))
+    torch.testing.assert_close(
+        stages["norm"], nn.functional.layer_norm(torch.tensor([[2.0, 0.0]]), (2,), norm.gamma, norm.beta)
+    )
     assert torch.equal(post.apply(x, r), stages["norm"])
     assert Post().is_empty and not post.is_empty
 
@@ -100,7 +102,9 @@ def test_rms_norm():
 def test_attention_equals_its_heads_written_out(keep):
     batch, rows, heads, width = 2, 5, 3, 4
     q, k, v = torch.randn(3, batch, rows, heads * width)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]) if keep else torch.tensor([[0, 0, 0, 9, 9], [0] * 5])
+    mask = (
+        torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]) if keep else torch.tensor([[0, 0, 0, 9, 9], [0] * 5])
+    )
     key_mask = KeyMask(name="m", inputs=("i",), shape=(2, 1, 5), keep=keep).evaluate(mask)
     whole = Attention(name="a", inputs=("q", "k", "v", "m"), shape=q.shape, heads=heads, scale=0.3)
     split = [x.view(batch, rows, heads, width).transpose(1, 2) for x in (q, k, v)]

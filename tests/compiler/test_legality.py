@@ -139,7 +139,9 @@ def test_integers_are_no_data():
 
 
 def test_tensors_at_the_end_are_rows_of_channels():
-    with pytest.raises(CompileError, match=r"tensors must be \(rows, channels\) or \(batch, rows, channels\)"):
+    with pytest.raises(
+        CompileError, match=r"tensors must be \(rows, channels\) or \(batch, rows, channels\)"
+    ):
         check(_graph(replace(NODES[Linear], shape=(1, 2, 3, 4)), stage="fuse"))
     with pytest.raises(CompileError, match="a residual is the second operand"):
         check(_graph(replace(NODES[Linear], inputs=("x", "x")), stage="fuse"))

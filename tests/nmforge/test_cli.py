@@ -179,6 +179,7 @@ def test_bad_inputs(program: Path, tmp_path: Path) -> None:
     assert "must have the shape (2, 9, 21), not (2, 9, 22)" in refused(
         "simulate", program, "--inputs", wrong, "--engine", "isa", "--outputs", out
     )
+    assert "was compiled for tiny, not for sta256" in refused("simulate", program, "--arch", "sta256")
     assert "must be in 0..0.95" in refused("simulate", program, "--stalls", 3)
     assert "did you mean verilator" in refused("simulate", program, "--engine", "verilato")
     assert "comes with a later version" in refused("simulate", program, "--engine", "cycle")

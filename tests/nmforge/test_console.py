@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from nmforge.console import Stages, guarded, progress_bars, reporter, write_text
-from nmforge.errors import BadInputError, CheckFailedError, unknown
+from nmforge.errors import BadInputError, CheckFailedError
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,3 @@ def test_write_text_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a" / "c.txt", "\ud800")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
-
-
-def test_unknown() -> None:
-    assert str(unknown("fruit", "aple", ["apple", "pear"])) == "unknown fruit 'aple': did you mean apple or pear?"
-    assert str(unknown("fruit", "x", ["apple", "pear"])) == "unknown fruit 'x': known: apple, pear"

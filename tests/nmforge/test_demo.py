@@ -115,6 +115,8 @@ def test_sizes_are_checked(tmp_path: Path, name: str) -> None:
 
 
 def test_sentences_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="length must be <= 512, the positions of the model, not 513"):
+        run(tmp_path / "out", length=513)
     with pytest.raises(ValueError, match=r"only \d+ of 30 sentences fit 4 tokens: 20 are wanted"):
         run(tmp_path / "out", length=4, batch=20)
     assert not (tmp_path / "out").exists()

@@ -48,14 +48,3 @@ def test_compile_warns_without_calibration() -> None:
     model, x = nn.Linear(8, 8), torch.randn(1, 4, 8)
     with pytest.warns(UserWarning, match="no calibration data"):
         nf.compile(model, x, arch="tiny")
-
-
-def test_verify_names_layer_row_and_group() -> None:
-    model = nn.Sequential(nn.Linear(8, 4))
-    with pytest.raises(ValueError, match="no sparse layer"):
-        nf.verify(model)
-    nf.sparsify(model, "2:4", method="magnitude")
-    with torch.no_grad():
-        model[0].weight[1, 4:8] = 1.0
-    with pytest.raises(ValueError, match=r"layer '0' is not 2:4: row 1, group 1 has 4 non-zeros"):
-        nf.verify(model)
