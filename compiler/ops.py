@@ -2,8 +2,8 @@
 
 This is the meeting point of the compiler: the front end and the quantiser produce it, `sim.reference` executes it
 operator by operator with the models of `hw.numerics` and `hw.row`, and the back end lowers it to instructions.
-An operator is what one pass through the accelerator's post-processing can do, so lowering is one to one; nothing here knows tiles,
-addresses or packing.
+An operator is what one pass through the accelerator's post-processing can do, so lowering is one to one; nothing here knows
+tiles, addresses or packing.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from algo.nm import NM
 
-__all__ = ["Attention", "LayerNorm", "Linear", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant", "ResidualInput"]
+__all__ = [
+    "Attention", "LayerNorm", "Linear", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant", "ResidualInput",
+]
 
 TensorDtype = Literal["int8", "int16", "keymask"]
 
@@ -66,7 +68,8 @@ class LayerNorm:
 class Linear:
     """``out = post(x @ weight.T)``; weight int8 (out, in), N:M along in if `pattern`. x is int8.
 
-    post: requantise, then residual, then table (256 int8 entries for -128..127), then norm. `source` is the module path, for messages.
+    post: requantise, then residual, then table (256 int8 entries for -128..127), then norm.
+    `source` is the module path, for messages.
     """
 
     name: str
@@ -83,10 +86,12 @@ class Linear:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention:
-    """Multi-head softmax attention. q, k, v: int8 (batch, rows, heads * head_dim); mask: a keymask tensor (batch, 1, keys) or None.
+    """Multi-head softmax attention. q, k, v: int8 (batch, rows, heads * head_dim); mask: a keymask tensor
+    (batch, 1, keys) or None.
 
     Scores: int16 = requantise(q @ k.T (+ MASK_BIAS for a masked key), score_mult, score_shift), units of 2^-8 in the log2 domain.
-    Output: ``requantise(p @ v, 0, m_t, s_t)`` with the row scale made from out_mult, out_shift (row_mult, row_shift of numerics.md), sat8.
+    Output: ``requantise(p @ v, 0, m_t, s_t)``, sat8, with the row scale made from out_mult, out_shift (row_mult, row_shift of
+    numerics.md).
     """
 
     name: str

@@ -54,7 +54,7 @@ class Drain(wiring.Component):
 
 
 class MacArray(wiring.Component):
-    """`lanes` x `rows` multiply-accumulates. One step per cycle; a tile's sums are ready `ARRAY_LATENCY` cycles after its last step.
+    """`lanes` x `rows` multiply-accumulates. One step per cycle; sums are ready `ARRAY_LATENCY` cycles after a tile's last step.
 
     Members
     -------

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from compiler.program import Program
 from hw.arch import Arch
@@ -156,6 +156,8 @@ def render(facts: Mapping[str, Any]) -> str:
         return page.render(context)
     except KeyError as error:
         raise ValueError(f"a field of the summary is missing: {error}") from error
+    except UndefinedError as error:
+        raise ValueError(f"the summary is not of this version of nmforge: {error}") from error
 
 
 def write_report(facts: Mapping[str, Any], path: Path) -> None:

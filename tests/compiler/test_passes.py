@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from compiler.frontend import trace
-from compiler.graph import Attention, CompileError, Graph, KeyMask, Linear, Pointwise
+from compiler.graph import Attention, CompileError, KeyMask, Linear, Pointwise
 from compiler.passes import PASSES, optimise
 from tests.compiler.modules import CASES, Apply, attention_layers, bert_attention, keep_mask, make, stages
 

@@ -46,7 +46,8 @@ def test_row_route(stall):
         cmds.append({"count": cols, "lanes": lanes})
         columns += block.tolist()
         expected["lanes" if lanes else "store"] += [pack_bytes(c) for c in block] if lanes else block.tolist()
-    got = run_streams(RowRoute(TINY), inputs={"cmd": cmds, "i": columns}, outputs={k: len(v) for k, v in expected.items()}, stall=stall)
+    counts = {name: len(values) for name, values in expected.items()}
+    got = run_streams(RowRoute(TINY), inputs={"cmd": cmds, "i": columns}, outputs=counts, stall=stall)
     assert got == expected
 
 

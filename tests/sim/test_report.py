@@ -76,3 +76,5 @@ def test_write_and_errors(record: dict[str, Any], tmp_path: Path) -> None:
         render({"kind": "something"})
     with pytest.raises(ValueError, match="a field of the summary is missing: 'operators'"):
         render({name: value for name, value in record.items() if name != "operators"})
+    with pytest.raises(ValueError, match="not of this version of nmforge: .*outputs_sha256"):
+        render({name: value for name, value in record.items() if name != "outputs_sha256"})
