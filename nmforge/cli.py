@@ -95,9 +95,10 @@ def demo(
 ) -> dict[str, Any]:
     """Train a real transformer sparse, compile it, simulate it, and prove every byte.
 
-    MiniLM-L6 with its published weights learns the sentiment of movie sentences, is pruned to N:M, quantised, compiled
-    and simulated in Verilator beside the dense network. Ends with a table, summary.json and report.html. A second run
-    reuses what has not changed; Ctrl-C loses at most one epoch.
+    MiniLM-L6 with its published weights learns the sentiment of movie
+    sentences, is pruned to N:M, quantised, compiled and simulated in Verilator
+    beside the dense network. Ends with a table, summary.json and report.html.
+    A second run reuses what has not changed; Ctrl-C loses at most one epoch.
     """
     from nmforge.arguments import parse_arch, parse_pattern
 
@@ -161,8 +162,9 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune MiniLM-L6 on the sentiment of movie sentences and prune it to N:M, level by level.
 
-    Checkpoints are kept after every epoch and level: the same command goes on where it stopped. The sparse model is in
-    OUT/PATTERN/sparse; nmforge compile takes the folder.
+    Checkpoints are kept after every epoch and level: the same command goes on
+    where it stopped. The sparse model is in OUT/PATTERN/sparse; nmforge compile
+    takes the folder.
     """
     from nmforge.arguments import parse_pattern
 
@@ -222,8 +224,9 @@ def compile_command(
 ) -> dict[str, Any]:
     """Quantise a model's encoder and compile it to one program file.
 
-    The encoder takes embedded tokens (batch, length, channels) and a padding mask; embedding, pooling and head stay on
-    the host. Other networks: nmforge.compile(model, example_inputs) in Python.
+    The encoder takes embedded tokens (batch, length, channels) and a padding
+    mask; embedding, pooling and head stay on the host. Other networks:
+    nmforge.compile(model, example_inputs) in Python.
     """
     from nmforge.arguments import parse_arch, parse_pattern
 

@@ -173,7 +173,7 @@ REFUSED = {
         lambda s, m: s.masked_fill(torch.ones(7, 7).triu(1).bool(), -1e9).masked_fill(
             m[:, None, None, :] == 0, -1e9
         ),
-        r"the mask from input 'args_1' \(2, 7\) depends on the query, the head or several entries \(causal or 2-D\)",
+        r"the mask from input 'args_1' \(2, 7\) depends on the query, the head or several entries \(causal",
     ),
     "pairs of tokens": (
         lambda s, m: s.masked_fill((m[:, None, None, :] * m[:, None, :, None]) == 0, -1e9),
