@@ -428,7 +428,7 @@ def _model_facts(name: str, model: BertClassifier) -> dict[str, Any]:
 
 
 def _training_facts(config: SentimentConfig, trained: PipelineResult, data: SentimentData) -> dict[str, Any]:
-    stages = [{"name": s.name, "accuracy": s.accuracy, "seconds": round(s.seconds, 1)} for s in trained.stages]
+    stages = [{"name": s.name, "accuracy": s.accuracy, "seconds": round(s.seconds, 3)} for s in trained.stages]
     return {
         "sentences": len(data.train),
         "per_epoch": min(config.sentences, len(data.train)),
