@@ -267,5 +267,6 @@ class Dispatcher(wiring.Component):
         send("row", rows, op=raw.row_op, first=raw.row_first, last=raw.row_last)
         send("row_out", rows & rows_out, count=raw.cols, lanes=raw.out == Destination.LANES)
         send("store", stores, from_rows=raw.row_op != RowOp.NONE)
-        send("write", 1, addr=raw.o_addr, stride=raw.o_stride, store=stores, repeats=Mux(transposed, tiles, 1),
+        send("write", 1, addr=raw.o_addr, stride=raw.o_stride, store=stores, wide=raw.out == Destination.STORE16,
+             repeats=Mux(transposed, tiles, 1),
              words=Mux(transposed, arch.rows, Mux(raw.out == Destination.STORE16, raw.cols << 1, raw.cols)))

@@ -1,6 +1,6 @@
 """What makes an instruction malformed, declared once: the ISA engine runs this table and the RTL mirrors it.
 
-Each rule is a condition over the raw fields that must be false. Rules use only ``== != < > & |``, so that the
+Each rule is a condition over the raw fields that must be false. Rules use only ``== != < > >= & | +``, so that the
 same expression works on Python integers and on Amaranth values. `k_limits` is a ROM of 33 words addressed by
 field ``m``. The first rule that holds, in the order of the table, gives the error code; rules that depend on
 other instructions (`ErrorCode.SEQUENCE`) are described in `SequenceState`.
@@ -162,6 +162,14 @@ RULES: tuple[Rule, ...] = (
         "out LANES without SOFTMAX or EXP",
         lambda f, a, kl: (f.out == Out.LANES) & (f.row_op != RowOp.SOFTMAX) & (f.row_op != RowOp.EXP),
     ),
+    Rule(
+        _F,
+        "o_skip and o_drop leave no row, or out is not STORE8 or STORE16",
+        lambda f, a, kl: (
+            ((f.o_skip | f.o_drop) != 0)
+            & ((f.o_skip + f.o_drop >= a.rows) | ((f.out != Out.STORE8) & (f.out != Out.STORE16)))
+        ),
+    ),
     # row blocks
     Rule(
         _F,
@@ -207,6 +215,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_A, "r_addr", lambda f, a, kl: (f.residual != Residual.NONE) & _off(f.r_addr, a.rows)),
     Rule(_A, "g_addr", lambda f, a, kl: _norm(f) & _off(f.g_addr, constant_alignment(a))),
     Rule(_A, "o_addr", lambda f, a, kl: _stores(f) & _off(f.o_addr, a.rows)),
+    Rule(_A, "o_addr", lambda f, a, kl: (f.out == Out.STORE16) & _off(f.o_addr, 2 * a.rows)),
     Rule(_A, "o_stride", lambda f, a, kl: (f.out == Out.STORE8T) & _off(f.o_stride, a.rows)),
 )
 """Rules of TILE. TABLE is malformed by reserved bits or p_addr only, HALT by reserved bits only."""

@@ -63,7 +63,9 @@ def written_addresses(instruction: Instruction, arch: Arch) -> NDArray[np.int64]
     """Addresses of the bytes that an instruction writes, ascending in the order of its columns or blocks."""
     out, cols, start = instruction.out, instruction.cols, instruction.o_addr
     if out in (Out.STORE8, Out.STORE16):
-        return start + np.arange(cols * arch.rows * (2 if out == Out.STORE16 else 1), dtype=np.int64)
+        size = 2 if out == Out.STORE16 else 1
+        column = np.arange(instruction.o_skip * size, (arch.rows - instruction.o_drop) * size)
+        return (start + arch.rows * size * np.arange(cols, dtype=np.int64)[:, None] + column).reshape(-1)
     if out == Out.STORE8T:
         blocks = start + instruction.o_stride * np.arange(-(-cols // arch.lanes), dtype=np.int64)
         return (blocks[:, None] + np.arange(arch.rows * arch.lanes)).reshape(-1)
