@@ -169,7 +169,6 @@ def listing(program: Program) -> str:
 
 
 def _memory_map(program: Program) -> list[str]:
-    rows = program.arch.rows
     lines = [
         f"{program.code_address:#010x}  {len(program.code):9}  code",
         f"{program.constants_address:#010x}  {len(program.constants):9}  constants",
@@ -179,7 +178,7 @@ def _memory_map(program: Program) -> list[str]:
     ):
         shape = "x".join(map(str, info.shape))
         lines.append(
-            f"{info.address:#010x}  {info.nbytes(rows):9}  {info.name}: {info.dtype} {shape} {info.layout}, "
+            f"{info.address:#010x}  {info.nbytes(program.arch):9}  {info.name}: {info.dtype} {shape} {info.layout}, "
             f"instructions {info.written}..{info.last_use}"
         )
     for mask in program.masks:
@@ -218,7 +217,6 @@ def _references(index: int, instruction: Instruction, program: Program) -> list[
 def _tensor_at(address: int, index: int, program: Program) -> TensorInfo | None:
     """The tensor that has an address at the time of an instruction: of those that share it, the next one to
     end."""
-    rows = program.arch.rows
-    there = [t for t in program.tensors if t.address <= address < t.address + t.nbytes(rows)]
+    there = [t for t in program.tensors if t.address <= address < t.address + t.nbytes(program.arch)]
     live = [t for t in there if max(t.written, t.last_use) >= index]
     return min(live, key=lambda t: max(t.written, t.last_use), default=None)
