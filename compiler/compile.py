@@ -16,6 +16,7 @@ from compiler.ops import QuantNetwork
 from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor, Program
 from compiler.quantise import quantise
+from compiler.schedule import Order
 from hw.arch import Arch, get_arch
 
 __all__ = ["Progress", "compile_model", "compile_network"]
@@ -35,6 +36,7 @@ def compile_model(
     residual_bits: Literal[8, 16] = 8,
     pipeline_depth: int = 1,
     reuse: bool = True,
+    order: Order = "cost",
     progress: Progress | None = None,
 ) -> Program:
     """Compile a PyTorch model: trace, rewrite, quantise, lower.
@@ -53,7 +55,7 @@ def compile_model(
         Without it the `example_inputs` serve, with a warning.
     observer, residual_bits
         See `compiler.quantise.quantise`.
-    pipeline_depth, reuse
+    pipeline_depth, reuse, order
         See `compiler.lower.lower`.
     progress
         Called as the stages go on.
@@ -95,6 +97,7 @@ def compile_model(
         target,
         pipeline_depth=pipeline_depth,
         reuse=reuse,
+        order=order,
         progress=report,
         inputs=[_model_tensor(graph, network, name) for name in network.inputs],
         outputs=[_model_tensor(graph, network, name) for name in network.outputs],
@@ -107,6 +110,7 @@ def compile_network(
     *,
     pipeline_depth: int = 1,
     reuse: bool = True,
+    order: Order = "cost",
     inputs: Sequence[ModelTensor] | None = None,
     outputs: Sequence[ModelTensor] | None = None,
     progress: Progress | None = None,
@@ -119,7 +123,7 @@ def compile_network(
         See `compiler.ops`.
     arch
         Preset name or `Arch`.
-    pipeline_depth, reuse
+    pipeline_depth, reuse, order
         See `compiler.lower.lower`. ``reuse=False`` keeps every tensor in memory to the end of the run.
     inputs, outputs
         What the user's model calls its inputs and outputs; by default the network's own tensors.
@@ -133,7 +137,7 @@ def compile_network(
     """
     target, report = get_arch(arch), progress or _silent
     report("lower", 0, 1)
-    lowered = lower(network, target, pipeline_depth=pipeline_depth, reuse=reuse)
+    lowered = lower(network, target, pipeline_depth=pipeline_depth, reuse=reuse, order=order)
     report("lower", 1, 1)
     return Program(
         arch=target,

@@ -17,6 +17,7 @@ from compiler.pack import check_pattern, pack_weights
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Layout, TensorInfo
+from compiler.schedule import Task
 from compiler.steps import At, Constants, Region, Step
 from compiler.verify_network import LoweringError, describe
 from hw.arch import Arch
@@ -244,7 +245,7 @@ class Emitter:
 
     # -- operators -------------------------------------------------------------------------------------------
 
-    def linear(self, index: int, op: Linear) -> list[Step]:
+    def linear(self, index: int, op: Linear) -> list[Task]:
         """One TILE for each row tile and segment of columns, or a chain of them over chunks of the inputs."""
         check_pattern(op.weight, op.pattern, layer=describe(op))
         chunks = self.linear_chunks(op)
@@ -257,18 +258,11 @@ class Emitter:
             )
             for segment in self.segments(op.out, limit=limit)
         ]
-        return [
-            step
-            for tile in range(self.placement(op.x).tiles)
-            for step in self.linear_tile(index, op, tile, segments)
-        ]
-
-    def linear_tile(
-        self, index: int, op: Linear, tile: int, segments: list[tuple[Segment, At, list[_Stream]]]
-    ) -> list[Step]:
-        """All columns of one row tile."""
-        steps = [step for segment in segments for step in self.linear_chain(index, op, tile, *segment)]
-        return steps + self.spread(index, op.out, tile)
+        tasks = []
+        for tile in range(self.placement(op.x).tiles):
+            tasks += [Task(tuple(self.linear_chain(index, op, tile, *segment))) for segment in segments]
+            tasks += [Task((step,)) for step in self.spread(index, op.out, tile)]
+        return tasks
 
     def linear_chunks(self, op: Linear) -> list[tuple[int, int]]:
         """How the inputs are cut; a row normalisation needs all columns of a row in one instruction."""
@@ -337,7 +331,8 @@ class Emitter:
             addresses=addresses,
         )
 
-    def pointwise(self, index: int, op: Pointwise) -> list[Step]:
+    def pointwise(self, index: int, op: Pointwise) -> list[Task]:
+        """One TILE for each row tile and segment of columns."""
         table, steps = self.table(op), []
         for tile in range(self.placement(op.out).tiles):
             for segment in self.segments(op.out):
@@ -364,7 +359,7 @@ class Emitter:
                     )
                 )
             steps += self.spread(index, op.out, tile)
-        return steps
+        return [Task((step,)) for step in steps]
 
     def mask_table(self, op: Attention) -> str:
         """Name of the parameter tables that the host writes for a masked attention."""

@@ -9,7 +9,8 @@ from compiler.ops import Attention
 from compiler.placement import Piece
 from compiler.plan import align_up
 from compiler.program import mask_params
-from compiler.steps import At, Region, Step, pipelined
+from compiler.schedule import Task
+from compiler.steps import At, Region, Step
 from compiler.verify_network import LoweringError, describe
 from hw.isa import Operand, Out, RowOp, Scale
 from hw.isa_check import constant_alignment
@@ -18,12 +19,12 @@ from hw.numerics import PARAM_DTYPE
 __all__ = ["emit_attention"]
 
 
-def emit_attention(emitter: Emitter, index: int, op: Attention, *, depth: int) -> list[Step]:
-    """Steps of operator number `index`. `depth`: how many units' scores are ahead of the outputs; a unit is
-    (batch entry, row tile, head)."""
-    values, steps = emitter.values(index, op.v, op.heads)
+def emit_attention(emitter: Emitter, index: int, op: Attention) -> list[Task]:
+    """Tasks of operator number `index`: copies of keys and values if they are needed, then a task for each batch entry,
+    row tile and head."""
+    values, copies = emitter.values(index, op.v, op.heads)
     keys, more = emitter.keys(index, op.k)
-    steps += more
+    tasks = [Task((step,)) for step in (*copies, *more)]
     emit = _AttentionEmitter(emitter, index, op, keys, values)
     units = [
         _Unit(batch, number, piece, head)
@@ -32,13 +33,8 @@ def emit_attention(emitter: Emitter, index: int, op: Attention, *, depth: int) -
         for head in range(op.heads)
     ]
     if not emit.one_pass:
-        return steps + [step for unit in units for step in emit.blocked(unit)]
-    if emit.span + emit.head_dim > emitter.arch.lane_depth:
-        depth = min(
-            depth, 1
-        )  # else a third unit's queries could keep the probabilities out of the lanes for good
-    scores, outputs = [emit.scores(unit) for unit in units], [emit.output(unit) for unit in units]
-    return steps + pipelined(scores, outputs, depth=depth)
+        return tasks + [Task(tuple(emit.blocked(unit))) for unit in units]
+    return tasks + [Task(tuple(emit.scores(unit)), tuple(emit.output(unit))) for unit in units]
 
 
 @dataclass(frozen=True)

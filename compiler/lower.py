@@ -1,7 +1,7 @@
 """Lowering: operators of a `QuantNetwork` become TILE instructions.
 
-In order: `check_network` (law), `choose_layouts` (how each tensor lies in memory), `order_operators` (the
-schedule), emission of each operator (`compiler.emit`), then the passes of `compiler.steps`: tables,
+In order: `check_network` (law), `choose_layouts` (how each tensor lies in memory), `order_operators`, emission of each
+operator (`compiler.emit`), the order of instructions (`compiler.schedule`), then the passes of `compiler.steps`: tables,
 dependences, memory plan, encoding. Deterministic.
 """
 
@@ -19,6 +19,7 @@ from compiler.ops import Attention, Linear, Op, QuantNetwork
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
+from compiler.schedule import Order, Task, schedule
 from compiler.steps import (
     Constants,
     Step,
@@ -49,7 +50,9 @@ class Lowered:
     masks: tuple[MaskTable, ...]
 
 
-def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: bool = True) -> Lowered:
+def lower(
+    network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: bool = True, order: Order = "cost"
+) -> Lowered:
     """Lower a network.
 
     Parameters
@@ -62,6 +65,8 @@ def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: 
         Attention: how many heads' scores are ahead of the outputs, 0 to 2.
     reuse
         Share memory between tensors of different times. False keeps every tensor to the end of the run.
+    order
+        Order of the instructions, see `compiler.schedule`.
 
     Raises
     ------
@@ -77,24 +82,34 @@ def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: 
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
     emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
-    steps = [
-        step for index in order_operators(network) for step in _emit(emitter, network, index, pipeline_depth)
-    ]
+    tasks = [task for index in order_operators(network) for task in _emit(emitter, network, index)]
+    steps = schedule(tasks, arch, depth=_safe_depth(network, arch, pipeline_depth), order=order)
     steps = assign_dependences(insert_tables(steps))
     steps.append(Step(op=-1, opcode=Opcode.HALT, note="end"))
     return _assemble(emitter, network, steps, reuse)
 
 
-def _emit(emitter: Emitter, network: QuantNetwork, index: int, pipeline_depth: int) -> list[Step]:
-    """Steps of one operator, over all its row tiles."""
+def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
+    """With three softmaxes in flight the queries of the third must not keep the probabilities of the first out of the
+    lanes for good."""
+    for op in network.ops:
+        if isinstance(op, Attention):
+            batch, keys, channels = network.tensors[op.k].shape
+            if RowPlacement(batch, keys, arch.rows).longest_span + channels // op.heads > arch.lane_depth:
+                return min(depth, 1)
+    return depth
+
+
+def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
+    """Tasks of one operator, over all its row tiles."""
     op = network.ops[index]
     if isinstance(op, Attention):
-        return emit_attention(emitter, index, op, depth=pipeline_depth)
+        return emit_attention(emitter, index, op)
     return emitter.linear(index, op) if isinstance(op, Linear) else emitter.pointwise(index, op)
 
 
 def order_operators(network: QuantNetwork) -> list[int]:
-    """The schedule: numbers of the operators in the order in which they run, each over all its row tiles.
+    """Numbers of the operators in the order in which they are emitted, each over all its row tiles.
 
     An operator comes right before the first one that needs it, and values are made before keys, keys before
     queries: the first scores wait for all keys but only one row tile of queries, and the values have until

@@ -17,8 +17,9 @@ class Arch:
     """Size of one accelerator.
 
     The array holds ``lanes`` lanes; a lane takes one compressed weight per cycle and multiplies it with one
-    activation of each of ``rows`` token rows. ``rows == lanes`` in this version: the keys and values of
-    attention are streamed as weights, in the layout in which activations are stored.
+    activation of each of ``rows`` token rows. Attention needs ``rows == lanes``: keys and values are streamed as
+    weights, in the layout in which activations are stored. Fewer rows than lanes suit matmuls with few token rows,
+    which read weights faster than they can use them again (decoding).
 
     Raises
     ------
@@ -49,13 +50,10 @@ class Arch:
                 raise ValueError(f"Arch.{field.name} must be a positive power of two, not {value!r}")
         if self.clock_mhz <= 0:
             raise ValueError(f"Arch.clock_mhz must be positive, not {self.clock_mhz!r}")
-        if self.rows != self.lanes:
-            raise ValueError(
-                f"Arch.rows must equal Arch.lanes (attention streams stored activations as weights), "
-                f"not {self.rows} and {self.lanes}"
-            )
         if not 4 <= self.rows <= 64:
             raise ValueError(f"Arch.rows must be in 4..64, not {self.rows!r}")
+        if not self.rows <= self.lanes <= 256:
+            raise ValueError(f"Arch.lanes must be in rows..256, not {self.lanes!r} with {self.rows} rows")
         if not 2 * self.rows <= self.bus_bytes <= 128:
             raise ValueError(f"Arch.bus_bytes must be in 2*rows..128, not {self.bus_bytes!r}")
         for name, low, high in (("lane_depth", 64, 8192), ("row_depth", 16, 8192), ("psum_depth", 16, 8192),
@@ -63,6 +61,11 @@ class Arch:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"Arch.{name} must be in {low}..{high}, not {value!r}")
+
+    @property
+    def attention(self) -> bool:
+        """Whether keys and values can be streamed as weights."""
+        return self.rows == self.lanes
 
     @property
     def macs(self) -> int:
@@ -80,6 +83,7 @@ PRESETS: dict[str, Arch] = {
         Arch(name="tiny", rows=4, lanes=4, lane_depth=64, row_depth=32, psum_depth=32, bus_bytes=8, fifo_beats=32),
         Arch(name="sta256", rows=16, lanes=16, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=32),
         Arch(name="sta1024", rows=32, lanes=32, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),
+        Arch(name="gemv256", rows=4, lanes=64, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),
         Arch(name="sta4096", rows=64, lanes=64, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=128),
     )
 }

@@ -170,6 +170,7 @@ RULES: tuple[Rule, ...] = (
             & ((f.o_skip + f.o_drop >= a.rows) | ((f.out != Out.STORE8) & (f.out != Out.STORE16)))
         ),
     ),
+    Rule(_F, "STORE8T on an array whose rows are not its lanes", lambda f, a, kl: (f.out == Out.STORE8T) & int(not a.attention)),
     # row blocks
     Rule(
         _F,

@@ -1,5 +1,7 @@
 """Reference = ISA engine = RTL, byte for byte, on random programs; and the RTL stops at every malformed instruction."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from tests.compiler.random_networks import random_inputs, random_network
 from tests.hw.malformed import malformed_instructions
 
 TINY = PRESETS["tiny"]
+FLAT = replace(TINY, name="flat", lanes=16)
 SEEDS = 40
 
 
@@ -24,6 +27,15 @@ def test_random_program(seed):
     inputs = random_inputs(np.random.default_rng(seed), network)
     memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
     run = simulate(program, inputs, memory=memory)
+    assert run.bit_exact, run.mismatches
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_program_with_fewer_rows_than_lanes(seed):
+    network = random_network(seed, FLAT)
+    program = compile_network(network, FLAT)
+    memory = MemoryModel(latency=1 + seed * 11 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
     assert run.bit_exact, run.mismatches
 
 

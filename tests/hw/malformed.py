@@ -117,6 +117,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("out LANES without SOFTMAX or EXP", base=norm, out=Out.LANES)
     add("row_first without MAX or EXP", base=softmax, row_first=1)
     add("row_last without EXP", base=softmax, row_last=1)
+    if not arch.attention:
+        add("STORE8T on an array whose rows are not its lanes", out=Out.STORE8T)
     text = "o_skip and o_drop leave no row, or out is not STORE8 or STORE16"
     for changes in ({"o_skip": arch.rows - 1, "o_drop": 1}, {"o_skip": 1, "o_drop": arch.rows - 1},
                     {"o_skip": 1, "out": Out.STORE8T}, {"o_drop": 1, "out": Out.NONE, "psum_out": 1}):
@@ -142,7 +144,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("g_addr", alignment, base=norm, g_addr=constant)
     add("o_addr", alignment, o_addr=column)
     add("o_addr", alignment, out=Out.STORE16, o_addr=arch.rows)
-    add("o_stride", alignment, out=Out.STORE8T, o_stride=column)
+    if arch.attention:
+        add("o_stride", alignment, out=Out.STORE8T, o_stride=column)
     text = "operand ROWS without an earlier TILE"
     cases.append(Malformed(text, good_tile(operand=Operand.ROWS).encode(), ErrorCode.SEQUENCE, text))
     text = "scale ROW without an earlier TILE"
