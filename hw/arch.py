@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, fields
 __all__ = ["PRESETS", "Arch", "get_arch"]
 
 
+_FLAGS = ("sparse", "packing")
+
+
 def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
@@ -37,12 +40,19 @@ class Arch:
     bus_bytes: int  #: data width of the AXI4 master
     fifo_beats: int = 64  #: depth of the weight reader's FIFO in bus beats; other readers take a fraction
     clock_mhz: int = 200  #: assumed clock for reports in seconds; no vendor tool was run
+    sparse: bool = True  #: N:M weights; without, sparse instructions are malformed and there is no position reader or decoder
+    packing: bool = False  #: two token rows share a multiplier of 27 x 18 bits (DSP48E2), see hw/lane.py
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"Arch.name must be a str, not {self.name!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Arch.{name} must be a bool, not {getattr(self, name)!r}")
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in _FLAGS:
+                continue
             if field.name != "name" and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"Arch.{field.name} must be an int, not {value!r}")
             if field.name not in ("name", "clock_mhz") and not _is_power_of_two(value):
@@ -69,7 +79,7 @@ class Arch:
         """Physical multiply-accumulates per cycle, P."""
         return self.rows * self.lanes
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, int | str | bool]:
         """Fields as plain values, for manifests and reports."""
         return asdict(self)
 
