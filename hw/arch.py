@@ -88,6 +88,8 @@ PRESETS: dict[str, Arch] = {
     arch.name: arch
     for arch in (
         Arch(name="tiny", rows=4, lanes=4, lane_depth=64, row_depth=32, psum_depth=32, bus_bytes=8, fifo_beats=32),
+        Arch(name="ecp5", rows=8, lanes=8, lane_depth=1024, row_depth=512, psum_depth=512, bus_bytes=16, fifo_beats=32,
+             clock_mhz=100),
         Arch(name="sta256", rows=16, lanes=16, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=32),
         Arch(name="sta1024", rows=32, lanes=32, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),
         Arch(name="sta4096", rows=64, lanes=64, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=128),

@@ -5,6 +5,8 @@ words hold ceil(log2 M) bits a step, BITMAP words a mask of which the lowest set
 end in ``address = base + offset + position``, and dense is a group of one with position 0.
 """
 
+from types import SimpleNamespace
+
 from amaranth import Array, C, Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -89,6 +91,12 @@ class _Decode(wiring.Component):
         return m
 
 
+def _dense(taken):
+    """The fields of a decoded command where all weights are dense: constants take the place of registers."""
+    return SimpleNamespace(a_unsigned=taken.a_unsigned, k=taken.k, cols=taken.cols, n=C(1, 6), m=C(1, 6), dense=C(1), bitmap=C(0),
+                           bits=C(0, 3), word_steps=C(1, 6), word_span=C(0, 6))
+
+
 class Feeder(wiring.Component):
     """Walks the column tiles, groups and steps of each command. One step per cycle while inputs last.
 
@@ -120,7 +128,8 @@ class Feeder(wiring.Component):
         lanes = self._arch.lanes
         m.submodules.decode = decode = _Decode()
         wiring.connect(m, wiring.flipped(self.cmd), decode.i)
-        cmd, now, active = decode.o.payload, Signal(decode.layout), Signal()
+        cmd, taken, active = decode.o.payload, Signal(decode.layout), Signal()
+        now = taken if self._arch.sparse else _dense(taken)
         base, next_base = Signal(self._bits + 1), Signal(self._bits + 1)
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
         group, bit, in_word = Signal(16), Signal(5), Signal(6)
@@ -145,7 +154,7 @@ class Feeder(wiring.Component):
             self.wait_columns.eq(~active & decode.o.valid & ~enough),
         ]
         with m.If(start):
-            m.d.sync += [now.eq(cmd), base.eq(next_base), next_base.eq(next_base + cmd.k), cols_left.eq(cmd.cols)]
+            m.d.sync += [taken.eq(cmd), base.eq(next_base), next_base.eq(next_base + cmd.k), cols_left.eq(cmd.cols)]
         with m.If(fire | start):
             m.d.sync += active.eq(start | ~cmd_end)
         with m.If(fire & cmd_end):
@@ -178,6 +187,12 @@ class Feeder(wiring.Component):
         mask, origin = Signal(5), Signal(self._bits)
         m.d.comb += [mask.eq((C(1, 6) << now.bits) - 1), origin.eq(base + offset)]
         for lane in range(self._arch.lanes):
+            with m.If(fire):
+                m.d.sync += self.weight[lane].eq(self.values.payload.word_select(lane, 8).as_signed())
+            if not self._arch.sparse:
+                with m.If(fire):
+                    m.d.sync += self.addr[lane].eq(origin)
+                continue
             position = PositionDecoder()
             place(m, platform, f"position{lane}", position, module="position")
             m.d.comb += [
@@ -186,7 +201,4 @@ class Feeder(wiring.Component):
                 position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask), position.advance.eq(fire),
             ]
             with m.If(fire):
-                m.d.sync += [
-                    self.addr[lane].eq(Mux(now.dense, origin, origin + position.position)),
-                    self.weight[lane].eq(self.values.payload.word_select(lane, 8).as_signed()),
-                ]
+                m.d.sync += self.addr[lane].eq(Mux(now.dense, origin, origin + position.position))

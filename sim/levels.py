@@ -55,7 +55,7 @@ class _Graph:
     drivers: dict[Bit, list[Arc]] = field(default_factory=dict)
     starts: dict[Bit, int] = field(default_factory=dict)
     ends: dict[Bit, int] = field(default_factory=dict)
-    end_names: dict[Bit, str] = field(default_factory=dict)
+    end_names: dict[Bit, tuple[str, Any]] = field(default_factory=dict)  # of a pin, and the net that its register drives
 
     def arc(self, source: Any, target: Any, levels: int) -> None:
         if isinstance(source, int) and isinstance(target, int):
@@ -65,10 +65,10 @@ class _Graph:
         if isinstance(bit, int):
             self.starts[bit] = max(levels, self.starts.get(bit, 0))
 
-    def end(self, bit: Any, name: str, levels: int = 0) -> None:
+    def end(self, bit: Any, name: str, levels: int = 0, register: Any = None) -> None:
         if isinstance(bit, int) and levels >= self.ends.get(bit, 0):
             self.ends[bit] = levels
-            self.end_names[bit] = name
+            self.end_names[bit] = (name, register)
 
 
 def analyse(module: Mapping[str, Any], children: Mapping[str, Timing]) -> Timing:
@@ -82,7 +82,8 @@ def analyse(module: Mapping[str, Any], children: Mapping[str, Timing]) -> Timing
     for bit, inside in graph.ends.items():
         if bit in arrival and arrival[bit] + inside > timing.levels:
             timing.levels = arrival[bit] + inside
-            timing.path = (*_trace(bit, before, names), graph.end_names[bit])
+            pin, register = graph.end_names[bit]
+            timing.path = (*_trace(bit, before, names), names.get(register, pin))
     timing.levels = max(0, timing.levels)
     _ports(module, graph, arrival, timing)
     return timing
@@ -119,10 +120,11 @@ def _levels(kind: str, port: str) -> int:
 
 
 def _add_register(graph: _Graph, name: str, cell: Mapping[str, Any]) -> None:
-    for _, _, bit in _bits(cell, ("output",)):
-        graph.start(bit)
+    register = None
+    for _, _, register in _bits(cell, ("output",)):
+        graph.start(register)
     for port, _, bit in _bits(cell, ("input",)):
-        graph.end(bit, f"{name}.{port}")
+        graph.end(bit, f"{name}.{port}", 0, register)
 
 
 def _add_lut_ram(graph: _Graph, name: str, cell: Mapping[str, Any]) -> None:
@@ -248,10 +250,10 @@ def _cones(graph: _Graph, order: list[Bit], inputs: Mapping[Bit, str], wanted: s
 
 
 def _net_names(module: Mapping[str, Any]) -> dict[Bit, str]:
-    """The shortest name that a person gave each net."""
+    """The shortest name of each net that is not a tool's."""
     names: dict[Bit, str] = {}
     for name, facts in module["netnames"].items():
-        if facts.get("hide_name") or name.startswith(("$", "_")):
+        if facts.get("hide_name") or name.startswith(("$", "_", "\\$")) or "$signal" in name:
             continue
         for index, bit in enumerate(facts["bits"]):
             text = f"{name}[{index}]" if len(facts["bits"]) > 1 else name

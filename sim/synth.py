@@ -373,12 +373,12 @@ def _follow(reader: int, process: subprocess.Popen, folder: Path, jobs: Sequence
 def _keep(job: _Job, file: Path, seconds: float) -> None:
     module = json.loads(file.read_text())["modules"][job.name]
     file.unlink()
-    for cell in module["cells"].values():
-        cell["parameters"] = {name: value for name, value in cell.get("parameters", {}).items() if name in ("MREG", "PREG")}
+    cells = {name: cell for name, cell in module["cells"].items() if cell["type"] != "$scopeinfo"}  # notes on flattened modules
+    for cell in cells.values():
         cell.pop("attributes", None)
     names = {name: {"bits": net["bits"]} for name, net in module["netnames"].items()
              if not net.get("hide_name") and not name.startswith(("$", "_"))}
-    content = {"ports": module["ports"], "cells": module["cells"], "netnames": names, "seconds": seconds}
+    content = {"ports": module["ports"], "cells": cells, "netnames": names, "seconds": seconds}
     job.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("wb", dir=job.path.parent, delete=False) as whole:
         whole.write(gzip.compress(json.dumps(content).encode(), compresslevel=1, mtime=0))
@@ -395,8 +395,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _cell_types(netlist: Mapping[str, Any]) -> list[str]:
-    # notes on flattened modules are no cells
-    return [kind for cell in netlist["cells"].values() if (kind := cell["type"].lstrip("\\")) != "$scopeinfo"]
+    return [cell["type"].lstrip("\\") for cell in netlist["cells"].values()]
 
 
 def _occurrences(mapped: Mapping[str, Mapping[str, Any]], top: str) -> Counter[str]:

@@ -29,7 +29,8 @@ def test_every_malformed_instruction_breaks_its_rule(arch: Arch) -> None:
 
 
 def test_every_rule_has_a_malformed_instruction() -> None:
-    assert {rule.text for rule in RULES} <= {case.text for case in malformed_instructions(TINY)}
+    known = {case.text for arch in (TINY, dataclasses.replace(TINY, sparse=False)) for case in malformed_instructions(arch)}
+    assert {rule.text for rule in RULES} <= known
 
 
 @pytest.mark.parametrize(
