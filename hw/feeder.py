@@ -15,6 +15,7 @@ from hw.arch import Arch
 from hw.commands import array_command
 from hw.isa import Format
 from hw.shared import place
+from hw.soft import product
 
 __all__ = ["Feeder", "PositionDecoder", "index_bits", "positions_per_word"]
 
@@ -29,6 +30,14 @@ def index_bits(m: int) -> int:
 def positions_per_word(fmt: Format, n: int, m: int) -> int:
     """Steps that one 32-bit position word serves."""
     return 32 // index_bits(m) if fmt == Format.INDEX else 32 // m * n
+
+
+def _first(bits):
+    """Index of the lowest set bit of 4 or 8."""
+    index = C(len(bits) - 1, (len(bits) - 1).bit_length())
+    for at in reversed(range(len(bits) - 1)):
+        index = Mux(bits[at], at, index)
+    return index
 
 
 class PositionDecoder(wiring.Component):
@@ -50,14 +59,22 @@ class PositionDecoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        left, lowest, rank = Signal(32), Signal(32), Signal(5)
-        m.d.comb += lowest.eq(left & (~left + 1))
-        m.d.comb += rank.eq(Cat((lowest & sum(1 << p for p in range(32) if p >> i & 1)).any() for i in range(5)))
-        m.d.comb += self.position.eq(Mux(self.bitmap, rank, left.bit_select(self.bit, 5) & self.mask))
+        left, filled, nibble = Signal(32), Signal(8), Signal(3)
+        low, rank, window = Signal(4), Signal(2), Signal(8)
+        # both formats look at one nibble: the first with a set bit, or the one in which the field starts
+        m.d.comb += [
+            filled.eq(Cat(left.word_select(k, 4).any() for k in range(8))),
+            nibble.eq(Mux(self.bitmap, _first(filled), self.bit[2:])),
+            low.eq(left.word_select(nibble, 4)), rank.eq(_first(low)),
+            window.eq(Cat(low, Cat(left[4:], C(0, 4)).word_select(nibble, 4))),
+            self.position.eq(Mux(self.bitmap, Cat(rank, nibble), window.bit_select(self.bit[:2], 5) & self.mask)),
+        ]
         with m.If(self.load):
             m.d.sync += left.eq(self.word)
         with m.Elif(self.advance & self.bitmap):
-            m.d.sync += left.eq(left & ~lowest)
+            for k in range(8):
+                with m.If(nibble == k):
+                    m.d.sync += left[4 * k:4 * k + 4].eq(Cat(low[i] & low[:i].any() for i in range(4)))
         return m
 
 
@@ -78,6 +95,8 @@ class _Decode(wiring.Component):
                      dense.eq(cmd.format == Format.DENSE), bitmap.eq(cmd.format == Format.BITMAP)]
         bits = Array(index_bits(k) for k in range(M_MAX + 1))[cmd.m]
         groups = Array(32 // max(k, 1) for k in range(M_MAX + 1))[cmd.m]
+        span = Array(32 // max(k, 1) * k for k in range(M_MAX + 1))[cmd.m]
+        steps = product(groups, cmd.n, spare=True)  # six bits: no multiplier block for that
         per_index_word = Array(32 // index_bits(k) for k in range(M_MAX + 1))[cmd.m]
         with m.If(self.i.ready):
             m.d.sync += self.o.valid.eq(self.i.valid)
@@ -86,7 +105,7 @@ class _Decode(wiring.Component):
                 *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols")),
                 out.n.eq(Mux(dense, 1, cmd.n)), out.m.eq(Mux(dense, 1, cmd.m)),
                 out.dense.eq(dense), out.bitmap.eq(bitmap), out.bits.eq(bits),
-                out.word_steps.eq(Mux(bitmap, groups * cmd.n, per_index_word)), out.word_span.eq(groups * cmd.m),
+                out.word_steps.eq(Mux(bitmap, steps, per_index_word)), out.word_span.eq(span),
             ]
         return m
 

@@ -88,8 +88,8 @@ def print_synth(result: dict[str, Any]) -> None:
         out().print("fits with 20 % to spare" if device["fits"] else "does NOT fit with 20 % to spare", soft_wrap=True)
     if result["place"]:
         _print_place(result["place"])
-    out().print("mapped cells before place and route; no vendor tool was run" if not result["place"] else "no vendor tool was run",
-                soft_wrap=True)
+    how = "" if result["place"] else "mapped cells before place and route; "
+    out().print(f"{how}no vendor tool was run", soft_wrap=True)
 
 
 def _units(result: dict[str, Any]) -> Table:
@@ -105,8 +105,8 @@ def _units(result: dict[str, Any]) -> Table:
 
 def _print_place(place: dict[str, Any]) -> None:
     console = out()
-    console.print(f"placed and routed on {place['device']}: {place['fmax_mhz']:.1f} MHz ({place['seconds']:.0f} s, seed {place['seed']})",
-                  soft_wrap=True)
+    how = f"{place['seconds']:.0f} s, seed {place['seed']}"
+    console.print(f"placed and routed on {place['device']}: {place['fmax_mhz']:.1f} MHz ({how})", soft_wrap=True)
     used = ", ".join(f"{kind} {count:,}/{place['available'][kind]:,}" for kind, count in place["used"].items() if count)
     console.print(f"used: {used}", soft_wrap=True)
     console.print("critical path: " + ", ".join(f"{name} {ns:.2f} ns" for name, ns in place["modules"]), soft_wrap=True)

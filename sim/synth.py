@@ -29,7 +29,8 @@ from sim.levels import Timing, analyse
 from sim.verilator import ToolMissingError
 from sim.verilog_text import Unit, VerilogModule, split, units
 
-__all__ = ["TARGETS", "Progress", "Resources", "SynthesisError", "Target", "UnitResources", "map_units", "synthesise", "yosys_version"]
+__all__ = ["TARGETS", "Progress", "Resources", "SynthesisError", "Target", "UnitResources", "map_units", "synthesise",
+           "yosys_version"]
 
 _PACKAGE = "pyosys"
 _REQUIREMENT = "pyosys==0.70"
@@ -84,13 +85,14 @@ _DSP48E2 = (
     "techmap -map +/mul2dsp.v -map dsp_map.v -D DSP_A_MAXWIDTH=27 -D DSP_B_MAXWIDTH=18 -D DSP_A_MINWIDTH=2 -D DSP_B_MINWIDTH=2 "
     "-D DSP_Y_MINWIDTH=9 -D DSP_SIGNEDONLY=1 -D DSP_NAME=$__MUL27X18",
     "select a:mul2dsp", "setattr -unset mul2dsp", "opt_expr -fine", "wreduce", "select -clear",
-    "xilinx_dsp -family xc7", "chtype -set $mul t:$__soft_mul", "setparam -unset USE_DPORT t:DSP48E1", "chtype -set DSP48E2 t:DSP48E1",
+    "xilinx_dsp -family xc7", "chtype -set $mul t:$__soft_mul", "setparam -unset USE_DPORT t:DSP48E1",
+    "chtype -set DSP48E2 t:DSP48E1",
 )
 _XILINX_LIBRARY = ("read_verilog -lib -specify +/xilinx/cells_sim.v", "read_verilog -lib +/xilinx/cells_xtra.v")
 
 
 def _xilinx(family: str, dsp: Sequence[str] = ()) -> tuple[str, ...]:
-    synth = f"synth_xilinx -family {family} -flatten -noiopad -noclkbuf -top {{top}} -run"
+    synth = f"synth_xilinx -family {family} -flatten -noiopad -noclkbuf -widemux 5 -top {{top}} -run"
     first = (f"{synth} prepare:map_dsp", *dsp, f"{synth} coarse:map_luts") if dsp else (f"{synth} prepare:map_luts",)
     # without splitnets, Yosys 0.70 stops at an assertion when a wire's name looks like a bit of another (issue 4349)
     return (*first, "splitnets", f"{synth} map_luts:")
@@ -272,7 +274,8 @@ def synthesise(verilog_text: str, *, top: str, target: str = "xcup", timeout_s: 
         timings[name] = analyse(netlist, timings)
         own = Counter(kind for kind in _cell_types(netlist) if kind not in mapped)
         _refuse_unmapped(own, name, target)
-        rows.append(UnitResources(name=name, count=counts[name], levels=timings[name].levels, path=timings[name].path, **_total(own)))
+        found = timings[name]
+        rows.append(UnitResources(name=name, count=counts[name], levels=found.levels, path=found.path, **_total(own)))
         seconds += netlist["seconds"]
         for kind, number in own.items():
             cells[kind] += number * counts[name]

@@ -88,7 +88,8 @@ def test_lane_column(is_unsigned):
         column = evaluate(lane_column(PACKED, Const(packed, 8 * PACKED.rows), Const(is_unsigned, 1)), ())
         for pair in range(PACKED.rows // 2):
             bits = column >> (18 * pair)
-            assert (signed(bits >> 9, 9) << FIELD) + (signed(bits, 9) & ((1 << FIELD) - 1)) == (a[2 * pair + 1] << FIELD) + a[2 * pair]
+            operand = (signed(bits >> 9, 9) << FIELD) + (signed(bits, 9) & ((1 << FIELD) - 1))
+            assert operand == (a[2 * pair + 1] << FIELD) + a[2 * pair]
     assert lane_column(PLAIN, packed, is_unsigned) is packed
 
 

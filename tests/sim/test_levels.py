@@ -42,7 +42,8 @@ def test_carry_chains_and_wide_multiplexers() -> None:
     assert analyse(module(cells, {}, {}), {}).levels == 1
 
 
-@pytest.mark.parametrize(("registers", "levels"), [((0, 0), MULTIPLY + 1), ((1, 0), MULTIPLY), ((0, 1), MULTIPLY + ADD), ((1, 1), MULTIPLY)])
+@pytest.mark.parametrize(("registers", "levels"), [((0, 0), MULTIPLY + 1), ((1, 0), MULTIPLY), ((0, 1), MULTIPLY + ADD),
+                                                   ((1, 1), MULTIPLY)])
 def test_multipliers(registers: tuple[int, int], levels: int) -> None:
     dsp = cell("DSP48E2", {"A": [3]}, {"P": [4]}, MREG=str(registers[0]), PREG=str(registers[1]))
     cells = {"a": register(2, 3), "d": dsp, "x": lut(4, 5), "b": register(5, 6)}

@@ -43,7 +43,8 @@ def test_instances_are_multiplied(target: str) -> None:
 
 
 @pytest.mark.parametrize(("target", "multiplier", "memory", "blocks"),
-                         [("xcup", "DSP48E2", "RAMB36E2", 1), ("xc7", "DSP48E1", "RAMB36E1", 1), ("intel", "MISTRAL_MUL9X9", "MISTRAL_M10K", 4),
+                         [("xcup", "DSP48E2", "RAMB36E2", 1), ("xc7", "DSP48E1", "RAMB36E1", 1),
+                          ("intel", "MISTRAL_MUL9X9", "MISTRAL_M10K", 4),
                           ("ecp5", "MULT18X18D", "PDPW16KD", 2)])
 def test_hard_blocks(target: str, multiplier: str, memory: str, blocks: int) -> None:
     product = synthesise(MULTIPLY, top="top", target=target)
