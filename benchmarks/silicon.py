@@ -23,6 +23,9 @@ FAMILIES = ("xc7", "intel", "ecp5")
 
 PLOT = Path(__file__).parent.parent / "docs" / "silicon.png"
 
+PAGE = PLOT.with_suffix(".md")
+BEGIN, END = "<!-- tables: written by python -m benchmarks silicon -->", "<!-- end of tables -->"
+
 _HEAD = ("LUT", "of them RAM", "FF", "DSP", "block RAM")
 
 
@@ -104,14 +107,35 @@ def _plot(found: dict[str, Resources]) -> None:
     PLOT.write_bytes(points([PRESETS[name].macs for name in names], series, label="multiply-accumulates per cycle"))
 
 
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _write_page(tables: list[Table]) -> None:
+    """Replace the tables of docs/silicon.md by these."""
+    parts = []
+    for table in tables:
+        rows = [table.columns, tuple("---" for _ in table.columns), *table.rows]
+        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+        parts.append("\n".join([f"### {table.title}", "", *lines, *(["", table.note] if table.note else [])]))
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    temporary = PAGE.with_suffix(".tmp")
+    temporary.write_text(f"{before}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{rest.partition(END)[2]}")
+    temporary.replace(PAGE)
+
+
 def run() -> list[Table]:
     """All tables."""
     presets, found = _presets()
     _plot(found)
     large = ("sta256", "sta1024")
-    return [
+    tables = [
         presets,
         _options("Price of N:M support", lambda arch: replace(arch, sparse=False), "dense only", (*large, "sta4096")),
         _options("Products per DSP block", lambda arch: replace(arch, packing=not arch.packing), "the other kind", large),
         _families(), _modules(found, "sta1024"), *_placed(),
     ]
+    _write_page(tables)
+    return tables

@@ -32,7 +32,7 @@ DEVICES: dict[str, Device] = {
         Device(name="XCZU9EG", board="ZCU102", target="xcup", luts=274_080, ffs=548_160, dsps=2520, brams=912),
         Device(name="XCU250", board="Alveo U250", target="xcup", luts=1_728_000, ffs=3_456_000, dsps=12_288, brams=2688,
                urams=1280),
-        Device(name="LFE5U-85F", board="ULX3S-85", target="ecp5", luts=83_640, ffs=83_640, dsps=156, brams=208),
+        Device(name="LFE5U-85F", board="ECP5-85", target="ecp5", luts=83_640, ffs=83_640, dsps=156, brams=208),
     )
 }
 

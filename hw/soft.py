@@ -1,23 +1,21 @@
 """Products of look-up tables, for devices with few multipliers."""
 
-from amaranth import Cat, Const, Mux, Value
+from amaranth import Cat, Mux, Value
 
 __all__ = ["product"]
 
 
 def product(a: Value, b: Value, *, spare: bool) -> Value:
     """Expression: ``a * b``; with `spare`, a tree of adders that synthesis does not take for a multiplier."""
-    if not spare:
-        return a * b
-    a, bits, negative = Value.cast(a), len(b), b.shape().signed
-    terms: list[Value] = []
-    for index in range(bits):
-        shifted = Cat(Const(0, index), a)
-        shifted = shifted.as_signed() if a.shape().signed else shifted
-        # the top bit of a signed number counts negative
-        terms.append(Mux(b[index], -shifted if negative and index == bits - 1 else shifted, 0))
-    while len(terms) > 1:
-        pairs = zip(terms[::2], terms[1::2])
-        terms = [*(x + y for x, y in pairs), *terms[len(terms) & ~1:]]
-    result = terms[0][: len(a) + bits]
-    return result.as_signed() if a.shape().signed or negative else result
+    return _tree(a, b, top_is_negative=b.shape().signed) if spare else a * b
+
+
+def _tree(a: Value, b: Value, *, top_is_negative: bool) -> Value:
+    """The product with each half of b, added where they overlap."""
+    if len(b) == 1:
+        return Mux(b[0], -a if top_is_negative else a, 0)
+    half = len(b) // 2
+    low, high = _tree(a, b[:half], top_is_negative=False), _tree(a, b[half:], top_is_negative=top_is_negative)
+    above = low[half:].as_signed() if low.shape().signed else low[half:]
+    total = Cat(low[:half], above + high)[: len(a) + len(b) + 1]
+    return total.as_signed() if a.shape().signed or top_is_negative else total

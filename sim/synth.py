@@ -404,7 +404,7 @@ def _cell_types(netlist: Mapping[str, Any]) -> list[str]:
 def _occurrences(mapped: Mapping[str, Mapping[str, Any]], top: str) -> Counter[str]:
     """How often each unit occurs below `top`."""
     counts = Counter({top: 1})
-    for name, netlist in reversed(mapped.items()):
+    for name, netlist in reversed(list(mapped.items())):
         for kind in _cell_types(netlist):
             if kind in mapped:
                 counts[kind] += counts[name]

@@ -120,7 +120,7 @@ def test_yosys_is_missing(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 def test_accelerator_maps() -> None:
-    """The smallest preset for the target that is quicker; ``python -m benchmarks area`` has the others."""
+    """The smallest preset for the target that is quicker; ``python -m benchmarks silicon`` has the others."""
     found = synthesise(verilog("tiny"), top=TOP_NAME, target="ecp5")
     assert found.dsps >= get_arch("tiny").macs
     assert found.brams > 0 and found.luts > found.lut_rams > 0 and found.ffs > 0
