@@ -313,7 +313,8 @@ class Emitter:
     def pack(self, index: int, op: Linear, segment: Segment, chunk: tuple[int, int]) -> _Stream:
         """Pack a block of a layer's weights and store it."""
         block = op.weight[segment.start : segment.stop, chunk[0] : chunk[1]]
-        packed = pack_weights(block, op.pattern, lanes=self.arch.lanes, layer=describe(op))
+        format = None if self.arch.sparse else Format.DENSE
+        packed = pack_weights(block, op.pattern, lanes=self.arch.lanes, layer=describe(op), format=format)
         addresses = {"w_addr": At(self.constants.add(packed.values))}
         if packed.format != Format.DENSE:
             addresses["x_addr"] = At(self.constants.add(packed.positions))

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, fields
 __all__ = ["PRESETS", "Arch", "get_arch"]
 
 
+_FLAGS = ("sparse", "packing", "spare_dsps")
+
+
 def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
@@ -38,12 +41,20 @@ class Arch:
     bus_bytes: int  #: data width of the AXI4 master
     fifo_beats: int = 64  #: depth of the weight reader's FIFO in bus beats; other readers take a fraction
     clock_mhz: int = 200  #: assumed clock for reports in seconds; no vendor tool was run
+    sparse: bool = True  #: N:M weights; without, sparse instructions are malformed and there is no position reader or decoder
+    spare_dsps: bool = False  #: squares and residual products of look-up tables, for devices with few multipliers
+    packing: bool = False  #: two token rows share a multiplier of 27 x 18 bits (DSP48E2), see hw/lane.py
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"Arch.name must be a str, not {self.name!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Arch.{name} must be a bool, not {getattr(self, name)!r}")
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in _FLAGS:
+                continue
             if field.name != "name" and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"Arch.{field.name} must be an int, not {value!r}")
             if field.name not in ("name", "clock_mhz") and not _is_power_of_two(value):
@@ -72,7 +83,7 @@ class Arch:
         """Physical multiply-accumulates per cycle, P."""
         return self.rows * self.lanes
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, int | str | bool]:
         """Fields as plain values, for manifests and reports."""
         return asdict(self)
 
@@ -81,7 +92,10 @@ PRESETS: dict[str, Arch] = {
     arch.name: arch
     for arch in (
         Arch(name="tiny", rows=4, lanes=4, lane_depth=64, row_depth=32, psum_depth=32, bus_bytes=8, fifo_beats=32),
-        Arch(name="sta256", rows=16, lanes=16, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=32),
+        Arch(name="ecp5", rows=8, lanes=8, lane_depth=1024, row_depth=512, psum_depth=512, bus_bytes=16, fifo_beats=32,
+             clock_mhz=100, spare_dsps=True),
+        Arch(name="sta256", rows=16, lanes=16, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=32,
+             packing=True),
         Arch(name="sta1024", rows=32, lanes=32, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),
         Arch(name="gemv256", rows=4, lanes=64, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),
         Arch(name="sta4096", rows=64, lanes=64, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=128),

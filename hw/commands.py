@@ -57,7 +57,7 @@ def writer_command() -> data.StructLayout:
 
 def loader_command() -> data.StructLayout:
     """`count` columns go to the lanes (from memory or, with `from_rows`, from the row unit) or straight to the post unit."""
-    return data.StructLayout({"count": 16, "from_rows": 1, "bypass": 1})
+    return data.StructLayout({"count": 16, "from_rows": 1, "bypass": 1, "a_unsigned": 1})
 
 
 def array_command() -> data.StructLayout:

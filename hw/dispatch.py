@@ -183,11 +183,13 @@ class Dispatcher(wiring.Component):
                     m.d.sync += code.eq(ErrorCode.SEQUENCE)
                 with m.If((code != ErrorCode.NONE) | (raw.opcode == Opcode.HALT) | (tile & sequence.wrong)):
                     m.next = "FINISH"
-                with m.Elif(tile & (raw.source == Source.ARRAY) & (raw.format != Format.DENSE)):
-                    m.next = "GROUPS"
                 with m.Else():
                     m.next = "ISSUE"
-            self._count_words(m, raw, steps, words)
+                    if self._arch.sparse:
+                        with m.If(tile & (raw.source == Source.ARRAY) & (raw.format != Format.DENSE)):
+                            m.next = "GROUPS"
+            if self._arch.sparse:
+                self._count_words(m, raw, steps, words)
             with m.State("ISSUE"):
                 m.d.comb += issue.eq(self._queues_ready())
                 with m.If(issue):

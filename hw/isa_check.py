@@ -107,6 +107,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_F, "reserved bits are set", lambda f, a, kl: f.reserved != 0),
     Rule(_F, "source has no such value", lambda f, a, kl: f.source > Source.ZERO),
     Rule(_F, "format has no such value", lambda f, a, kl: f.format > Format.BITMAP),
+    Rule(_F, "sparse format, but the hardware has none", lambda f, a, kl: _sparse(f) & (not a.sparse)),
     Rule(_F, "scale has no such value", lambda f, a, kl: f.scale > Scale.ROW),
     Rule(_F, "residual has no such value", lambda f, a, kl: f.residual > Residual.INT16),
     Rule(_F, "row_op has no such value", lambda f, a, kl: f.row_op > RowOp.RMSNORM),

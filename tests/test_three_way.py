@@ -40,6 +40,26 @@ def test_random_program_with_fewer_rows_than_lanes(seed):
     assert run.bit_exact, run.mismatches
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("options", [{"packing": True}, {"sparse": False}], ids=str)
+def test_random_program_on_a_variant(options, seed):
+    """Two products per multiplier; dense weights only, where sparse layers are compiled with their zeros."""
+    arch = replace(TINY, **options)
+    network = random_network(100 + seed, arch)
+    program = compile_network(network, arch)
+    memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
+    assert run.bit_exact, run.mismatches
+
+
+def test_sparse_instructions_stop_dense_hardware():
+    arch = replace(TINY, sparse=False)
+    (case,) = malformed_instructions(arch)
+    with VerilatorEngine(arch, np.zeros(1 << 14, np.uint8)) as engine, pytest.raises(AcceleratorError) as stop:
+        engine.run(code_address=0, instructions=put(engine, case.raw), max_cycles=20_000)
+    assert stop.value.code == case.code
+
+
 @pytest.fixture(scope="module")
 def engine():
     """One machine for all: after each error the next program must run."""

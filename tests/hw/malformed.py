@@ -63,6 +63,9 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     norm = good_tile(row_op=RowOp.LAYERNORM, row_shift=20, ln_shift=1)
     sparse = good_tile(format=Format.INDEX, n=1, m=2)
     psum = good_tile(psum_out=1, out=Out.NONE)
+    if not arch.sparse:
+        add("sparse format, but the hardware has none", base=sparse)
+        return cases
     for opcode in (0, *range(4, 16)):
         cases.append(
             Malformed(
