@@ -14,11 +14,17 @@ from hw.commands import writer_command
 from hw.gearbox import Widener
 from hw.stream_util import StreamHold
 
-__all__ = ["WRITE_COMMAND", "Writer"]
+__all__ = ["OUTSTANDING", "ROOM_MARGIN", "WRITE_COMMAND", "Writer"]
 
 WRITE_COMMAND = writer_command()
 """Where a `Writer` puts the words of one instruction: `words` (>= 1) from `addr`, `repeats` (>= 1) times,
 `stride` bytes apart; without `store` no words are taken and the instruction only completes in order."""
+
+OUTSTANDING = 32
+"""Write bursts and instructions in flight at most."""
+
+ROOM_MARGIN = 4
+"""Places that every queue keeps free: `room` is known a cycle late, and one beat may be on its way."""
 
 
 class _Packer(wiring.Component):
@@ -156,7 +162,7 @@ class Writer(wiring.Component):
         A BRESP reported an error; stays until ``abort``.
     """
 
-    def __init__(self, arch: Arch, *, fifo_beats: int = 64, outstanding: int = 32) -> None:
+    def __init__(self, arch: Arch, *, fifo_beats: int = 64, outstanding: int = OUTSTANDING) -> None:
         if not isinstance(arch, Arch):
             raise TypeError(f"arch must be an Arch, not {arch!r}")
         limits = (("fifo_beats", fifo_beats, 2 * BURST_BEATS), ("outstanding", outstanding, 8))
@@ -223,11 +229,10 @@ class Writer(wiring.Component):
             m.d.sync += [inside.eq(~commit), first.eq(begin)]
         with m.If(self.abort):
             m.d.sync += inside.eq(0)
-        # one cycle late, and one beat may be on its way: hence the margin
         m.d.sync += packer.room.eq(
-            (beats.level <= self.fifo_beats - 4)
-            & (bursts.level <= self.outstanding - 4)
-            & (tokens.level <= self.outstanding - 4))
+            (beats.level <= self.fifo_beats - ROOM_MARGIN)
+            & (bursts.level <= self.outstanding - ROOM_MARGIN)
+            & (tokens.level <= self.outstanding - ROOM_MARGIN))
 
     def _send(self, m: Module, beats: SyncFIFOBuffered, bursts: SyncFIFOBuffered) -> None:
         """Drive AW and W; the beats of a burst follow its AWVALID."""
