@@ -33,7 +33,7 @@ from sim.memory import MemoryModel
 __all__ = ["CycleRun", "run_code", "run_cycles"]
 
 _CPP = Path(__file__).parent / "cpp"
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-plt", "-Wall", "-Wextra")
+_FLAGS = ("-std=c++17", "-O2", "-fno-tree-vectorize", "-g", "-march=native", "-fPIC", "-shared", "-fno-plt", "-Wall", "-Wextra")
 
 FIRST_CYCLE = 13
 """Number, by which the memory's stalls go, of the first cycle of the first program after a `VerilatorEngine` was opened."""

@@ -22,7 +22,7 @@ class Simulation {
 public:
     Simulation(const ArchConfig& arch, const MemoryConfig& memory, const Program& program, const Options& options,
                uint64_t* stores, uint64_t stores_size)
-        : program_{program}, options_{options}, core_{arch, memory, program}, inner_{kInnerSets}, outer_{kOuterSets},
+        : options_{options}, core_{arch, memory, program}, comparison_{program}, inner_{kInnerSets}, outer_{kOuterSets},
           stores_{stores}, stores_size_{stores_size} {}
 
     Result run() {
@@ -31,7 +31,7 @@ public:
         while (!core_.done && cycle_ < options_.max_cycles) {
             core_.step(options_.start_cycle + cycle_, false);
             ++simulated_;
-            if (core_.stored) note_store();
+            if (core_.stored) note_store(cycle_ + 1);
             ++cycle_;
             if (!skip) continue;
             if (core_.issued || (core_.requested && simulated_ >= next_sample)) {
@@ -45,8 +45,8 @@ public:
     }
 
 private:
-    static constexpr uint32_t kInnerSets = 256, kOuterSets = 2048;
-    static constexpr uint64_t kSampleDistance = 16;
+    static constexpr uint32_t kInnerSets = 256, kOuterSets = 8192, kMostCheckpoints = 4096;
+    static constexpr uint64_t kSampleDistance = 16, kLeastCopy = 32;
 
     // The core is reset while the memory ports finish.
     void stop() {
@@ -59,57 +59,114 @@ private:
         }
     }
 
-    void note_store() {
-        if (stored_ < stores_size_) stores_[stored_] = cycle_;
+    void note_store(uint64_t cycle) {
+        if (stored_ < stores_size_) stores_[stored_] = cycle;
         ++stored_;
     }
 
     void look_back() {
         Capture capture{now_, cycle_};
         core_.visit(capture, options_.start_cycle + cycle_);
+        capture.hash(comparison_.program());
         now_.stores = stored_;
+        now_.history = history_.size();
+        now_.era = era_;
         now_.counts = core_.counts;
-        now_.hash = capture.hash(false);
-        SnapshotTable::Found found = inner_.find(program_, now_);
-        inner_.insert(now_);
-        if (core_.issued && found.from == nullptr) {
-            now_.hash = capture.hash(true);
-            found = outer_.find(program_, now_);
-            outer_.insert(now_);
-        }
-        if (found.from) jump(*found.from, static_cast<uint32_t>(found.periods));
+        if (copy()) return;
+        if (core_.issued) record();
+        repeat();
     }
 
-    void jump(const Snapshot& from, uint32_t periods) {
-        const uint64_t cycles = periods * (now_.cycle - from.cycle);
-        Advance advance{from, now_, periods};
-        core_.visit(advance, options_.start_cycle + cycle_);
-        core_.shift(cycles, periods * (now_.index - from.index));
-        repeat(core_.counts, from.counts, now_.counts, periods);
-        const uint64_t stores = now_.stores - from.stores, period = now_.cycle - from.cycle;
-        for (uint64_t i = 0; i < periods * stores; ++i, ++stored_) {
-            if (stored_ < stores_size_) stores_[stored_] = stores_[stored_ - stores] + period;
+    // Looks for the same state elsewhere in the program, and copies what followed.
+    bool copy() {
+        const Snapshot* from = nullptr;
+        const Checkpoint* to = nullptr;
+        outer_.each(now_.whole, [&](const Snapshot& state) {
+            if (!comparison_.same(state, now_)) return;
+            const Checkpoint* const reached = comparison_.reach(state, now_, history_);
+            if (reached && reached->cycle > state.cycle + kLeastCopy && (to == nullptr || reached->cycle - state.cycle > to->cycle - from->cycle)) {
+                from = &state;
+                to = reached;
+            }
+        });
+        if (to == nullptr) {
+            outer_.insert(now_.whole, now_);
+            return false;
         }
+        copy_to(*from, *to);
+        return true;
+    }
+
+    void copy_to(const Snapshot& from, const Checkpoint& to) {
+        const uint64_t cycles = to.cycle - from.cycle, later = now_.cycle - from.cycle;
+        const uint32_t instructions = now_.index - from.index;
+        core_.copy(to.core, Comparison::taken(to, from));
+        Displace displace{instructions};
+        core_.visit(displace, 0);
+        core_.shift(later, instructions);
+        core_.counts = now_.counts;
+        add(core_.counts, from.counts, to.counts, 1);
+        for (uint64_t i = from.stores; i < to.stores; ++i) note_store(i < stores_size_ ? stores_[i] + later : 0);
         cycle_ += cycles;
+        ++era_;
         ++skips_;
     }
 
-    static void repeat(Counts& counts, const Counts& from, const Counts& to, uint64_t periods) {
-        for (unsigned i = 0; i < event::kCount; ++i) counts.events[i] += periods * (to.events[i] - from.events[i]);
-        for (unsigned i = 0; i < reader::kCount; ++i) {
-            counts.read_beats[i] += periods * (to.read_beats[i] - from.read_beats[i]);
-        }
-        counts.write_beats += periods * (to.write_beats - from.write_beats);
+    // Looks for the same state a few periods ago, up to counts, and skips periods.
+    void repeat() {
+        const Snapshot* from = nullptr;
+        uint64_t periods = 0;
+        inner_.each(now_.hash, [&](const Snapshot& state) {
+            const uint64_t found = comparison_.periods(state, now_);
+            if (found * (now_.cycle - state.cycle) > (from ? periods * (now_.cycle - from->cycle) : 0)) {
+                from = &state;
+                periods = found;
+            }
+        });
+        if (from != nullptr) skip(*from, static_cast<uint32_t>(periods));
+        inner_.insert(now_.hash, now_);
     }
 
-    const Program& program_;
+    void skip(const Snapshot& from, uint32_t periods) {
+        const uint64_t period = now_.cycle - from.cycle, stores = now_.stores - from.stores;
+        Advance advance{from, now_, periods};
+        core_.visit(advance, 0);
+        core_.shift(periods * period, periods * (now_.index - from.index));
+        add(core_.counts, from.counts, now_.counts, periods);
+        for (uint64_t i = 0; i < periods * stores; ++i) {
+            note_store(stored_ < stores_size_ ? stores_[stored_ - stores] + period : 0);
+        }
+        cycle_ += periods * period;
+        ++skips_;
+    }
+
+    static void add(Counts& counts, const Counts& from, const Counts& to, uint64_t times) {
+        for (unsigned i = 0; i < event::kCount; ++i) counts.events[i] += times * (to.events[i] - from.events[i]);
+        for (unsigned i = 0; i < reader::kCount; ++i) {
+            counts.read_beats[i] += times * (to.read_beats[i] - from.read_beats[i]);
+        }
+        counts.write_beats += times * (to.write_beats - from.write_beats);
+    }
+
+    void record() {
+        if (history_.size() == kMostCheckpoints) {
+            history_.clear();
+            outer_.clear();
+        }
+        history_.push_back(std::make_unique<Checkpoint>(
+            Checkpoint{core_, cycle_, stored_, now_.index, now_.fetch.bursts, now_.fetch.resting, core_.counts}));
+    }
+
     const Options options_;
     Core core_;
+    const Comparison comparison_;
     SnapshotTable inner_, outer_;
+    std::vector<std::unique_ptr<Checkpoint>> history_;
     Snapshot now_;
     uint64_t* const stores_;
     const uint64_t stores_size_;
     uint64_t cycle_ = 0, simulated_ = 0, stored_ = 0, skips_ = 0;
+    uint32_t era_ = 0;
 };
 
 }  // namespace

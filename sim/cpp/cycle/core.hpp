@@ -130,7 +130,7 @@ using Memory = MemoryTiming<Ring<TimedBurst, kMemoryRing>>;
 class Core {
 public:
     Core(const ArchConfig& arch, const MemoryConfig& memory, const Program& program)
-        : arch_{arch}, program_{program}, memory_{memory, arch.bus_bytes} {
+        : arch_{arch}, program_{&program}, memory_{memory, arch.bus_bytes} {
         for (unsigned channel = 0; channel < reader::kCount; ++channel) readers_[channel].configure(arch_, channel);
         feeder_.configure(arch_.lanes);
         store_.configure(arch_);
@@ -172,8 +172,7 @@ public:
         queues_.visit(v);
         memory_.visit(v, cycle);
         arbiter_.visit(v);
-        readers_[reader::fetch].visit(v);
-        v.program_read();
+        visit_fetch(v);
         for (unsigned channel = 1; channel < reader::kCount; ++channel) readers_[channel].visit(v);
         writer_.visit(v);
         loader_.visit(v, queues_.head(unit::load));
@@ -189,12 +188,35 @@ public:
 
     void shift(uint64_t cycles, uint32_t instructions) {
         memory_.shift(cycles);
-        if (instructions != 0) queues_.shift(program_, instructions);
+        if (instructions != 0) queues_.shift(*program_, instructions);
+    }
+
+    Reader& fetch() { return readers_[reader::fetch]; }
+
+    // The state of `other`, where this one's fetch channel rests after it has lost `beats` more.
+    void copy(const Core& other, uint32_t beats) {
+        Reader fetch = readers_[reader::fetch];
+        const uint32_t fetches = fetches_;
+        *this = other;
+        fetch.take(beats);
+        readers_[reader::fetch] = fetch;
+        fetches_ = fetches;
     }
 
     uint32_t index() const { return dispatcher_.index(); }
 
 private:
+    // While the fetch channel rests, the rest of the machine does not depend on it.
+    template <class Visitor>
+    void visit_fetch(Visitor& v) {
+        Reader& fetch = readers_[reader::fetch];
+        const bool resting = fetch.resting();
+        v.exact(static_cast<uint8_t>(resting));
+        if (resting) v.fetch(fetch, fetches_);
+        else fetch.visit(v);
+        v.program_read();
+    }
+
     bool valid(unsigned channel) const { return valid_ >> channel & 1; }
     void count(unsigned event, bool happened) { counts.events[event] += happened; }
 
@@ -286,6 +308,7 @@ private:
         const uint32_t granted_beats = granted >= 0 ? readers_[granted].request_beats() : 0;
         if (owner >= 0) ++counts.read_beats[owner];
         requested = granted >= 0;
+        fetches_ += granted == static_cast<int>(reader::fetch);
         const bool fetched = dispatcher_.fetching() && valid(reader::fetch), requesting = dispatcher_.requesting();
         if (dispatcher_.fetching()) ready |= 1u << reader::fetch;
         step_readers(ready, owner, granted, requesting, pops);
@@ -303,10 +326,10 @@ private:
         if (write_address_) memory_.accept_write(write_address_beats_);
 
         issued = dispatcher_.wants_queues() && queues_.writable();
-        const uint32_t index = dispatcher_.index(), push = issued ? program_[index].units : 0;
+        const uint32_t index = dispatcher_.index(), push = issued ? (*program_)[index].units : 0;
         count(event::instructions, issued);
-        dispatcher_.step(program_, issued, fetched);
-        queues_.step(program_, push, index, pops);
+        dispatcher_.step(*program_, issued, fetched);
+        queues_.step(*program_, push, index, pops);
     }
 
     void step_readers(uint32_t ready, int owner, int granted, bool fetch, uint32_t& pops) {
@@ -356,8 +379,8 @@ private:
         writer_.step(c, ref, word_, memory_.awready, memory_.wready, memory_.bvalid);
     }
 
-    const ArchConfig arch_;
-    const Program& program_;
+    ArchConfig arch_;
+    const Program* program_;
     ReadCommand fetch_;
     Memory memory_;
     Dispatcher dispatcher_;
@@ -375,6 +398,7 @@ private:
     RowUnit row_;
     Progress routed_;  // RowRoute
     Store store_;
+    uint32_t fetches_ = 0;                           // bursts requested by the fetch channel
     uint32_t awake_ = 0, valid_ = 0, requests_ = 0, accepting_ = ~0u;  // one bit a read channel
     // signals of the current cycle
     Loader::Move moved_{};

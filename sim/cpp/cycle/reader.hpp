@@ -43,6 +43,23 @@ public:
         fifo_.tick(data, read);
     }
 
+    // Words wait at the output and nothing is on its way: whoever takes the words cannot tell how many are left, until the
+    // next burst is requested or there are none. Not for words narrower than the bus.
+    bool resting() const {
+        return !narrow_ && !hold_ && !request_ && fifo_.out && (!widen_ || full_) && credit_ + fifo_.level() == depth_ - 1;
+    }
+
+    uint32_t level() const { return fifo_.level(); }
+    uint32_t credit() const { return credit_; }
+    uint32_t next_burst() const { return active_ ? burst() : ~0u; }
+    uint32_t beats_per_word() const { return widen_ ? ratio_ : 1; }
+
+    // A resting reader after `beats` more were taken.
+    void take(uint32_t beats) {
+        fifo_.inner -= beats;
+        credit_ += beats;
+    }
+
     template <class Visitor>
     void visit(Visitor& v) {
         v.exact(static_cast<uint8_t>(hold_ | active_ << 1 | request_ << 2 | inside_ << 3 | full_ << 4 | framed_ << 5 |
