@@ -45,7 +45,7 @@ public:
     }
 
 private:
-    static constexpr uint32_t kInnerSets = 256, kOuterSets = 8192, kMostCheckpoints = 4096;
+    static constexpr uint32_t kInnerSets = 1021, kOuterSets = 8191, kMostCheckpoints = 4096;
     static constexpr uint64_t kSampleDistance = 16, kLeastCopy = 32;
 
     // The core is reset while the memory ports finish.
@@ -75,6 +75,10 @@ private:
         if (copy()) return;
         if (core_.issued) record();
         repeat();
+        if (store_.full() || history_.size() == kMostCheckpoints) forget();
+        const Snapshot* const kept = store_.keep(now_);
+        inner_.insert(kept->hash, kept);
+        outer_.insert(kept->whole, kept);
     }
 
     // Looks for the same state elsewhere in the program, and copies what followed.
@@ -89,12 +93,8 @@ private:
                 to = reached;
             }
         });
-        if (to == nullptr) {
-            outer_.insert(now_.whole, now_);
-            return false;
-        }
-        copy_to(*from, *to);
-        return true;
+        if (to != nullptr) copy_to(*from, *to);
+        return to != nullptr;
     }
 
     void copy_to(const Snapshot& from, const Checkpoint& to) {
@@ -124,7 +124,6 @@ private:
             }
         });
         if (from != nullptr) skip(*from, static_cast<uint32_t>(periods));
-        inner_.insert(now_.hash, now_);
     }
 
     void skip(const Snapshot& from, uint32_t periods) {
@@ -149,12 +148,16 @@ private:
     }
 
     void record() {
-        if (history_.size() == kMostCheckpoints) {
-            history_.clear();
-            outer_.clear();
-        }
         history_.push_back(std::make_unique<Checkpoint>(
             Checkpoint{core_, cycle_, stored_, now_.index, now_.fetch.bursts, now_.fetch.resting, core_.counts}));
+    }
+
+    void forget() {
+        inner_.clear();
+        outer_.clear();
+        history_.clear();
+        store_.clear();
+        now_.history = 0;
     }
 
     const Options options_;
@@ -162,7 +165,8 @@ private:
     const Comparison comparison_;
     SnapshotTable inner_, outer_;
     std::vector<std::unique_ptr<Checkpoint>> history_;
-    Snapshot now_;
+    SnapshotStore store_;
+    Present now_;
     uint64_t* const stores_;
     const uint64_t stores_size_;
     uint64_t cycle_ = 0, simulated_ = 0, stored_ = 0, skips_ = 0;

@@ -220,8 +220,28 @@ private:
     bool valid(unsigned channel) const { return valid_ >> channel & 1; }
     void count(unsigned event, bool happened) { counts.events[event] += happened; }
 
-    // Row unit, store unit, post unit, loader: their handshakes depend on each other from the outputs back.
+    // All that can end a standstill of `step_outputs`.
+    uint32_t outputs_key() const {
+        const bool room = ring_.loaded - ring_.freed < arch_.lane_depth;
+        return valid_ | queues_.offered() << 8 | array_.valid() << 24 | writer_.ready() << 25 | scales_.out << 26 | room << 27;
+    }
+
+    // Row unit, store unit, post unit, loader. Where nothing moves, nothing moves until a signal from outside changes.
     void step_outputs(uint32_t& pops, uint32_t& ready) {
+        const uint32_t key = outputs_key();
+        if (still_ && key == still_key_) {
+            count(event::load_full, moved_.full);
+            count(event::post_wait_input, waits_);
+            count(event::post_wait_output, blocked_);
+            count(event::row_busy, row_waits_);
+            return;
+        }
+        still_ = !move_outputs(pops, ready);
+        still_key_ = key;
+    }
+
+    // Their handshakes depend on each other from the outputs back. Returns whether anything moves.
+    bool move_outputs(uint32_t& pops, uint32_t& ready) {
         const Commands *const load = queues_.head(unit::load), *const post = queues_.head(unit::post);
         const Commands *const store = queues_.head(unit::store), *const route = queues_.head(unit::row_out);
         const Commands* const widen = queues_.head(unit::widen);
@@ -248,8 +268,10 @@ private:
         const bool row_ready = route && (to_lanes ? from_rows : stores_rows), scale_ready = scales_.writable(kScalesDepth);
         const bool row_busy = row_.busy(), scale = row_.scale_valid(), routed = row_valid && row_ready;
         RowUnit::Result rowed{};
+        const bool row_steps = to_rows || (row_busy && !row_.collecting()) || (!row_busy && queues_.head(unit::row)) ||
+                               row_.settling();
         count(event::row_stalled, (row_valid && !row_ready) || (scale && !scale_ready));
-        if (row_busy || queues_.head(unit::row) || row_.settling()) {
+        if (row_steps) {
             const Commands* const row = queues_.head(unit::row);
             rowed = row_.step(row, row ? queues_.ref(unit::row) : 0, to_rows, valid(reader::g), row_ready, scale_ready);
         }
@@ -276,6 +298,11 @@ private:
         count(event::post_wait_output, posted.blocked);
         count(event::row_busy, row_busy);
         count(event::store_busy, stored.word && word_ready);
+        row_waits_ = row_busy;
+        waits_ = posted.waits;
+        blocked_ = posted.blocked;
+        return row_steps || !post_.still() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
+               stored.word || store_.owes() || scales_.settling() || (ready & valid_ & 1u << reader::r);
     }
 
     void step_array(uint32_t& pops, uint32_t& ready) {
@@ -335,15 +362,17 @@ private:
     void step_readers(uint32_t ready, int owner, int granted, bool fetch, uint32_t& pops) {
         static_assert(kReaderUnit[reader::a] == 0 && kReaderUnit[reader::g] == reader::g - 1, "units start with the readers");
         const uint32_t offered = queues_.offered() << 1 & ((1u << reader::kCount) - 1);
-        uint32_t wake = awake_ | (ready & valid_) | (offered & accepting_);
-        if (owner >= 0) wake |= 1u << owner;
-        if (granted >= 0) wake |= 1u << granted;
-        if (fetch) wake |= 1u << reader::fetch;
+        uint32_t busy = awake_ | (offered & accepting_);
+        if (owner >= 0) busy |= 1u << owner;
+        if (granted >= 0) busy |= 1u << granted;
+        if (fetch) busy |= 1u << reader::fetch;
+        uint32_t wake = busy | (ready & valid_);
         const uint16_t completed = static_cast<uint16_t>(writer_.completed());
         for (; wake != 0; wake &= wake - 1) {
             const int channel = __builtin_ctz(wake);
             const uint32_t bit = 1u << channel;
             Reader& reader = readers_[channel];
+            if (!(busy & bit) && reader.step_inside()) continue;
             const ReadCommand* cmd = nullptr;
             uint32_t ref = kNoInstruction;
             if (reader.cmd_ready()) {
@@ -366,9 +395,9 @@ private:
     void step_writer(uint32_t& pops) {
         const Commands* c = queues_.head(unit::write);
         stored = write_response_ = write_data_ = write_address_ = false;
-        if (!c && writer_.sleeping()) return;
-        const uint32_t ref = c ? queues_.ref(unit::write) : 0;
         if (!writer_.cmd_ready()) c = nullptr;
+        if (!c && !word_ && writer_.waiting(memory_.bvalid)) return;
+        const uint32_t ref = c ? queues_.ref(unit::write) : 0;
         if (c) pops |= 1u << unit::write;
         stored = memory_.response_starts && writer_.answers_last();
         write_response_ = memory_.bvalid && writer_.bready();
@@ -403,6 +432,8 @@ private:
     // signals of the current cycle
     Loader::Move moved_{};
     bool acc_ready_ = false, word_ = false;
+    bool still_ = false, waits_ = false, blocked_ = false, row_waits_ = false;  // nothing moved in `step_outputs`, and why
+    uint32_t still_key_ = 0;
     bool write_response_ = false, write_data_ = false, write_address_ = false;
     uint32_t write_address_beats_ = 0;
 };

@@ -45,6 +45,7 @@ public:
     bool out_valid() const { return stages_ >> kLast & kValid; }
     bool out_rows() const { return stages_ >> kLast & kRows; }
     bool sleeping() const { return stages_ == 0 && flushed_ == 0; }
+    bool still() const { return stages_ == 0 && flushed_ == 0; }
 
     // One cycle. out_ready : what follows takes the last stage's column.
     Result step(const Commands* c, const Operands& offered, bool out_ready) {

@@ -34,6 +34,16 @@ public:
         return widen_ && fifo_.out && !full_;
     }
 
+    // A word is taken and nothing else happens: done, unless it was the last of its beat.
+    bool step_inside() {
+        if (!narrow_) return false;
+        const uint32_t current = inside_ ? slot_ : first_;
+        if (current == last_) return false;
+        inside_ = true;
+        slot_ = (current + 1) & (ratio_ - 1);
+        return true;
+    }
+
     // One cycle. ref : instruction of the command that is taken. data : a beat arrives. ready : of the output.
     // granted : the request is taken. completed : the writer's counter.
     void step(const ReadCommand* cmd, uint32_t ref, bool data, bool ready, bool granted, uint16_t completed) {
@@ -92,6 +102,9 @@ private:
     }
 
     void issue(const ReadCommand* cmd, uint32_t ref, bool granted, uint16_t completed, bool pop) {
+        credit_ += pop;
+        if (!cmd && !granted && (!hold_ || active_) && (!active_ || request_)) return;
+        credit_ -= pop;
         const uint32_t count = burst();
         const bool final = left_.value <= count;
         const bool take = active_ && (!request_ || granted) && credit_ >= count;

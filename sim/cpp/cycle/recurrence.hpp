@@ -5,8 +5,9 @@
 // followed is copied, up to a checkpoint recorded there, as long as the instructions are alike (`Comparison::reach`).
 #pragma once
 
-#include <cstddef>
+#include <algorithm>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "snapshot.hpp"
@@ -27,12 +28,12 @@ public:
     const Program& program() const { return program_; }
 
     // How many more periods between the snapshots are certain: 0 if none is.
-    uint64_t periods(const Snapshot& from, const Snapshot& to) const {
+    uint64_t periods(const Snapshot& from, const Present& to) const {
         if (!same_bytes(from, to)) return 0;
         const bool near = from.era == to.era;
         uint64_t limit = kMany;
         for (uint32_t i = 0; i < to.count_size && limit != 0; ++i) {
-            limit = least(limit, of_count(from.count[i], to.count[i], near));
+            limit = least(limit, of_count(from.count[i], to.count[i], to.floors[i], near));
         }
         limit = least(limit, of_level(from.level, to.level, near));
         limit = least(limit, of_fetch(from.fetch, to.fetch));
@@ -75,10 +76,10 @@ private:
     }
 
     // near : no copy lies between the two, so that equal `loads` mean that the count was not reloaded.
-    static uint64_t of_count(const Snapshot::Count& from, const Snapshot::Count& to, bool near) {
+    static uint64_t of_count(const Snapshot::Count& from, const Snapshot::Count& to, uint32_t floor, bool near) {
         if (from.value == to.value) return kMany;
-        if (!near || from.loads != to.loads || from.value < to.value || to.value <= to.floor) return 0;
-        return (to.value - to.floor - 1) / (from.value - to.value);
+        if (!near || from.loads != to.loads || from.value < to.value || to.value <= floor) return 0;
+        return (to.value - floor - 1) / (from.value - to.value);
     }
 
     // Neither end of the FIFO may be met: it only fills, or only empties.
@@ -136,37 +137,74 @@ private:
     const Program& program_;
 };
 
-// Snapshots by a hash: a few of each, the oldest is overwritten.
+// Snapshots, each in as much memory as it needs. They go all at once.
+class SnapshotStore {
+public:
+    const Snapshot* keep(const Snapshot& state) {
+        const size_t counts = sizeof(Snapshot::Count) * state.count_size, size = sizeof state + counts + state.size;
+        uint8_t* const place = reserve((size + 7) / 8 * 8);
+        auto* const kept = new (place) Snapshot(state);
+        kept->count = reinterpret_cast<Snapshot::Count*>(place + sizeof state);
+        kept->bytes = place + sizeof state + counts;
+        std::memcpy(kept->count, state.count, counts);
+        std::memcpy(kept->bytes, state.bytes, state.size);
+        return kept;
+    }
+
+    bool full() const { return chunks_.size() == kMostChunks; }
+
+    void clear() {
+        chunks_.clear();
+        used_ = kChunk;
+    }
+
+private:
+    static constexpr size_t kChunk = 1 << 18, kMostChunks = 128;
+
+    uint8_t* reserve(size_t size) {
+        if (used_ + size > kChunk) {
+            chunks_.emplace_back(new uint8_t[kChunk]);
+            used_ = 0;
+        }
+        used_ += size;
+        return chunks_.back().get() + used_ - size;
+    }
+
+    std::vector<std::unique_ptr<uint8_t[]>> chunks_;
+    size_t used_ = kChunk;
+};
+
+// Snapshots by a hash: a few of each, the oldest gives way.
 class SnapshotTable {
 public:
-    explicit SnapshotTable(uint32_t sets) : mask_{sets - 1}, next_(sets), keys_(kWays * sets), slots_(kWays * sets) {}
+    explicit SnapshotTable(uint32_t sets) : sets_(sets) {}
 
     template <class Use>
     void each(uint64_t key, Use use) const {
-        const uint64_t set = (key & mask_) * kWays;
-        for (unsigned way = 0; way < kWays; ++way) {
-            if (keys_[set + way] == key && slots_[set + way]) use(*slots_[set + way]);
+        for (const Entry& entry : sets_[key % sets_.size()].entries) {
+            if (entry.state && entry.key == key) use(*entry.state);
         }
     }
 
-    void insert(uint64_t key, const Snapshot& state) {
-        const uint64_t set = key & mask_, slot = set * kWays + next_[set]++ % kWays;
-        if (!slots_[slot]) slots_[slot] = std::make_unique<Snapshot>();
-        keys_[slot] = key;
-        Snapshot& to = *slots_[slot];
-        std::memcpy(&to, &state, offsetof(Snapshot, count) + state.count_size * sizeof(Snapshot::Count));
-        std::memcpy(to.bytes, state.bytes, state.size);
+    void insert(uint64_t key, const Snapshot* state) {
+        Set& set = sets_[key % sets_.size()];
+        set.entries[set.next++ % kWays] = {key, state};
     }
 
-    void clear() {
-        for (auto& slot : slots_) slot.reset();
-    }
+    void clear() { std::fill(sets_.begin(), sets_.end(), Set{}); }
 
 private:
     static constexpr unsigned kWays = 4;
 
-    uint64_t mask_;
-    std::vector<uint8_t> next_;
-    std::vector<uint64_t> keys_;
-    std::vector<std::unique_ptr<Snapshot>> slots_;
+    struct Entry {
+        uint64_t key = 0;
+        const Snapshot* state = nullptr;
+    };
+
+    struct Set {
+        Entry entries[kWays];
+        uint32_t next = 0;
+    };
+
+    std::vector<Set> sets_;
 };

@@ -285,6 +285,11 @@ public:
     bool scale_valid() const { return scale_.valid(rows_); }
     bool settling() const { return fifo_.settling(); }
 
+    // Only the first pass has work, and waits for a column.
+    bool collecting() const {
+        return collector_.columns() && exp_.idle() && !exp_.scale_valid() && !scale_.busy() && !norm_scale_.busy() && norm_.idle();
+    }
+
     bool busy() const {
         return collector_.busy() || fifo_.out || !exp_.idle() || exp_.scale_valid() || scale_.busy() || norm_scale_.busy() ||
                !norm_.idle();

@@ -10,10 +10,8 @@
 #include "core.hpp"
 
 struct Snapshot {
-    static constexpr unsigned kBytes = 1400, kCounts = 64, kTotals = 8;
-
     struct Count {
-        uint32_t value, loads, floor;
+        uint32_t value, loads;
     };
 
     struct Level {
@@ -32,15 +30,28 @@ struct Snapshot {
     Level level;
     Fetch fetch;
     Counts counts;
-    uint32_t totals[kTotals];
-    Count count[kCounts];
-    uint8_t bytes[kBytes + 8];
+    uint32_t totals[5];
+    Count* count;
+    uint8_t* bytes;
+};
+
+// The present, with room for all that a snapshot may hold, and the values at which counts matter.
+struct Present : Snapshot {
+    Present() {
+        count = counts_buffer;
+        bytes = bytes_buffer;
+    }
+
+    static constexpr unsigned kBytes = 2048, kCounts = 96;
+    uint32_t floors[kCounts];
+    Count counts_buffer[kCounts];
+    uint8_t bytes_buffer[kBytes];
 };
 
 // Visitor that fills a snapshot.
 class Capture {
 public:
-    Capture(Snapshot& to, uint64_t cycle) : to_{to} {
+    Capture(Present& to, uint64_t cycle) : to_{to} {
         to_.cycle = cycle;
         to_.size = to_.count_size = to_.total_size = to_.oldest = 0;
         to_.fetch.resting = false;
@@ -65,9 +76,9 @@ public:
         if (ref != kNoInstruction) oldest(ref);
     }
 
-    void countdown(const Countdown& c, uint32_t floor) { to_.count[to_.count_size++] = {c.value, c.loads, floor}; }
-    void progress(const Progress& p, uint32_t count) { to_.count[to_.count_size++] = {count - p.moved, p.loads, 1}; }
-    void distance(uint32_t value, uint32_t loads) { to_.count[to_.count_size++] = {value, loads, 0}; }
+    void countdown(const Countdown& c, uint32_t floor) { add(c.value, c.loads, floor); }
+    void progress(const Progress& p, uint32_t count) { add(count - p.moved, p.loads, 1); }
+    void distance(uint32_t value, uint32_t loads) { add(value, loads, 0); }
     void total(uint32_t value) { to_.totals[to_.total_size++] = value; }
 
     void level(const Fifo& fifo, uint32_t depth, uint32_t pushes, uint32_t pops) {
@@ -98,12 +109,17 @@ public:
     }
 
 private:
+    void add(uint32_t value, uint32_t loads, uint32_t floor) {
+        to_.floors[to_.count_size] = floor;
+        to_.count[to_.count_size++] = {value, loads};
+    }
+
     static uint64_t mix(uint64_t h, uint64_t word) {
         const auto product = static_cast<unsigned __int128>(h ^ word ^ 0x9E3779B97F4A7C15ull) * 0xD6E8FEB86659FD93ull;
         return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
     }
 
-    Snapshot& to_;
+    Present& to_;
     uint32_t program_counts_ = 0;
 };
 

@@ -26,8 +26,11 @@ public:
     uint32_t completed() const { return completed_; }
     bool answers_last() { return order_.front().last; }  // the oldest burst is its instruction's last
 
-    bool sleeping() const {
-        return !hold_ && !active_ && !full_ && !ended_ && tokens_.level() == 0 && room_;
+    // Without a word or a command nothing moves in this cycle.
+    bool waiting(bool bvalid) const {
+        const bool packing = full_ || ended_ || (hold_ && !active_) || (active_ && !current_.store) || room_ != has_room();
+        const bool sending = bursts_.level() || beats_.settling() || (beats_.out && lead_ > 0) || tokens_.settling();
+        return !packing && !sending && !(tokens_.out && (token_.front().null || bvalid));
     }
 
     // One cycle. word : the store unit offers one. Returns whether an instruction was completed.
@@ -37,7 +40,7 @@ public:
         const bool aw = bursts_.out && awready, w = wvalid() && wready;
         const bool token_read = tokens_.out && (token_.front().null || bvalid);
         const bool done = token_read && token_.front().last;
-        const bool room = beats_.level() <= beats_room_ && bursts_.level() <= kWriteRoom && tokens_.level() <= kWriteRoom;
+        const bool room = has_room();
         const bool beats_read = wready && allowed();
 
         beats_.tick(push, beats_read);
@@ -80,6 +83,10 @@ public:
 
 private:
     static constexpr unsigned kWriteRoom = kWriteBursts - kRoomMargin;
+
+    bool has_room() const {
+        return beats_.level() <= beats_room_ && bursts_.level() <= kWriteRoom && tokens_.level() <= kWriteRoom;
+    }
 
     // null : an instruction that stores nothing. last : it ends an instruction.
     struct Token {
