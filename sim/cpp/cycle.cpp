@@ -22,7 +22,8 @@ class Simulation {
 public:
     Simulation(const ArchConfig& arch, const MemoryConfig& memory, const Program& program, const Options& options,
                uint64_t* stores, uint64_t stores_size)
-        : options_{options}, core_{arch, memory, program}, comparison_{program}, inner_{kInnerSets}, outer_{kOuterSets},
+        : options_{options}, waited_(program.size()), core_{arch, memory, program, waited_.data()},
+          comparison_{program, waited_.data()}, inner_{kInnerSets}, outer_{kOuterSets},
           stores_{stores}, stores_size_{stores_size} {}
 
     Result run() {
@@ -101,7 +102,8 @@ private:
         const uint64_t cycles = to.cycle - from.cycle, later = now_.cycle - from.cycle;
         const uint32_t instructions = now_.index - from.index;
         core_.copy(to.core, Comparison::taken(to, from));
-        Displace displace{instructions};
+        comparison_.repeat_waits(from.index - from.oldest, now_.index - from.oldest, to.index - from.index + from.oldest);
+        Displace displace{comparison_.program(), instructions};
         core_.visit(displace, 0);
         core_.shift(later, instructions);
         core_.counts = now_.counts;
@@ -128,9 +130,11 @@ private:
 
     void skip(const Snapshot& from, uint32_t periods) {
         const uint64_t period = now_.cycle - from.cycle, stores = now_.stores - from.stores;
-        Advance advance{from, now_, periods};
+        Advance advance{comparison_.program(), from, now_, periods};
         core_.visit(advance, 0);
         core_.shift(periods * period, periods * (now_.index - from.index));
+        const uint32_t length = now_.index - from.index, first = from.index - from.oldest;
+        comparison_.repeat_waits(first, first + length, length == 0 ? 0 : periods * length + from.oldest);
         add(core_.counts, from.counts, now_.counts, periods);
         for (uint64_t i = 0; i < periods * stores; ++i) {
             note_store(stored_ < stores_size_ ? stores_[stored_ - stores] + period : 0);
@@ -161,6 +165,7 @@ private:
     }
 
     const Options options_;
+    std::vector<uint8_t> waited_;  // by instruction
     Core core_;
     const Comparison comparison_;
     SnapshotTable inner_, outer_;

@@ -129,14 +129,15 @@ using Memory = MemoryTiming<Ring<TimedBurst, kMemoryRing>>;
 // The accelerator and its memory while a program runs.
 class Core {
 public:
-    Core(const ArchConfig& arch, const MemoryConfig& memory, const Program& program)
-        : arch_{arch}, program_{&program}, memory_{memory, arch.bus_bytes} {
+    // waited : gets a mark for each instruction that waits for its `dep`.
+    Core(const ArchConfig& arch, const MemoryConfig& memory, const Program& program, uint8_t* waited)
+        : arch_{arch}, program_{&program}, waited_{waited}, memory_{memory, arch.bus_bytes} {
         for (unsigned channel = 0; channel < reader::kCount; ++channel) readers_[channel].configure(arch_, channel);
         feeder_.configure(arch_.lanes);
         store_.configure(arch_);
         row_.configure(arch_);
         writer_.configure(arch_);
-        fetch_ = {0, static_cast<uint32_t>(program.size()), 1, 0, 0, 0};
+        fetch_ = {0, static_cast<uint32_t>(program.size()), 1, 0, 0};
     }
 
     // In the last cycle: a read burst was requested, an instruction was issued, the last write of one was answered.
@@ -204,6 +205,7 @@ public:
     }
 
     uint32_t index() const { return dispatcher_.index(); }
+    uint32_t completed() const { return writer_.completed(); }
 
 private:
     // While the fetch channel rests, the rest of the machine does not depend on it.
@@ -367,24 +369,26 @@ private:
         if (granted >= 0) busy |= 1u << granted;
         if (fetch) busy |= 1u << reader::fetch;
         uint32_t wake = busy | (ready & valid_);
-        const uint16_t completed = static_cast<uint16_t>(writer_.completed());
+        const uint32_t completed = writer_.completed();
         for (; wake != 0; wake &= wake - 1) {
             const int channel = __builtin_ctz(wake);
             const uint32_t bit = 1u << channel;
             Reader& reader = readers_[channel];
             if (!(busy & bit) && reader.step_inside()) continue;
             const ReadCommand* cmd = nullptr;
-            uint32_t ref = kNoInstruction;
+            uint32_t ref = kNoInstruction, dep = kNeverWaits;
             if (reader.cmd_ready()) {
                 if (channel == reader::fetch) {
                     cmd = fetch ? &fetch_ : nullptr;
                 } else if (const Commands* const c = queues_.head(kReaderUnit[channel])) {
                     cmd = &c->read[channel];
                     ref = queues_.ref(kReaderUnit[channel]);
+                    dep = program_->dep(ref);
                     pops |= 1u << kReaderUnit[channel];
                 }
             }
-            reader.step(cmd, ref, channel == owner, ready & bit, channel == granted, completed);
+            reader.step(cmd, ref, dep, channel == owner, ready & bit, channel == granted, completed);
+            if (reader.waits()) waited_[reader.held()] = true;
             accepting_ = reader.cmd_ready() ? accepting_ | bit : accepting_ & ~bit;
             awake_ = reader.awake() ? awake_ | bit : awake_ & ~bit;
             valid_ = reader.valid() ? valid_ | bit : valid_ & ~bit;
@@ -410,6 +414,7 @@ private:
 
     ArchConfig arch_;
     const Program* program_;
+    uint8_t* waited_;
     ReadCommand fetch_;
     Memory memory_;
     Dispatcher dispatcher_;

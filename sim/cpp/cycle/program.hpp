@@ -16,9 +16,9 @@ struct ArchConfig {
     uint32_t write_bytes, writer_beats;                              // bytes of a word to the writer, depth of its FIFO
 };
 
-// Addresses are taken modulo the longest burst: no unit sees more of them.
+// Addresses are taken modulo the longest burst: no unit sees more of them. wait : for the instruction's `dep`.
 struct ReadCommand {
-    uint32_t addr, words, repeats, stride, dep, wait;
+    uint32_t addr, words, repeats, stride, wait;
 };
 
 struct WriteCommand {
@@ -83,13 +83,7 @@ public:
 private:
     void read(const uint8_t* raw, Commands& c, unsigned unit, unsigned channel, Field addr, uint32_t words) const {
         c.units |= 1u << unit;
-        c.read[channel] = {get(raw, addr) & span_, words, 1, 0, 0, false};
-        if (channel == reader::a || channel == reader::r) wait(raw, c.read[channel]);
-    }
-
-    static void wait(const uint8_t* raw, ReadCommand& read) {
-        read.dep = get(raw, field::dep);
-        read.wait = read.dep != 0;
+        c.read[channel] = {get(raw, addr) & span_, words, 1, 0, channel == reader::a || channel == reader::r};
     }
 
     static void load(Commands& c, uint32_t count, bool from_rows, bool bypass) {
@@ -154,7 +148,7 @@ private:
         ReadCommand& w = c.read[reader::w];
         w.repeats = tiles;
         w.stride = get(raw, field::w_stride) & span_;
-        if (get(raw, field::w_dep)) wait(raw, w);
+        w.wait = get(raw, field::w_dep);
         c.counted = !dense;
         if (dense) return;
         const uint32_t words = bitmap ? ceil_div(groups, 32 / m) : ceil_div(groups * n, 32 / index_bits(m));
@@ -169,7 +163,9 @@ private:
     const uint32_t span_;
 };
 
-// The instructions, each as the number of its command set.
+constexpr uint32_t kNeverWaits = 1u << 20;  // more than any `dep`
+
+// The instructions, each as the number of its command set and its `dep`, or `kNeverWaits`.
 class Program {
 public:
     Program(const ArchConfig& arch, const uint8_t* code, uint64_t instructions) {
@@ -177,6 +173,7 @@ public:
         std::unordered_map<std::string, uint32_t> known;
         std::string key(sizeof(Commands), '\0');
         kinds_.reserve(instructions);
+        deps_.reserve(instructions);
         for (uint64_t i = 0; i < instructions; ++i) {
             Commands commands;
             decoder.decode(code + i * kInstructionBytes, commands);
@@ -184,22 +181,17 @@ public:
             const auto [found, fresh] = known.emplace(key, static_cast<uint32_t>(table_.size()));
             if (fresh) table_.push_back(commands);
             kinds_.push_back(found->second);
+            const uint32_t dep = get(code + i * kInstructionBytes, field::dep);
+            deps_.push_back(dep ? dep : kNeverWaits);
         }
     }
 
     const Commands& operator[](uint32_t index) const { return table_[kinds_[index]]; }
     uint32_t kind(uint64_t index) const { return kinds_[index]; }
+    uint32_t dep(uint64_t index) const { return deps_[index]; }
     uint64_t size() const { return kinds_.size(); }
-
-    // How many instructions from `first` on equal those from `second` > `first` on, up to `limit`.
-    uint64_t common(uint64_t first, uint64_t second, uint64_t limit) const {
-        if (limit > size() - second) limit = size() - second;
-        uint64_t count = 0;
-        while (count < limit && kinds_[first + count] == kinds_[second + count]) ++count;
-        return count;
-    }
 
 private:
     std::vector<Commands> table_;
-    std::vector<uint32_t> kinds_;
+    std::vector<uint32_t> kinds_, deps_;
 };

@@ -26,6 +26,10 @@ public:
     bool requesting() const { return request_; }
     uint32_t request_beats() const { return request_beats_; }
 
+    // In the last cycle the command `held` could start but for its `dep`.
+    bool waits() const { return waits_; }
+    uint32_t held() const { return hold_ref_; }
+
     // Something may move although no input does.
     bool awake() const {
         if ((hold_ && !active_) || fifo_.settling()) return true;
@@ -46,10 +50,16 @@ public:
 
     // One cycle. ref : instruction of the command that is taken. data : a beat arrives. ready : of the output.
     // granted : the request is taken. completed : the writer's counter.
-    void step(const ReadCommand* cmd, uint32_t ref, bool data, bool ready, bool granted, uint16_t completed) {
+    void step(const ReadCommand* cmd, uint32_t ref, uint32_t dep, bool data, bool ready, bool granted, uint32_t completed) {
         const bool read = narrow_ ? step_narrow(cmd, ref, ready) : widen_ ? step_wide(ready) : ready;
         const bool pop = fifo_.out && read;
-        issue(cmd, ref, granted, completed, pop);
+        issue(cmd, granted, completed, pop);
+        if (cmd) {
+            hold_ = true;
+            held_ = *cmd;
+            hold_ref_ = ref;
+            hold_dep_ = dep;
+        }
         fifo_.tick(data, read);
     }
 
@@ -76,7 +86,7 @@ public:
                                      framing_ << 6));
         v.exact(static_cast<uint16_t>(credit_));
         fifo_.visit(v);
-        if (hold_) v.reference(hold_ref_);
+        if (hold_) v.held(hold_ref_, hold_dep_);
         if (active_) {
             v.reference(ref_);
             v.exact(beat_);
@@ -101,7 +111,8 @@ private:
         return left_.value <= edge ? left_.value : edge;
     }
 
-    void issue(const ReadCommand* cmd, uint32_t ref, bool granted, uint16_t completed, bool pop) {
+    void issue(const ReadCommand* cmd, bool granted, uint32_t completed, bool pop) {
+        waits_ = false;
         credit_ += pop;
         if (!cmd && !granted && (!hold_ || active_) && (!active_ || request_)) return;
         credit_ -= pop;
@@ -123,19 +134,16 @@ private:
             --repeats_.value;
             following_ = (following_ + stride_) & span_;
         } else if (hold_ && (!active_ || (take && final))) {
-            const uint16_t distance = completed - static_cast<uint16_t>(hold_ref_ - held_.dep + 1);
-            leave = !(held_.wait && distance >> 15);
+            // 16-bit counts that wrap; a distance in the upper half is a wait
+            waits_ = held_.wait && hold_dep_ != kNeverWaits &&
+                     static_cast<uint16_t>(completed - (hold_ref_ - hold_dep_ + 1)) >> 15;
+            leave = !waits_;
             active_ = leave;
             if (leave) load();
         } else if (take && final) {
             active_ = false;
         }
         if (leave) hold_ = false;
-        if (cmd) {
-            hold_ = true;
-            held_ = *cmd;
-            hold_ref_ = ref;
-        }
     }
 
     void start(uint32_t addr, uint32_t words) {
@@ -238,9 +246,9 @@ private:
     uint32_t bus_ = 0, bytes_ = 0, bus_shift_ = 0, byte_shift_ = 0, ratio_ = 0, depth_ = 0, span_ = 0;
     bool narrow_ = false, widen_ = false;
     // _Issuer
-    bool hold_ = false, active_ = false, request_ = false;
+    bool hold_ = false, active_ = false, request_ = false, waits_ = false;
     uint8_t request_beats_ = 0, beat_ = 0;
-    uint32_t hold_ref_ = 0, ref_ = 0, words_ = 0, stride_ = 0, following_ = 0, credit_ = 0;
+    uint32_t hold_ref_ = 0, hold_dep_ = 0, ref_ = 0, words_ = 0, stride_ = 0, following_ = 0, credit_ = 0;
     ReadCommand held_{};
     Countdown left_, repeats_;
     Fifo fifo_;

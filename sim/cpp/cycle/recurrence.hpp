@@ -23,9 +23,16 @@ struct Checkpoint {
 
 class Comparison {
 public:
-    explicit Comparison(const Program& program) : program_{program} {}
+    Comparison(const Program& program, uint8_t* waited) : program_{program}, waited_{waited} {}
 
     const Program& program() const { return program_; }
+
+    // The instructions from `first` have been followed again by as many from `second` on: they have waited alike.
+    void repeat_waits(uint64_t first, uint64_t second, uint64_t count) const {
+        for (uint64_t i = 0; i < count; ++i) {
+            if (program_.dep(first + i) == program_.dep(second + i)) waited_[second + i] |= waited_[first + i];
+        }
+    }
 
     // How many more periods between the snapshots are certain: 0 if none is.
     uint64_t periods(const Snapshot& from, const Present& to) const {
@@ -59,7 +66,7 @@ public:
             const Checkpoint& next = *history[i];
             if (next.fetches != from.fetch.bursts) break;
             const uint64_t length = next.index - from.index;
-            if (alike <= length) alike = program_.common(from.index, to.index, length + 1);
+            if (alike <= length) alike = common(from, to, 0, length + 1, kMany);
             if (alike <= length || !fetch_lasts(to.fetch, length * to.fetch.beats_per_word)) break;
             if (next.resting && fetch_rests(next, from, to)) best = &next;
         }
@@ -123,18 +130,37 @@ private:
     // The instructions in the machine are alike.
     bool same_behind(const Snapshot& from, const Snapshot& to) const {
         const uint64_t behind = to.oldest;
-        return from.index == to.index || program_.common(from.index - behind, to.index - behind, behind) >= behind;
+        return from.index == to.index || common(from, to, behind, behind, kMany) >= behind;
+    }
+
+    // How many instructions from `behind` before `from` on are like those from `behind` before `to` on, up to `limit`.
+    // What waited in the first of several periods of `length` instructions may wait in all of them.
+    uint64_t common(const Snapshot& from, const Snapshot& to, uint64_t behind, uint64_t limit, uint64_t length) const {
+        const uint64_t first = from.index - behind, second = to.index - behind;
+        limit = least(limit, program_.size() - second);
+        uint64_t count = 0;
+        while (count < limit && program_.kind(first + count) == program_.kind(second + count) &&
+               same_wait(first + count, second + count, first + count % length, to.completed)) {
+            ++count;
+        }
+        return count;
+    }
+
+    // The second instruction waits for the same, or neither waits at all: `base` stands for the first.
+    bool same_wait(uint64_t first, uint64_t second, uint64_t base, uint64_t completed) const {
+        const uint64_t dep = program_.dep(second);
+        return dep == program_.dep(first) || second + 1 <= completed + dep || (!waited_[base] && dep > program_.dep(first));
     }
 
     // So are as many that follow, with the one the dispatcher looks at.
     uint64_t of_program(const Snapshot& from, const Snapshot& to, uint64_t limit) const {
-        const uint64_t length = to.index - from.index;
-        if (!same_behind(from, to)) return 0;
-        const uint64_t alike = program_.common(from.index, to.index, limit * length + 1);
-        return alike == 0 ? 0 : (alike - 1) / length;
+        const uint64_t length = to.index - from.index, behind = to.oldest;
+        const uint64_t alike = common(from, to, behind, behind + limit * length + 1, length);
+        return alike <= behind ? 0 : (alike - behind - 1) / length;
     }
 
     const Program& program_;
+    uint8_t* const waited_;
 };
 
 // Snapshots, each in as much memory as it needs. They go all at once.

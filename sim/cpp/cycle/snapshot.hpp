@@ -26,7 +26,7 @@ struct Snapshot {
     uint64_t cycle, hash;       // hash : of the bytes
     uint64_t whole;             // of bytes and counts
     uint64_t stores, history;   // stores noted, checkpoints recorded by now
-    uint32_t era, index, oldest, size, count_size, total_size;
+    uint32_t era, index, completed, oldest, size, count_size, total_size;
     Level level;
     Fetch fetch;
     Counts counts;
@@ -64,7 +64,10 @@ public:
     }
 
     void instruction(uint32_t index) { to_.index = index; }
-    void completed(uint32_t count) { exact(to_.index - count); }
+    void completed(uint32_t count) {
+        to_.completed = count;
+        exact(to_.index - count);
+    }
 
     void oldest(uint32_t ref) {
         const uint32_t distance = to_.index - ref;
@@ -76,6 +79,7 @@ public:
         if (ref != kNoInstruction) oldest(ref);
     }
 
+    void held(uint32_t ref, uint32_t) { reference(ref); }
     void countdown(const Countdown& c, uint32_t floor) { add(c.value, c.loads, floor); }
     void progress(const Progress& p, uint32_t count) { add(count - p.moved, p.loads, 1); }
     void distance(uint32_t value, uint32_t loads) { add(value, loads, 0); }
@@ -126,8 +130,8 @@ private:
 // Visitor that brings the machine from `to` as many periods ahead as lie between `from` and `to`.
 class Advance {
 public:
-    Advance(const Snapshot& from, const Snapshot& to, uint32_t periods)
-        : from_{from}, to_{to}, periods_{periods}, instructions_{periods * (to.index - from.index)} {}
+    Advance(const Program& program, const Snapshot& from, const Snapshot& to, uint32_t periods)
+        : program_{program}, from_{from}, to_{to}, periods_{periods}, instructions_{periods * (to.index - from.index)} {}
 
     template <class T>
     void exact(T) {}
@@ -138,6 +142,11 @@ public:
 
     void reference(uint32_t& ref) {
         if (ref != kNoInstruction) ref += instructions_;
+    }
+
+    void held(uint32_t& ref, uint32_t& dep) {
+        reference(ref);
+        if (ref != kNoInstruction) dep = program_.dep(ref);
     }
 
     void countdown(Countdown& c, uint32_t) {
@@ -174,6 +183,7 @@ private:
         return reloads;
     }
 
+    const Program& program_;
     const Snapshot &from_, &to_;
     const uint32_t periods_, instructions_;
     uint32_t next_ = 0, next_total_ = 0;
@@ -182,7 +192,7 @@ private:
 // Visitor that moves the machine on by a number of instructions, as if it had met its state there.
 class Displace {
 public:
-    explicit Displace(uint32_t instructions) : instructions_{instructions} {}
+    Displace(const Program& program, uint32_t instructions) : program_{program}, instructions_{instructions} {}
 
     template <class T>
     void exact(T) {}
@@ -201,6 +211,12 @@ public:
         if (ref != kNoInstruction) ref += instructions_;
     }
 
+    void held(uint32_t& ref, uint32_t& dep) {
+        reference(ref);
+        if (ref != kNoInstruction) dep = program_.dep(ref);
+    }
+
 private:
+    const Program& program_;
     const uint32_t instructions_;
 };
