@@ -52,6 +52,7 @@ def run() -> list[Table]:
         title=f"Cycle engine against RTL: {sum(entry[2] for entry in SET)} random programs",
         columns=("arch", "programs", "cycles", "different", "stepped", "RTL Mcycles/s", "engine Mcycles/s", "ratio"),
         rows=rows,
-        note=f"Different: programs of which the cycle count, a counter or the completion of an instruction differs, with or "
-             f"without skipping. Latency 1 to 300, bandwidth 0.3 to 4 times the bus, stalls in a third. {time.monotonic() - start:.0f} s.",
+        note="Different: programs of which the cycle count, a counter or the completion of an instruction differs, with or "
+             "without skipping. Latency 1 to 300, bandwidth 0.3 to 4 times the bus, stalls in a third. "
+             f"{time.monotonic() - start:.0f} s.",
     )]

@@ -33,7 +33,8 @@ from sim.memory import MemoryModel
 __all__ = ["CycleRun", "run_code", "run_cycles"]
 
 _CPP = Path(__file__).parent / "cpp"
-_FLAGS = ("-std=c++17", "-O2", "-fno-tree-vectorize", "-g", "-march=native", "-fPIC", "-shared", "-fno-plt", "-Wall", "-Wextra")
+# vector instructions would load what scalar ones have just stored: each time a stall
+_FLAGS = ("-std=c++17", "-O3", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-march=native", "-fPIC", "-shared", "-fno-plt")
 
 FIRST_CYCLE = 13
 """Number, by which the memory's stalls go, of the first cycle of the first program after a `VerilatorEngine` was opened."""
@@ -75,19 +76,24 @@ class CycleRun:
         From start to done, as the RTL counts them.
     counters : dict
         All performance counters, equal to the RTL's.
-    completed : ndarray of int64, (storing instructions,)
-        Cycle in which the last write of each storing instruction was answered.
+    storing, completed : ndarray of int64, (storing instructions,)
+        Indices of the instructions that store, and the cycle, counted from the start, in which the last write of each was
+        answered.
     stepped : int
         Cycles that were simulated one by one; the others were skipped as repetitions.
     wall_s : float
-        Seconds, with decoding the instructions.
+        Seconds, with decoding the instructions, without checking them.
+    check_s : float
+        Seconds for the checks.
     """
 
     cycles: int
     counters: dict[str, int]
+    storing: NDArray[np.int64]
     completed: NDArray[np.int64]
     stepped: int
     wall_s: float
+    check_s: float
 
     @property
     def cycles_per_s(self) -> float:
@@ -142,10 +148,12 @@ def run_code(
     """
     if not code or len(code) % INSTRUCTION_BYTES:
         raise ValueError(f"code must hold instructions of {INSTRUCTION_BYTES} bytes, not {len(code)} bytes")
+    begin = time.perf_counter()
     storing = check_code(code, arch, address)
+    check_s = time.perf_counter() - begin
     memory, library = memory or MemoryModel(), _library()
     options = _Options(FIRST_CYCLE, NO_LIMIT if max_cycles is None else max_cycles, skip and not memory.stall_probability)
-    completed, result = np.zeros(storing, np.uint64), _Result()
+    completed, result = np.zeros(len(storing), np.uint64), _Result()
     raw, config = np.frombuffer(code, np.uint8), _arch(arch)
     start = time.perf_counter()
     handle = library.nm_cycle_open(ctypes.byref(config), _pointer(raw), len(code) // INSTRUCTION_BYTES)
@@ -159,7 +167,9 @@ def run_code(
     seconds = time.perf_counter() - start
     if not result.finished:
         raise CycleLimitError(f"the program did not end within {max_cycles} cycles")
-    return CycleRun(result.cycles, _counters(result), completed.astype(np.int64), result.simulated, seconds)
+    return CycleRun(
+        result.cycles, _counters(result), storing, completed.astype(np.int64), result.simulated, seconds, check_s
+    )
 
 
 def _counters(result: _Result) -> dict[str, int]:

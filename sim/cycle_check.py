@@ -1,13 +1,13 @@
 """The rules of `hw.isa_check` on a whole program at once: a timing model never sees a malformed instruction."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hw.arch import Arch
-from hw.isa import FIELDS, INSTRUCTION_BYTES, ErrorCode, Format, Opcode, Operand, Out, Scale, Source
+from hw.isa import FIELDS, INSTRUCTION_BYTES, ErrorCode, Format, Instruction, Opcode, Operand, Out, Scale, Source
 from hw.isa_check import MAX_M, RULES, SequenceState, constant_alignment, k_limits
 from sim.engine import AcceleratorError
 
@@ -29,8 +29,8 @@ def code_fields(code: bytes) -> dict[str, NDArray[np.int64]]:
     return fields
 
 
-def check_code(code: bytes, arch: Arch, address: int = 0) -> int:
-    """Check a program as the dispatcher would; the number of its instructions that store.
+def check_code(code: bytes, arch: Arch, address: int = 0) -> NDArray[np.int64]:
+    """Check a program as the dispatcher would; the indices of its instructions that store.
 
     Raises
     ------
@@ -50,7 +50,8 @@ def check_code(code: bytes, arch: Arch, address: int = 0) -> int:
         raise _error(ErrorCode(int(codes[first])), first, code, address)
     if not len(halts):
         raise _error(ErrorCode.END, end, code, address)
-    return int(np.isin(fields["out"][:end][fields["opcode"][:end] == Opcode.TILE], (Out.STORE8, Out.STORE16, Out.STORE8T)).sum())
+    stores = np.isin(fields["out"][:end], (Out.STORE8, Out.STORE16, Out.STORE8T))
+    return np.flatnonzero(stores & (fields["opcode"][:end] == Opcode.TILE))
 
 
 def _error(code: ErrorCode, index: int, raw: bytes, address: int) -> AcceleratorError:
@@ -78,16 +79,9 @@ def _first_out_of_sequence(fields: dict[str, NDArray[np.int64]], end: int) -> in
     touching = np.flatnonzero((f.opcode == Opcode.TILE) & (uses | (f.out == Out.LANES)))
     names = ("source", "operand", "k", "scale", "psum_out", "out", "cols", "row_op", "row_last")
     columns = [fields[name][touching].tolist() for name in names]
-    state, tile = SequenceState(), _Tile()
+    state, tile = SequenceState(), SimpleNamespace()
     for index, values in zip(touching.tolist(), zip(*columns)):
         tile.__dict__.update(zip(names, values))
-        if state.step(tile) != ErrorCode.NONE:
+        if state.step(cast(Instruction, tile)) != ErrorCode.NONE:
             return int(index)
     return None
-
-
-class _Tile(SimpleNamespace):
-    """Fields of a TILE that `SequenceState` looks at."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)

@@ -14,7 +14,6 @@ from sim.cycle_check import check_code, code_fields
 from sim.engine import AcceleratorError, CycleLimitError
 from sim.memory import MemoryModel
 from sim.simulate import simulate
-from sim.timing import operator_cycles
 from tests.hw.malformed import malformed_instructions
 from tests.sim.cycle_cases import compare, random_case, run_rtl
 from tests.sim.small_network import random_input, small_network
@@ -85,8 +84,8 @@ def test_checks_agree_with_the_scalar_rules():
         instruction = program.instructions[index]
         assert all(int(values[index]) == getattr(instruction, name) for name, values in fields.items() if name != "reserved")
         assert check_instruction(instruction, TINY) == ErrorCode.NONE
-    stores = sum(instruction.out in (1, 2, 3) for instruction in program.instructions)
-    assert check_code(program.code, TINY) == stores
+    storing = [i for i, instruction in enumerate(program.instructions) if instruction.out in (1, 2, 3)]
+    assert check_code(program.code, TINY).tolist() == storing
 
 
 def test_engine_of_simulate():
@@ -95,10 +94,8 @@ def test_engine_of_simulate():
     run = simulate(program, engine="cycle")
     assert run.cycles == rtl.cycles and run.counters == rtl.counters and run.utilisation == rtl.utilisation
     assert run.operator_cycles == rtl.operator_cycles
-    assert run.outputs is None and run.tensors == {} and run.outputs_sha256 is None and run.bit_exact is None
+    assert run.outputs == () and run.tensors == {} and run.outputs_sha256 is None and run.bit_exact is None
     assert run.to_dict()["engine"] == "cycle"
-    timed = run_cycles(program)
-    assert operator_cycles(program, timed.completed_by_instruction(program), timed.cycles) == rtl.operator_cycles
     with pytest.raises(CycleLimitError):
         simulate(program, engine="cycle", max_cycles=10)
     with pytest.raises(ValueError, match="has no signals to trace"):

@@ -73,6 +73,11 @@ public:
     uint32_t credit() const { return credit_; }
     uint32_t next_burst() const { return active_ ? burst() : ~0u; }
     uint32_t beats_per_word() const { return widen_ ? ratio_ : 1; }
+    uint32_t place() const { return active_ ? beat_ : ~0u; }
+    uint32_t left() const { return left_.value; }
+
+    // A resting reader after whole periods in which so many beats were requested and have arrived and gone.
+    void request(uint32_t beats) { left_.value -= beats; }
 
     // A resting reader after `beats` more were taken.
     void take(uint32_t beats) {

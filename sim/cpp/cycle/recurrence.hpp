@@ -102,10 +102,14 @@ private:
         return 0;
     }
 
-    // While nothing is fetched, the words waiting must last and must not leave room for a burst.
+    // While nothing is fetched, the words waiting must last and must not leave room for a burst. If bursts were fetched, the
+    // channel must be where it was.
     static uint64_t of_fetch(const Snapshot::Fetch& from, const Snapshot::Fetch& to) {
         if (!to.resting) return kMany;
-        if (from.bursts != to.bursts) return 0;
+        if (from.bursts != to.bursts) {
+            const bool same = from.level == to.level && from.credit == to.credit && from.place == to.place;
+            return same && to.left > kBurstBeats ? (to.left - kBurstBeats - 1) / (from.left - to.left) : 0;
+        }
         const uint32_t taken = from.level - to.level;
         if (taken == 0) return kMany;
         if (to.level < 2 || to.credit + 1 >= to.burst) return 0;

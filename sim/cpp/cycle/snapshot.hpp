@@ -20,7 +20,7 @@ struct Snapshot {
 
     struct Fetch {
         bool resting;
-        uint32_t level, credit, burst, bursts, beats_per_word;
+        uint32_t level, credit, burst, bursts, beats_per_word, place, left;
     };
 
     uint64_t cycle, hash;       // hash : of the bytes
@@ -91,7 +91,8 @@ public:
     }
 
     void fetch(const Reader& reader, uint32_t bursts) {
-        to_.fetch = {true, reader.level(), reader.credit(), reader.next_burst(), bursts, reader.beats_per_word()};
+        to_.fetch = {true, reader.level(), reader.credit(), reader.next_burst(), bursts, reader.beats_per_word(),
+                     reader.place(), reader.left()};
     }
 
     // The counts so far run down with the program: they are not hashed.
@@ -172,7 +173,11 @@ public:
         pops += periods_ * (to_.level.pops - from_.level.pops);
     }
 
-    void fetch(Reader& reader, uint32_t) { reader.take(periods_ * (from_.fetch.level - to_.fetch.level)); }
+    void fetch(Reader& reader, uint32_t& bursts) {
+        reader.take(periods_ * (from_.fetch.level - to_.fetch.level));
+        reader.request(periods_ * (from_.fetch.left - to_.fetch.left));
+        bursts += periods_ * (to_.fetch.bursts - from_.fetch.bursts);
+    }
 
 private:
     uint32_t fall() const { return periods_ * (from_.count[next_].value - to_.count[next_].value); }
