@@ -24,6 +24,7 @@ from compiler.steps import (
     Constants,
     Step,
     assign_dependences,
+    burst_alignment,
     encode,
     insert_tables,
     live_ranges,
@@ -32,7 +33,6 @@ from compiler.steps import (
 from compiler.verify_network import LoweringError, check_network
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Format, Opcode
-from hw.isa_check import constant_alignment
 
 __all__ = ["Lowered", "LoweringError", "choose_layouts", "lower", "order_operators"]
 
@@ -190,7 +190,7 @@ def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
 
 def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse: bool) -> Lowered:
     """Memory plan, code and tables of the finished list of steps."""
-    arch, align = emitter.arch, constant_alignment(emitter.arch)
+    arch, align = emitter.arch, burst_alignment(emitter.arch)
     constants_address = align_up(len(steps) * INSTRUCTION_BYTES, align)
     constants = emitter.constants.image
     sizes = {

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from compiler.plan import Buffer, MemoryPlan, align_up, plan_memory
 from hw.arch import Arch
+from hw.axi import BURST_BEATS
 from hw.isa import Instruction, Opcode
 from hw.isa_check import constant_alignment
 
@@ -21,6 +22,7 @@ __all__ = [
     "Region",
     "Step",
     "assign_dependences",
+    "burst_alignment",
     "encode",
     "insert_tables",
     "live_ranges",
@@ -61,11 +63,17 @@ class Step:
     note: str = ""
 
 
+def burst_alignment(arch: Arch) -> int:
+    """Where buffers begin: at the bytes of a longest burst, so that none needs more bursts for its place. Like layers then
+    lie alike, too, and take the same time."""
+    return max(BURST_BEATS * arch.bus_bytes, constant_alignment(arch))
+
+
 class Constants:
     """Constant buffers in the order in which they were made, each aligned; equal ones are stored once."""
 
     def __init__(self, arch: Arch) -> None:
-        self._align = constant_alignment(arch)
+        self._align = burst_alignment(arch)
         self._names: dict[bytes, str] = {}
         self._parts: list[bytes] = []
         self._end = 0

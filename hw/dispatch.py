@@ -15,8 +15,9 @@ from hw.feeder import index_bits
 from hw.isa import ErrorCode, Format, Opcode, Operand, Residual, RowOp, Scale, Source
 from hw.isa import Out as Destination
 from hw.isa_check import MAX_M, MAX_PENDING_ROWS, RULES, constant_alignment, k_limits
+from hw.post import TABLE_WORDS
 
-__all__ = ["UNITS", "Checker", "Dispatcher", "Divider"]
+__all__ = ["DIVIDEND_BITS", "UNITS", "Checker", "Dispatcher", "Divider"]
 
 UNITS = {
     "read_a": commands.reader_command, "read_w": commands.reader_command, "read_x": commands.reader_command,
@@ -26,6 +27,9 @@ UNITS = {
     "store": commands.store_command, "write": commands.writer_command,
 }
 """Command streams of the dispatcher and their layouts."""
+
+DIVIDEND_BITS = 22
+"""Bits of the divider's dividend, and cycles of a division."""
 
 
 class Checker(wiring.Component):
@@ -99,7 +103,7 @@ class Sequence(wiring.Component):
 
 
 class Divider(wiring.Component):
-    """Ceiling of a 22-bit by 6-bit division, one bit per cycle.
+    """Ceiling of a `DIVIDEND_BITS`-bit by 6-bit division, one bit per cycle.
 
     Members
     -------
@@ -107,19 +111,19 @@ class Divider(wiring.Component):
     """
 
     start: In(1)
-    dividend: In(22)
+    dividend: In(DIVIDEND_BITS)
     divisor: In(6)
     done: Out(1)
-    quotient: Out(22)
+    quotient: Out(DIVIDEND_BITS)
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        left, rest, divisor, step = Signal(22), Signal(7), Signal(6), Signal(5)
+        left, rest, divisor, step = Signal(DIVIDEND_BITS), Signal(7), Signal(6), Signal(range(DIVIDEND_BITS + 1))
         trial = Signal(7)
         m.d.comb += [trial.eq(Cat(left[-1], rest[:6])), self.done.eq(step == 0),
                      self.quotient.eq(left + (rest != 0))]
         with m.If(self.start):
-            m.d.sync += [left.eq(self.dividend), rest.eq(0), divisor.eq(self.divisor), step.eq(22)]
+            m.d.sync += [left.eq(self.dividend), rest.eq(0), divisor.eq(self.divisor), step.eq(DIVIDEND_BITS)]
         with m.Elif(step != 0):
             fits = trial >= divisor
             m.d.sync += [left.eq(Cat(fits, left[:-1])), rest.eq(Mux(fits, trial - divisor, trial)), step.eq(step - 1)]
@@ -153,7 +157,7 @@ class Dispatcher(wiring.Component):
         m.submodules.checker = checker = Checker(self._arch)
         m.submodules.sequence = sequence = Sequence()
         raw, index, code = Signal(isa.instruction_layout()), Signal(32), Signal(4)
-        steps, words, issue = Signal(22), Signal(22), Signal()
+        steps, words, issue = Signal(DIVIDEND_BITS), Signal(DIVIDEND_BITS), Signal()
         tile = raw.opcode == Opcode.TILE
         m.d.comb += [checker.instruction.eq(raw), sequence.instruction.eq(raw), sequence.issue.eq(issue & tile),
                      self.issued.eq(issue), self.fetch.payload.addr.eq(self.prog_addr),
@@ -259,7 +263,7 @@ class Dispatcher(wiring.Component):
              wait=(raw.dep != 0) & raw.w_dep, wait_seq=wait_seq)
         send("read_x", array & (raw.format != Format.DENSE), addr=raw.x_addr, words=words, repeats=tiles,
              stride=words << (4 * lanes - 1).bit_length())
-        send("read_p", by_column | load_table, addr=raw.p_addr, words=Mux(load_table, 32, raw.cols), repeats=1)
+        send("read_p", by_column | load_table, addr=raw.p_addr, words=Mux(load_table, TABLE_WORDS, raw.cols), repeats=1)
         send("read_r", residual, addr=raw.r_addr, words=Mux(wide, raw.cols << 1, raw.cols), repeats=1, **waits)
         send("read_g", norm, addr=raw.g_addr, words=raw.cols, repeats=1)
         send("load", array | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand, bypass=bypass)

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from hw.row_layout import ROW_COMMAND, column_layout
 from hw.shared import place
 
-__all__ = ["EXP_BASE", "EXP_SLOPE", "SCALE_JOB", "ExpLane", "ExpPass", "exp2_mantissa", "softmax_exp"]
+__all__ = ["EXP_BASE", "EXP_SLOPE", "EXP_STEPS", "SCALE_JOB", "ExpLane", "ExpPass", "exp2_mantissa", "softmax_exp"]
 
 Int = NDArray[np.int64]
 
@@ -18,6 +18,9 @@ EXP_BASE = (65280, 59854, 54886, 50330, 46152, 42321, 38808, 35586)
 
 EXP_SLOPE = (5434, 4984, 4572, 4192, 3847, 3529, 3238, 2968)
 """B of `docs/numerics.md`: how much the mantissa falls over a segment of 32."""
+
+EXP_STEPS = 3
+"""Registered steps from a score to its probability."""
 
 SCALE_JOB = data.StructLayout({name: ROW_COMMAND[name].shape for name in ("row_mult", "row_shift")})
 """What the row scale needs besides the sums."""
@@ -163,17 +166,17 @@ class ExpPass(wiring.Component):
         job = Signal(ROW_COMMAND, reset_less=True)
         left = Signal.like(job.cols)  # columns of the job still to come
         fresh = Signal()
-        valid = Signal(3)
-        token = [Signal(_TOKEN, name=f"token{stage}", reset_less=True) for stage in range(3)]
+        valid = Signal(EXP_STEPS)
+        token = [Signal(_TOKEN, name=f"token{stage}", reset_less=True) for stage in range(EXP_STEPS)]
         blocked, en, take, load = Signal(), Signal(), Signal(), Signal()
         active = Signal()
-        step = Cat(take, valid & en.replicate(3))
+        step = Cat(take, valid & en.replicate(EXP_STEPS))
 
         m.d.comb += [
             active.eq(left != 0),
             blocked.eq(self.scale.valid & ~self.scale.ready),
-            en.eq(~blocked & (~valid[2] | self.o.ready)),
-            self.o.valid.eq(valid[2] & ~blocked),
+            en.eq(~blocked & (~valid[-1] | self.o.ready)),
+            self.o.valid.eq(valid[-1] & ~blocked),
             self.i.ready.eq(active & en),
             take.eq(self.i.valid & active & en),
             self.job.ready.eq(~active),
@@ -186,11 +189,11 @@ class ExpPass(wiring.Component):
         with m.Elif(take):
             m.d.sync += [left.eq(left - 1), fresh.eq(0)]
         with m.If(en):
-            m.d.sync += valid.eq(Cat(take, valid[:2]))
+            m.d.sync += valid.eq(Cat(take, valid[:-1]))
         with m.If(take):
             m.d.sync += [token[0][name].eq(job[name]) for name in ("row_mult", "row_shift")]
             m.d.sync += [token[0].first.eq(fresh), token[0].last.eq(job.last & (left == 1))]
-        for stage in (1, 2):
+        for stage in range(1, EXP_STEPS):
             with m.If(step[stage]):
                 m.d.sync += token[stage].eq(token[stage - 1])
         with m.If(step[3]):

@@ -48,6 +48,14 @@ class Pipeline:
         self._valid = valid
         return SimpleNamespace(**registers)
 
-    def finish(self) -> None:
-        """Offer the last stage at the output."""
+    def finish(self, stages: int) -> None:
+        """Offer the last stage at the output.
+
+        Raises
+        ------
+        ValueError
+            There are not `stages` of them: the latency that others count on would be wrong.
+        """
+        if self._count != stages:
+            raise ValueError(f"the pipeline has {self._count} stages, not {stages!r}")
         self._m.d.comb += self._o.valid.eq(self._valid)

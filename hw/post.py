@@ -14,10 +14,16 @@ from hw.shared import place
 from hw.soft import product as product_of
 from hw.stream_util import StreamSkid
 
-__all__ = ["Post", "PostRow", "RowControl"]
+__all__ = ["STAGES", "TABLE_FLUSH", "TABLE_WORDS", "Post", "PostRow", "RowControl"]
 
 STAGES = ("sum", "product", "scaled", "added", "looked")
 """Pipeline registers a column passes: after the psum read, the multiply, the shift, the residual add, the table."""
+
+TABLE_WORDS = 32
+"""Parameter words of a TABLE, eight entries each."""
+
+TABLE_FLUSH = 7
+"""Moves of the pipeline before a TABLE may overwrite entries: columns before it have then left the table stage."""
 
 
 def saturate(value, bits: int):
@@ -231,19 +237,19 @@ class Post(wiring.Component):
         return control
 
     def _table(self, m: Module, control, tile_done, param_taken) -> None:
-        """TABLE: 32 parameter words, an entry per cycle, once the columns before it have left the pipeline's table stage."""
+        """TABLE: `TABLE_WORDS` words, an entry per cycle, once the columns before it have left the pipeline's table stage."""
         cmd, entry = self.cmd.payload, Signal(8)
         loading, flushed = self.cmd.valid & cmd.load_table, Signal(3)
-        ready = loading & self.params.valid & (flushed == 7)
+        ready = loading & self.params.valid & (flushed == TABLE_FLUSH)
         with m.If(~loading):
             m.d.sync += flushed.eq(0)
-        with m.Elif((flushed != 7) & control.advance):
+        with m.Elif((flushed != TABLE_FLUSH) & control.advance):
             m.d.sync += flushed.eq(flushed + 1)
         m.d.comb += [
             control.table_en.eq(ready), control.table_addr.eq(entry),
             control.table_data.eq(self.params.payload.word_select(entry[:3], 8)),
             self.params.ready.eq(param_taken | (ready & (entry[:3] == 7))),
-            self.cmd.ready.eq(tile_done | (ready & (entry == 255))),
+            self.cmd.ready.eq(tile_done | (ready & (entry == 8 * TABLE_WORDS - 1))),
         ]
         with m.If(ready):
             m.d.sync += entry.eq(entry + 1)

@@ -14,7 +14,7 @@ from hw.commands import reader_command
 from hw.gearbox import Narrower, Widener
 from hw.stream_util import StreamHold
 
-__all__ = ["BURST", "READ_COMMAND", "ReadArbiter", "Reader"]
+__all__ = ["BURST", "COMMANDS_AHEAD", "OUTSTANDING", "READ_COMMAND", "ReadArbiter", "Reader"]
 
 READ_COMMAND = reader_command()
 """What a `Reader` is told to fetch: `words` (>= 1) words from `addr`, `repeats` (>= 1) times, `stride` bytes
@@ -23,7 +23,11 @@ apart; with `wait` only once the writer has completed `wait_seq` instructions.""
 BURST = data.StructLayout({"addr": 32, "len": 4})
 """One burst: bus-aligned byte address, number of beats - 1."""
 
-_COMMANDS = 8  # commands whose data may be outstanding in one reader
+COMMANDS_AHEAD = 8
+"""Commands whose data may be outstanding in a reader of words narrower than the bus."""
+
+OUTSTANDING = 32
+"""Read bursts in flight at most."""
 
 
 class _Issuer(wiring.Component):
@@ -279,7 +283,7 @@ class Reader(wiring.Component):
     def _narrow(self, m: Module, fifo: SyncFIFOBuffered, accept: Signal) -> None:
         low, high = exact_log2(self.out_bytes), exact_log2(self.arch.bus_bytes)
         m.submodules.framer = framer = _Framer(ratio=1 << (high - low))
-        m.submodules.commands = commands = SyncFIFOBuffered(width=2 * (high - low) + 40, depth=_COMMANDS)
+        m.submodules.commands = commands = SyncFIFOBuffered(width=2 * (high - low) + 40, depth=COMMANDS_AHEAD)
         m.submodules.narrower = narrower = Narrower(in_bytes=self.arch.bus_bytes, out_bytes=self.out_bytes)
         cmd = self.cmd.payload
         m.d.comb += [
@@ -346,7 +350,7 @@ class ReadArbiter(wiring.Component):
         An RRESP reported an error; stays until ``abort``.
     """
 
-    def __init__(self, arch: Arch, *, readers: int, outstanding: int = 32) -> None:
+    def __init__(self, arch: Arch, *, readers: int, outstanding: int = OUTSTANDING) -> None:
         if not isinstance(arch, Arch):
             raise TypeError(f"arch must be an Arch, not {arch!r}")
         for name, value in (("readers", readers), ("outstanding", outstanding)):

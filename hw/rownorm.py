@@ -18,7 +18,10 @@ from hw.scatter import Gather, Scatter
 from hw.shared import place
 
 __all__ = [
+    "NORM_STEPS",
+    "ROOT_LATENCY",
     "RSQRT_TABLE",
+    "VARIANCE_LATENCY",
     "InverseRoot",
     "NormLane",
     "NormPass",
@@ -35,6 +38,15 @@ Int = NDArray[np.int64]
 
 RSQRT_TABLE = tuple(round(2**19 / (sqrt(v) + sqrt(v + 255))) for v in range(1 << 14, 1 << 16, 256))
 """``2^18 / sqrt(v)``, 11 bits, indexed with ``(v >> 8) - 64``; error balanced over the 256 v of an entry."""
+
+VARIANCE_LATENCY = 6
+"""Cycles from a row's moments to its normalised variance."""
+
+ROOT_LATENCY = 7
+"""Cycles from a variance to the row scale."""
+
+NORM_STEPS = 8
+"""Registered steps of the normalisation of a column."""
 
 _NEWTON = (3 << 36) + (1 << 20)  # 2^20: centres the error of the Newton step, which is never positive
 _MEAN_BITS = 23
@@ -142,7 +154,7 @@ def moments_layout(arch: Arch) -> data.StructLayout:
 
 
 class Variance(wiring.Component):
-    """Mean and normalised variance of one row per cycle, from its moments. Latency 6 cycles.
+    """Mean and normalised variance of one row per cycle, from its moments. Latency `VARIANCE_LATENCY`.
 
     Parameters
     ----------
@@ -192,7 +204,7 @@ class Variance(wiring.Component):
             self.o.payload.v.eq(x.v),
             self.o.payload.halvings.eq(x.halvings),
         ]
-        pipe.finish()
+        pipe.finish(VARIANCE_LATENCY)
         return m
 
 
@@ -213,7 +225,7 @@ def _saturate(value: Value, bits: int) -> Value:
 
 
 class InverseRoot(wiring.Component):
-    """Multiplier and shift of one row per cycle, from its normalised variance. Latency 7 cycles.
+    """Multiplier and shift of one row per cycle, from its normalised variance. Latency `ROOT_LATENCY`.
 
     Members
     -------
@@ -256,7 +268,7 @@ class InverseRoot(wiring.Component):
             self.o.payload.mult.eq(x.product >> 16),
             self.o.payload.shift.eq(x.shift),
         ]
-        pipe.finish()
+        pipe.finish(ROOT_LATENCY)
         return m
 
 
@@ -346,7 +358,7 @@ class NormLane(wiring.Component):
             "load":  In(1),
             "row":   In(_NORM_ROW),
             "x":     In(signed(16)),
-            "step":  In(8),
+            "step":  In(NORM_STEPS),
             "gamma": In(signed(16)),
             "beta":  In(signed(32)),
             "shift": In(6),
@@ -424,9 +436,9 @@ class NormPass(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         left = Signal.like(self.job.payload.cols)  # columns of the job still to come
-        valid = Signal(8)
+        valid = Signal(NORM_STEPS)
         active, en, take, load = Signal(), Signal(), Signal(), Signal()
-        step = Cat(take, valid[:7] & en.replicate(7))
+        step = Cat(take, valid[:-1] & en.replicate(NORM_STEPS - 1))
         param = self.params.payload
         m.d.comb += [
             active.eq(left != 0),
@@ -437,7 +449,7 @@ class NormPass(wiring.Component):
             # the first three steps still use the values of the last job's rows
             self.job.ready.eq(~active & ~valid[:2].any()),
             load.eq(self.job.valid & self.job.ready),
-            self.o.valid.eq(valid[7]),
+            self.o.valid.eq(valid[-1]),
             self.idle.eq(~active & ~valid.any()),
         ]
         with m.If(load):
@@ -445,7 +457,7 @@ class NormPass(wiring.Component):
         with m.Elif(take):
             m.d.sync += left.eq(left - 1)
         with m.If(en):
-            m.d.sync += valid.eq(Cat(take, valid[:7]))
+            m.d.sync += valid.eq(Cat(take, valid[:-1]))
 
         def delay(value: Value, steps: int, name: str) -> Value:
             for stage in range(steps):

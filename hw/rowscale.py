@@ -11,9 +11,12 @@ from hw.pipeline import Pipeline
 from hw.row_layout import row_scale_layout
 from hw.scatter import Gather, Scatter
 
-__all__ = ["RowScale", "SoftmaxScale", "bit_length", "recip16", "row_scale_softmax"]
+__all__ = ["SCALE_LATENCY", "RowScale", "SoftmaxScale", "bit_length", "recip16", "row_scale_softmax"]
 
 Int = NDArray[np.int64]
+
+SCALE_LATENCY = 11
+"""Cycles from a sum to its row scale, of which 8 divide two bits each."""
 
 _TOTAL_BITS = 24
 _SUM = data.StructLayout({"total": _TOTAL_BITS, "row_mult": 16, "row_shift": 6})
@@ -49,7 +52,7 @@ def row_scale_softmax(total: ArrayLike, row_mult: int, row_shift: int) -> tuple[
 class SoftmaxScale(wiring.Component):
     """Row scale of one sum per cycle: normalise, divide 2^31 by the mantissa, multiply with ``row_mult``.
 
-    Latency 11 cycles, of which 8 are a restoring divider of two bits per cycle.
+    Latency `SCALE_LATENCY` cycles, of which 8 are a restoring divider of two bits per cycle.
 
     Members
     -------
@@ -95,7 +98,7 @@ class SoftmaxScale(wiring.Component):
             rest, quotient = x.rest, x.quotient
         x = pipe.stage(product=quotient * x.mult, shift=x.shift)
         m.d.comb += [self.o.payload.mult.eq(x.product >> 16), self.o.payload.shift.eq(x.shift)]
-        pipe.finish()
+        pipe.finish(SCALE_LATENCY)
         return m
 
 

@@ -24,10 +24,13 @@ from hw.row import RowUnit
 from hw.store import RowRoute, Store
 from hw.writer import Writer
 
-__all__ = ["COUNTERS", "READERS", "Accelerator", "Core"]
+__all__ = ["COUNTERS", "EVENTS", "QUEUE_DEPTH", "READERS", "SCALES_DEPTH", "Accelerator", "Core", "reader_sizes", "writer_beats"]
 
 QUEUE_DEPTH = 8
 """Instructions a unit may lag behind the dispatcher."""
+
+SCALES_DEPTH = 4
+"""Row scales between row unit and post unit."""
 
 READERS = {
     "fetch": "instructions", "a": "activations", "w": "weight values", "x": "weight positions",
@@ -35,7 +38,19 @@ READERS = {
 }
 """Read channels and what they carry."""
 
-_EVENTS = {
+
+def reader_sizes(arch: Arch) -> dict[str, tuple[int, int]]:
+    """Bytes of an output word, and FIFO depth in beats, by read channel."""
+    return {"fetch": (INSTRUCTION_BYTES, 32), "a": (arch.rows, arch.fifo_beats), "w": (arch.lanes, 2 * arch.fifo_beats),
+            "x": (4 * arch.lanes, arch.fifo_beats), "p": (8, 32), "r": (arch.rows, arch.fifo_beats), "g": (8, 32)}
+
+
+def writer_beats(arch: Arch) -> int:
+    """FIFO depth of the writer in beats."""
+    return max(32, arch.fifo_beats)
+
+
+EVENTS = {
     "instructions": "instructions issued",
     "array_busy": "cycles in which the array took a step",
     "array_wait_weights": "cycles in which the array waited for weights",
@@ -50,9 +65,11 @@ _EVENTS = {
     "row_stalled": "cycles in which the row unit waited for what follows it",
     "store_busy": "words taken by the writer",
 }
+"""Event counters and what they count."""
+
 COUNTERS: tuple[tuple[str, str], ...] = (
     ("cycles", "cycles from start to done"),
-    *_EVENTS.items(),
+    *EVENTS.items(),
     *((f"read_beats_{name}", f"bus beats read: {what}") for name, what in READERS.items()),
     ("write_beats", "bus beats written"),
 )
@@ -71,10 +88,8 @@ class Core(wiring.Component):
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
-        self._readers = {name: Reader(arch, out_bytes=size, fifo_beats=beats) for name, size, beats in (
-            ("fetch", INSTRUCTION_BYTES, 32), ("a", arch.rows, arch.fifo_beats), ("w", arch.lanes, 2 * arch.fifo_beats),
-            ("x", 4 * arch.lanes, arch.fifo_beats), ("p", 8, 32), ("r", arch.rows, arch.fifo_beats), ("g", 8, 32))
-            if arch.sparse or name != "x"}
+        self._readers = {name: Reader(arch, out_bytes=size, fifo_beats=beats)
+                         for name, (size, beats) in reader_sizes(arch).items() if arch.sparse or name != "x"}
         any_reader = self._readers["a"]
         members = any_reader.signature.members
         super().__init__({
@@ -83,7 +98,7 @@ class Core(wiring.Component):
             "request": Out(members["request"].signature).array(len(READERS)),
             "data": Out(members["data"].signature.flip()).array(len(READERS)),
             "write": Out(stream.Signature(writer_command())), "words": Out(stream.Signature(8 * arch.rows)),
-            "events": Out(data.StructLayout(dict.fromkeys(_EVENTS, 1))),
+            "events": Out(data.StructLayout(dict.fromkeys(EVENTS, 1))),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -124,7 +139,7 @@ class Core(wiring.Component):
         m.submodules.row = row = RowUnit(arch)
         m.submodules.route = route = RowRoute(arch)
         m.submodules.store = store = Store(arch)
-        m.submodules.scales = scales = Queue(row.scale.payload.shape(), depth=4)
+        m.submodules.scales = scales = Queue(row.scale.payload.shape(), depth=SCALES_DEPTH)
         read = {name: reader.o for name, reader in self._readers.items()}
         for source, sink in (
             (cmds["load"], loader.cmd), (read["a"], loader.memory), (route.lanes, loader.row_unit),
@@ -167,7 +182,7 @@ class Accelerator(wiring.Component):
         self._arch = arch
         self._registers = Registers(arch, counters=tuple(name for name, _ in COUNTERS))
         self._arbiter = ReadArbiter(arch, readers=len(READERS))
-        self._writer = Writer(arch, fifo_beats=max(32, arch.fifo_beats))
+        self._writer = Writer(arch, fifo_beats=writer_beats(arch))
         super().__init__({"clk": In(1), "rst": In(1)})
 
     def ports(self) -> dict:
@@ -240,7 +255,7 @@ class Accelerator(wiring.Component):
         """Performance counters, cleared by start."""
         registers = self._registers
         writer = self._writer.bus
-        events = {"cycles": registers.busy, **{name: core.events[name] for name in _EVENTS},
+        events = {"cycles": registers.busy, **{name: core.events[name] for name in EVENTS},
                   **{f"read_beats_{name}": core.data[i].valid for i, name in enumerate(READERS)},
                   "write_beats": writer.wvalid & writer.wready}
         for name, event in events.items():

@@ -14,7 +14,7 @@ from hw.commands import writer_command
 from hw.gearbox import Widener
 from hw.stream_util import StreamHold
 
-__all__ = ["WRITE_COMMAND", "Writer"]
+__all__ = ["OUTSTANDING", "ROOM_MARGIN", "WRITE_COMMAND", "Writer"]
 
 WRITE_COMMAND = writer_command()
 """Where a `Writer` puts the words of one instruction: `words` (>= 1) from `addr`, `repeats` (>= 1) times,
@@ -23,6 +23,12 @@ outside `o_skip`..`o_drop` of each column keep their bytes; a column is one word
 
 EDGE = data.StructLayout({name: WRITE_COMMAND.members[name] for name in ("o_skip", "o_drop", "wide")})
 """Which token rows of a beat's columns are written."""
+
+OUTSTANDING = 32
+"""Write bursts and instructions in flight at most."""
+
+ROOM_MARGIN = 4
+"""Places that every queue keeps free: `room` is known a cycle late, and one beat may be on its way."""
 
 
 class _Packer(wiring.Component):
@@ -38,7 +44,8 @@ class _Packer(wiring.Component):
     room : ``In(1)``
         Two more beats may come.
     o : ``Out(stream {data, mask, edge, beat, end, last, null}, always_ready)``
-        Beats: words filled, rows written, place in memory (in beats), last of its repeat, last of its instruction. ``null``: there is no
+        Beats: words filled, rows written, place in memory (in beats), last of its repeat, last of its instruction.
+        ``null``: there is no
         beat, but an instruction that did not store ends here.
     busy : ``Out(1)``
     """
@@ -164,7 +171,7 @@ class Writer(wiring.Component):
         A BRESP reported an error; stays until ``abort``.
     """
 
-    def __init__(self, arch: Arch, *, fifo_beats: int = 64, outstanding: int = 32) -> None:
+    def __init__(self, arch: Arch, *, fifo_beats: int = 64, outstanding: int = OUTSTANDING) -> None:
         if not isinstance(arch, Arch):
             raise TypeError(f"arch must be an Arch, not {arch!r}")
         limits = (("fifo_beats", fifo_beats, 2 * BURST_BEATS), ("outstanding", outstanding, 8))
@@ -231,11 +238,10 @@ class Writer(wiring.Component):
             m.d.sync += [inside.eq(~commit), first.eq(begin)]
         with m.If(self.abort):
             m.d.sync += inside.eq(0)
-        # one cycle late, and one beat may be on its way: hence the margin
         m.d.sync += packer.room.eq(
-            (beats.level <= self.fifo_beats - 4)
-            & (bursts.level <= self.outstanding - 4)
-            & (tokens.level <= self.outstanding - 4))
+            (beats.level <= self.fifo_beats - ROOM_MARGIN)
+            & (bursts.level <= self.outstanding - ROOM_MARGIN)
+            & (tokens.level <= self.outstanding - ROOM_MARGIN))
 
     def _send(self, m: Module, beats: SyncFIFOBuffered, bursts: SyncFIFOBuffered) -> None:
         """Drive AW and W; the beats of a burst follow its AWVALID."""

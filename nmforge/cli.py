@@ -254,7 +254,9 @@ Program = Annotated[Path, typer.Argument(help="Program file.")]
 OnlyArch = Annotated[
     str | None, typer.Option("--arch", metavar="PRESET", help="Refuse a program that was compiled for another.")
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="verilator: the RTL, cycle by cycle. isa: functional.")]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="verilator: the RTL. isa: functional. cycle: the RTL's cycles, without data.")
+]
 Inputs = Annotated[
     Path | None, typer.Option("--inputs", help="The model's inputs by name, .npz or .safetensors; else random ones.")
 ]
@@ -270,6 +272,7 @@ Last = Annotated[int | None, typer.Option("--to", help="Cycle before which the t
         "simulate x.nmf",
         "simulate x.nmf --engine isa --inputs in.npz --outputs out.npz",
         "simulate x.nmf --stalls 0.2 --seed 7 --latency 100 --json",
+        "simulate x.nmf --engine cycle --latency 200",
         "simulate x.nmf --trace x.fst --from 1000 --to 2000",
     )
 )

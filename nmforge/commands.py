@@ -174,12 +174,14 @@ def run_program(
     """Load a program, run it on inputs from a file or a seed, and write its outputs; `arch`: refuse a program for another."""
     if engine not in get_args(Engine):
         raise unknown("engine", engine, get_args(Engine))
+    if engine == "cycle" and (inputs is not None or outputs is not None):
+        raise BadInputError("the engine 'cycle' has no data: --inputs and --outputs need another")
     if outputs is not None:
         check_outputs(outputs)
     program = load(file)
     if arch is not None and program.arch != arch:
         raise BadInputError(f"{file} was compiled for {program.arch.name}, not for {arch.name}: compile it again")
-    values = read_inputs(inputs) if inputs is not None else random_inputs(program, seed)
+    values = None if engine == "cycle" else read_inputs(inputs) if inputs is not None else random_inputs(program, seed)
     with progress_bars() as progress:
         run = simulate(
             program, values, engine=engine, check=check, memory=memory, trace=trace,  # type: ignore[arg-type]

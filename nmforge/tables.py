@@ -75,6 +75,7 @@ def print_run(run: Run) -> None:
         table.add_row("simulated", f"{run.wall_s:.2f} s, {run.cycles_per_s:,.0f} cycles/s")
     exact = {True: "[green]yes[/]", False: "[red]no[/]", None: "not checked"}[run.bit_exact]
     table.add_row("bit-exact", f"{exact}, {run.bytes_checked:,} bytes" if run.bit_exact is not None else exact)
-    table.add_row("outputs", f"sha256 {run.outputs_sha256[:16]}...")
+    if run.outputs_sha256 is not None:
+        table.add_row("outputs", f"sha256 {run.outputs_sha256[:16]}...")
     table.add_row("simulator", run.simulator)
     out().print(table)

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from compiler.program import Program
 from hw.arch import Arch
 from sim.check import IsaRecord, Mismatch, compare_image, compare_log, record_isa
+from sim.cycle import run_cycles
 from sim.engine import EngineRun, VerilatorEngine
 from sim.memory import MemoryModel
 from sim.model_io import Inputs, dequantise_outputs, quantise_inputs
 from sim.reference import run_reference
-from sim.timing import operator_cycles
+from sim.timing import cycles_by_operator, operator_cycles
 from sim.trace import Trace
 
-__all__ = ["Engine", "EngineNotAvailableError", "Progress", "Run", "simulate"]
+__all__ = ["Engine", "Progress", "Run", "simulate"]
 
 Engine = Literal["verilator", "isa", "cycle"]
 
@@ -32,10 +33,6 @@ _CYCLES_ALLOWED = 10_000_000
 _SLOWDOWN_ALLOWED = 200
 
 
-class EngineNotAvailableError(ValueError):
-    """The engine is planned, not built."""
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Run:
     """Result of `simulate`.
@@ -44,17 +41,18 @@ class Run:
     ----------
     outputs : tuple
         The model's outputs in order: torch tensors with the model's shapes and dtypes; integer arrays if the program
-        was compiled from an integer network.
+        was compiled from an integer network. Empty for the engine "cycle", which has no data.
     tensors : dict
-        The integer output tensors by the network's names.
+        The integer output tensors by the network's names; empty for the engine "cycle".
     cycles : int or None
-        From start to done, counted in RTL; None for the engine "isa".
+        From start to done, counted in RTL, or equal to that (engine "cycle"); None for the engine "isa".
     utilisation : float or None
         ``program.effective_macs / (arch.macs * cycles)``.
     counters : dict
         Performance counters; `sim.counters` explains them.
     operator_cycles : dict
-        Cycles by operator name, adding up to `cycles` (engine "verilator", checked runs); see `sim.timing`.
+        Cycles by operator name, adding up to `cycles` (engine "cycle", and checked runs of "verilator"); see
+        `sim.timing`.
     bit_exact : bool or None
         Whether every byte agreed; None if not checked.
     mismatches : tuple of Mismatch
@@ -66,13 +64,13 @@ class Run:
     cycles_per_s : float or None
         Speed of the simulation.
     check_s : float
-        Seconds for reference, ISA engine and comparison.
+        Seconds for reference, ISA engine and comparison, or for the engine "cycle"'s check of the instructions.
     build_s : float or None
         Seconds that building the simulator took, now or when it was put into the cache.
     simulator : str
         Name and version.
-    outputs_sha256 : str
-        Of the integer output tensors: names, dtypes, shapes, bytes.
+    outputs_sha256 : str or None
+        Of the integer output tensors: names, dtypes, shapes, bytes; None for the engine "cycle".
     memory : MemoryModel
         Timing of the memory.
     """
@@ -93,7 +91,7 @@ class Run:
     check_s: float = 0.0
     build_s: float | None = None
     simulator: str
-    outputs_sha256: str
+    outputs_sha256: str | None
     memory: MemoryModel
 
     def __repr__(self) -> str:
@@ -118,7 +116,7 @@ class Run:
 
 def simulate(
     program: Program,
-    inputs: Inputs,
+    inputs: Inputs | None = None,
     *,
     engine: Engine = "verilator",
     check: bool = True,
@@ -133,13 +131,14 @@ def simulate(
     ----------
     program : Program
     inputs
-        The model's inputs: a tensor, tensors in order, or a dict by name; shapes and dtypes are the model's.
+        The model's inputs: a tensor, tensors in order, or a dict by name; shapes and dtypes are the model's. The engine
+        "cycle" needs none and looks at none.
     engine : str
-        ``"verilator"`` is the RTL, cycle by cycle; ``"isa"`` is functional.
+        ``"verilator"`` is the RTL, cycle by cycle; ``"isa"`` is functional; ``"cycle"`` has the RTL's timing without data.
     check : bool
-        Compare every tensor with the integer reference and every written byte between the engines.
+        Compare every tensor with the integer reference and every written byte between the engines (not "cycle").
     memory : MemoryModel
-        Timing of the memory (engine "verilator").
+        Timing of the memory (engines "verilator" and "cycle").
     max_cycles : int
         Give up after so many; None allows 10 million and 200 times the ideal.
     trace : Trace or path
@@ -150,7 +149,7 @@ def simulate(
     Raises
     ------
     ValueError
-        Bad inputs, an unknown engine, a trace of an engine without signals; `EngineNotAvailableError` for "cycle".
+        Bad inputs, an unknown engine, a trace of an engine without signals, no inputs for an engine with data.
     AcceleratorError
         The accelerator stopped the program; `IsaError` from the ISA engine.
     CycleLimitError
@@ -164,6 +163,10 @@ def simulate(
     if max_cycles is not None and max_cycles < 1:
         raise ValueError(f"max_cycles must be at least 1, not {max_cycles!r}")
     report, memory, trace = _reporter(progress), memory or MemoryModel(), _as_trace(trace)
+    if engine == "cycle":
+        return _cycle_run(program, memory, max_cycles)
+    if inputs is None:
+        raise ValueError(f"the engine {engine!r} needs inputs: {', '.join(spec.name for spec in program.inputs)}")
     integers = quantise_inputs(program, inputs)
     image = _padded(program.memory_image(integers), program.arch.bus_bytes)
     start = time.monotonic()
@@ -177,8 +180,6 @@ def simulate(
 def _check_engine(engine: str, trace: Trace | str | None) -> None:
     if engine not in get_args(Engine):
         raise ValueError(f"unknown engine {engine!r}; the engines are {', '.join(get_args(Engine))}")
-    if engine == "cycle":
-        raise EngineNotAvailableError("the engine 'cycle' comes with a later version; use 'verilator' or 'isa'")
     if engine != "verilator" and trace is not None:
         raise ValueError(f"the engine {engine!r} has no signals to trace; use 'verilator'")
 
@@ -234,6 +235,21 @@ def _isa_run(program: Program, record: IsaRecord, check: bool, seconds: float, m
         bit_exact=not mismatches if check else None, mismatches=mismatches,
         bytes_checked=record.bytes_written if check else 0, **_results(program, record.image),
     )
+
+
+def _cycle_run(program: Program, memory: MemoryModel, max_cycles: int | None) -> Run:
+    run = run_cycles(program, memory, max_cycles=max_cycles or _cycles_allowed(program))
+    completed = dict(zip(run.storing.tolist(), run.completed.tolist()))
+    return Run(
+        engine="cycle", arch=program.arch, outputs=(), tensors={}, cycles=run.cycles, counters=run.counters,
+        operator_cycles=cycles_by_operator(program, completed, run.cycles), memory=memory,
+        utilisation=program.effective_macs / (program.arch.macs * run.cycles), wall_s=run.wall_s,
+        cycles_per_s=run.cycles_per_s, check_s=run.check_s, simulator="nmforge cycle engine", outputs_sha256=None,
+    )
+
+
+def _cycles_allowed(program: Program) -> int:
+    return int(_CYCLES_ALLOWED + _SLOWDOWN_ALLOWED * program.ideal_cycles)
 
 
 def _results(program: Program, image: NDArray[np.uint8]) -> dict[str, Any]:
@@ -292,11 +308,10 @@ class _Verilator:
         )
 
     def _run_program(self, engine: VerilatorEngine) -> EngineRun:
-        ideal = _CYCLES_ALLOWED + _SLOWDOWN_ALLOWED * self.program.ideal_cycles
         return engine.run(
             code_address=self.program.code_address,
             instructions=self.program.instruction_count,
-            max_cycles=int(ideal) if self.max_cycles is None else self.max_cycles,
+            max_cycles=_cycles_allowed(self.program) if self.max_cycles is None else self.max_cycles,
             trace=self.trace,
             progress=lambda cycles: self.report("verilator", cycles, None),
         )

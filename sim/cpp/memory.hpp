@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "Vtop.h"
+#include "timing.hpp"
 
 constexpr uint64_t kBus = NM_BUS_BYTES;        // bytes in a beat
 constexpr uint64_t kStrobeBytes = kBus / 8;    // bytes of WSTRB
@@ -18,10 +19,7 @@ constexpr uint8_t kOkay = 0, kSlaveError = 2;  // AXI responses
 
 // Mirrored by `_Config` in sim/harness.py.
 struct Config {
-    uint64_t latency;          // cycles from address (or last write beat) to first data (or response)
-    uint64_t bytes_per_cycle;  // shared by reads and writes
-    uint64_t stall_threshold;  // a channel stalls in a cycle whose hash is below this
-    uint64_t seed;
+    MemoryConfig timing;
     uint64_t log_writes;  // keep every byte written, in order
 };
 
@@ -51,30 +49,25 @@ inline std::string format(const char* text, uint64_t a = 0, uint64_t b = 0) {
 class Memory {
 public:
     Memory(const Config& config, uint8_t* bytes, uint64_t size)
-        : config_{config}, bytes_{bytes}, size_{size}, credit_cap_{static_cast<int64_t>(config.bytes_per_cycle)} {
-        if (credit_cap_ < static_cast<int64_t>(kBus)) credit_cap_ = kBus;
-        credit_ = credit_cap_;
-    }
+        : config_{config}, bytes_{bytes}, size_{size}, timing_{config.timing, kBus} {}
 
     // Sets the memory's outputs for this cycle. They depend on earlier cycles only.
     void drive(Vtop& top, uint64_t cycle) {
-        credit_ += static_cast<int64_t>(config_.bytes_per_cycle);
-        if (credit_ > credit_cap_) credit_ = credit_cap_;
-        const bool bandwidth = credit_ > 0;
-        top.m_axi_arready = go(cycle, kAR);
-        top.m_axi_awready = go(cycle, kAW);
-        top.m_axi_wready = bandwidth && receiving_ < writes_.size() && go(cycle, kW);
-        if (!reading_ && bandwidth && read_due(cycle) && go(cycle, kR)) present_read(top);
-        if (!responding_ && write_due(cycle) && go(cycle, kB)) present_response(top);
-        top.m_axi_rvalid = reading_;
-        top.m_axi_bvalid = responding_;
+        timing_.begin(cycle);
+        top.m_axi_arready = timing_.arready;
+        top.m_axi_awready = timing_.awready;
+        top.m_axi_wready = timing_.wready;
+        if (timing_.read_starts) present_read(top);
+        if (timing_.response_starts) present_response(top);
+        top.m_axi_rvalid = timing_.rvalid;
+        top.m_axi_bvalid = timing_.bvalid;
     }
 
     // Takes the transfers of this cycle, once the accelerator's outputs have settled.
     void sample(Vtop& top, uint64_t cycle) {
         check_held(top, cycle);
-        if (reading_ && top.m_axi_rready) retire_read(top);
-        if (responding_ && top.m_axi_bready) retire_write();
+        if (timing_.rvalid && top.m_axi_rready) retire_read();
+        if (timing_.bvalid && top.m_axi_bready) retire_write();
         if (top.m_axi_wvalid && top.m_axi_wready) accept_data(top, cycle);
         if (top.m_axi_arvalid && top.m_axi_arready) accept_read(top, cycle);
         if (top.m_axi_awvalid && top.m_axi_awready) accept_write(top, cycle);
@@ -83,8 +76,7 @@ public:
     void reset(Vtop& top) {
         reads_.clear();
         writes_.clear();
-        receiving_ = 0;
-        reading_ = responding_ = false;
+        timing_.clear();
         top.m_axi_rvalid = top.m_axi_bvalid = 0;
         held_ar_ = held_aw_ = held_w_ = false;
     }
@@ -96,11 +88,9 @@ public:
     std::vector<WriteTime> log_times;
 
 private:
-    enum Channel : uint64_t { kAR, kR, kAW, kW, kB };
-
     struct Read {
         uint32_t id;
-        uint64_t address, end, due;
+        uint64_t address, end;
         bool ok;
         uint64_t next;              // bytes already presented
         std::vector<uint8_t> data;  // as it was when the address was accepted
@@ -108,55 +98,36 @@ private:
 
     struct Write {
         uint32_t id;
-        uint64_t address, end, due;
+        uint64_t address, end;
         bool ok;
         uint64_t next;  // bytes received
         std::vector<uint8_t> data, strobe;
     };
 
-    // A stall depends on seed, channel and cycle alone, so a timing model can repeat it.
-    bool go(uint64_t cycle, Channel channel) const {
-        if (config_.stall_threshold == 0) return true;
-        uint64_t z = config_.seed * 0x9E3779B97F4A7C15ull + cycle * 8 + channel;  // splitmix64
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-        return ((z ^ (z >> 31)) >> 32) >= config_.stall_threshold;
-    }
-
-    bool read_due(uint64_t cycle) const { return !reads_.empty() && cycle >= reads_.front().due; }
-
-    bool write_due(uint64_t cycle) const {
-        return receiving_ > 0 && !writes_.empty() && cycle >= writes_.front().due;
-    }
-
     void present_read(Vtop& top) {
         Read& read = reads_.front();
         std::memcpy(&top.m_axi_rdata, read.data.data() + read.next, kBus);
         read.next += kBus;
-        reading_ = true;
         top.m_axi_rid = read.id;
         top.m_axi_rresp = read.ok ? kOkay : kSlaveError;
-        top.m_axi_rlast = read.next == read.data.size();
-        credit_ -= kBus;
+        top.m_axi_rlast = timing_.rlast;
         statistics.read_bytes += kBus;
     }
 
-    void retire_read(Vtop& top) {
-        if (top.m_axi_rlast) reads_.pop_front();
-        reading_ = false;
+    void retire_read() {
+        if (timing_.rlast) reads_.pop_front();
+        timing_.retire_read();
     }
 
     void retire_write() {
         writes_.pop_front();
-        --receiving_;
-        responding_ = false;
+        timing_.retire_response();
     }
 
     // The data reach the memory now, not earlier: a read that does not wait for the response sees old bytes.
     void present_response(Vtop& top) {
         Write& write = writes_.front();
         if (write.ok) commit(write);
-        responding_ = true;
         top.m_axi_bid = write.id;
         top.m_axi_bresp = write.ok ? kOkay : kSlaveError;
     }
@@ -188,19 +159,14 @@ private:
     }
 
     void accept_data(Vtop& top, uint64_t cycle) {
-        Write& write = writes_[receiving_];
+        Write& write = writes_[timing_.receiving()];
         std::memcpy(write.data.data() + write.next, &top.m_axi_wdata, kBus);
         std::memcpy(write.strobe.data() + write.next / 8, &top.m_axi_wstrb, kStrobeBytes);
         write.next += kBus;
-        credit_ -= kBus;
-        const bool last = write.next == write.data.size();
+        const bool last = timing_.accept_data(cycle);
         if (last != static_cast<bool>(top.m_axi_wlast)) {
             fail(cycle, format(last ? "WLAST missing on the last beat of the burst at 0x%llx"
                                     : "WLAST set before the last beat of the burst at 0x%llx", write.address));
-        }
-        if (last) {
-            write.due = cycle + config_.latency;
-            ++receiving_;
         }
     }
 
@@ -208,8 +174,9 @@ private:
         const uint64_t bytes = (top.m_axi_arlen + 1ull) * kBus, address = top.m_axi_araddr / kBus * kBus;
         check_burst(cycle, "AR", top.m_axi_araddr, bytes, top.m_axi_arsize, top.m_axi_arburst);
         const bool ok = in_range(address, bytes);
-        reads_.push_back({static_cast<uint32_t>(top.m_axi_arid), address, address + bytes, cycle + config_.latency, ok, 0,
+        reads_.push_back({static_cast<uint32_t>(top.m_axi_arid), address, address + bytes, ok, 0,
                           std::vector<uint8_t>(bytes)});
+        timing_.accept_read(cycle, top.m_axi_arlen + 1u);
         if (ok) std::memcpy(reads_.back().data.data(), bytes_ + address, bytes);
         ++statistics.read_bursts;
         for (const Write& write : writes_) note_hazard(cycle, reads_.back(), write);
@@ -218,8 +185,9 @@ private:
     void accept_write(Vtop& top, uint64_t cycle) {
         const uint64_t bytes = (top.m_axi_awlen + 1ull) * kBus, address = top.m_axi_awaddr / kBus * kBus;
         check_burst(cycle, "AW", top.m_axi_awaddr, bytes, top.m_axi_awsize, top.m_axi_awburst);
-        writes_.push_back({static_cast<uint32_t>(top.m_axi_awid), address, address + bytes, ~0ull,
-                           in_range(address, bytes), 0, std::vector<uint8_t>(bytes), std::vector<uint8_t>(bytes / 8)});
+        writes_.push_back({static_cast<uint32_t>(top.m_axi_awid), address, address + bytes, in_range(address, bytes), 0,
+                           std::vector<uint8_t>(bytes), std::vector<uint8_t>(bytes / 8)});
+        timing_.accept_write(top.m_axi_awlen + 1u);
         ++statistics.write_bursts;
         for (const Read& read : reads_) note_hazard(cycle, read, writes_.back());
     }
@@ -292,11 +260,9 @@ private:
     const Config config_;
     uint8_t* const bytes_;
     const uint64_t size_;
-    int64_t credit_cap_, credit_;
+    MemoryTiming<std::deque<TimedBurst>> timing_;
     std::deque<Read> reads_;
     std::deque<Write> writes_;
-    size_t receiving_ = 0;  // index in writes_ of the burst that W beats belong to
-    bool reading_ = false, responding_ = false;  // R or B is valid
     bool held_ar_ = false, held_aw_ = false, held_w_ = false;
     uint64_t held_ar_word_ = 0, held_aw_word_ = 0;
     uint8_t held_w_data_[kBus], held_w_strobe_[kStrobeBytes];

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from amaranth import Module, unsigned
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -16,13 +17,17 @@ class Square(wiring.Component):
     i: In(stream.Signature(unsigned(8)))
     o: Out(stream.Signature(unsigned(17)))
 
+    def __init__(self, stages=2):
+        self.stages = stages
+        super().__init__()
+
     def elaborate(self, platform):
         m = Module()
         pipe = Pipeline(m, self.i, self.o)
         x = pipe.stage(x=self.i.payload, square=self.i.payload * self.i.payload)
         x = pipe.stage(total=x.square + x.x)
         m.d.comb += self.o.payload.eq(x.total)
-        pipe.finish()
+        pipe.finish(self.stages)
         return m
 
 
@@ -54,3 +59,8 @@ def test_stalls():
     sim.add_testbench(get)
     sim.run()
     assert seen == [value * value + value for value in sent]
+
+
+def test_number_of_stages():
+    with pytest.raises(ValueError, match="the pipeline has 2 stages, not 3"):
+        Square(stages=3).elaborate(None)

@@ -1,0 +1,201 @@
+// hw/residual.py, hw/post.py, hw/store.py: the post unit, its second operand, and the store unit.
+#pragma once
+
+#include "program.hpp"
+#include "state.hpp"
+
+class Widen {
+public:
+    bool valid(const Commands* c, bool word) const { return c && word && (!c->widen.wide || low_); }
+
+    // Combinational: a word is taken; a column is moved by `ready`.
+    bool takes(const Commands* c, bool move) const { return move || (c && c->widen.wide && !low_); }
+
+    // Returns whether the command ends.
+    bool step(const Commands* c, bool word, bool move) {
+        if (c == nullptr) return false;
+        const bool last = moved_.last(c->widen.count);
+        if (word && takes(c, move)) low_ = c->widen.wide && !low_;
+        if (move) moved_.move(last);
+        return move && last;
+    }
+
+    template <class Visitor>
+    void visit(Visitor& v, const Commands* c) {
+        v.exact(static_cast<uint8_t>(low_));
+        if (c) v.progress(moved_, c->widen.count);
+    }
+
+private:
+    bool low_ = false;
+    Progress moved_;
+};
+
+class Post {
+public:
+    // Which operands are offered.
+    struct Operands {
+        bool acc, bypass, params, residual, scale;
+    };
+
+    struct Result {
+        bool take, last, waits, blocked, params_taken, done;
+    };
+
+    bool out_valid() const { return stages_ >> kLast & kValid; }
+    bool out_rows() const { return stages_ >> kLast & kRows; }
+    bool sleeping() const { return stages_ == 0 && flushed_ == 0; }
+    bool still() const { return stages_ == 0 && flushed_ == 0; }
+
+    // One cycle. out_ready : what follows takes the last stage's column.
+    Result step(const Commands* c, const Operands& offered, bool out_ready) {
+        const bool advance = !out_valid() || out_ready;
+        Result result{};
+        uint64_t enter = 0;
+        bool loading = false;
+        if (c) {
+            const auto& post = c->post;
+            if (post.load_table) {
+                loading = true;
+                load_table(offered.params, advance, result);
+            } else {
+                const bool inputs = ready(post, offered);
+                result.take = inputs && advance;
+                result.waits = !inputs;
+                result.blocked = inputs && !advance;
+                if (result.take) {
+                    result.last = index_.last(post.cols);
+                    result.params_taken = post.by_column;
+                    result.done = result.last;
+                    enter = kValid | (post.psum_out ? kKeep : 0) | (post.rows ? kRows : 0);
+                    index_.move(result.last);
+                }
+            }
+        }
+        if (!loading) flushed_ = 0;
+        if (advance) move(enter);
+        return result;
+    }
+
+    template <class Visitor>
+    void visit(Visitor& v, const Commands* c) {
+        v.exact(stages_);
+        v.exact(entry_);
+        v.exact(flushed_);
+        if (!c || c->post.load_table) return;
+        v.exact(static_cast<uint8_t>(index_.moved == 0));
+        v.progress(index_, c->post.cols);
+    }
+
+private:
+    enum Flag : uint64_t { kValid = 1, kKeep = 2, kRows = 4 };
+    static_assert(kPostStages <= 8, "a byte per stage");
+    static constexpr unsigned kLast = 8 * (kPostStages - 1);
+    static constexpr uint64_t kStageMask = kPostStages == 8 ? ~0ull : (1ull << 8 * (kPostStages % 8)) - 1;
+
+    template <class Command>
+    bool ready(const Command& post, const Operands& offered) const {
+        const bool source = post.source == source::ZERO || (post.source == source::ARRAY && offered.acc) ||
+                            (post.source == source::STREAM && offered.bypass);
+        const bool keep_busy = (stages_ & (kValid | kKeep)) == (kValid | kKeep) && post.psum_in && index_.moved == 0;
+        return source && (!post.by_column || offered.params) && (!post.by_row || offered.scale) &&
+               (!post.residual || offered.residual) && !keep_busy;
+    }
+
+    void load_table(bool params, bool advance, Result& result) {
+        const bool ready = params && flushed_ == kTableFlush;
+        if (flushed_ != kTableFlush && advance) ++flushed_;
+        if (!ready) return;
+        result.params_taken = entry_ % 8 == 7;
+        result.done = entry_ == 8 * kTableWords - 1;
+        entry_ = result.done ? 0 : entry_ + 1;
+    }
+
+    // Partial sums end after the first stage: they are no output.
+    void move(uint64_t enter) {
+        if (stages_ & kKeep) stages_ &= ~static_cast<uint64_t>(kValid);
+        stages_ = (stages_ << 8 | enter) & kStageMask;
+    }
+
+    uint64_t stages_ = 0;
+    uint16_t entry_ = 0;
+    uint8_t flushed_ = 0;
+    Progress index_;
+};
+
+// Store, with its Transposer.
+class Store {
+public:
+    void configure(const ArchConfig& arch) {
+        columns_ = arch.lanes;
+        words_ = arch.rows;
+    }
+
+    struct Result {
+        bool take, last, word;
+    };
+
+    bool owes() const { return owed_ != 0; }
+
+    // Combinational. column : the command's source offers one. ready : the writer takes a word. word : one is offered.
+    Result decide(const Commands* c, bool column, bool ready) const {
+        Result result{};
+        const bool valid = c && column;
+        if (valid) {
+            const auto& store = c->store;
+            result.take = store.transposed ? !full(filling_) : owed_ == 0 && ready && (!store.wide || high_);
+            result.last = moved_.last(store.cols);
+        }
+        result.word = owed_ != 0 ? out_ : valid && !c->store.transposed;
+        return result;
+    }
+
+    void step(const Commands* c, const Result& result, bool ready) {
+        if (owed_ == 0 && result.word && ready && c->store.wide) high_ = !high_;
+        const bool transposed = result.take && c->store.transposed;
+        const bool word_left = owed_ != 0 && result.word && ready;
+        if (transposed || owed_ != 0 || out_) transpose(transposed, result.last, ready);
+        const bool block = transposed && (result.last || moved_.moved % columns_ == columns_ - 1);
+        owed_ += (block ? words_ : 0) - word_left;
+        if (result.take) moved_.move(result.last);
+    }
+
+    template <class Visitor>
+    void visit(Visitor& v, const Commands* c) {
+        v.exact(static_cast<uint8_t>(high_ | out_ << 1 | (filling_ ^ reading_) << 2 | full(reading_) << 3 |
+                                     full(reading_ ^ 1) << 4));
+        v.exact(column_);
+        v.exact(row_);
+        v.exact(owed_);
+        if (!c) return;
+        if (c->store.transposed) v.exact(static_cast<uint8_t>(moved_.moved % columns_));
+        v.progress(moved_, c->store.cols);
+    }
+
+private:
+    bool full(unsigned bank) const { return full_ >> bank & 1; }
+
+    void transpose(bool write, bool last, bool ready) {
+        const bool read = full(reading_) && (!out_ || ready);
+        if (write) {
+            const bool end = last || column_ == columns_ - 1;
+            column_ = end ? 0 : column_ + 1;
+            if (end) {
+                full_ |= 1 << filling_;
+                filling_ ^= 1;
+            }
+        }
+        if (read && ++row_ == words_) {
+            row_ = 0;
+            full_ &= ~(1 << reading_);
+            reading_ ^= 1;
+        }
+        if (ready || read) out_ = read;
+    }
+
+    uint32_t columns_ = 0, words_ = 0;
+    bool high_ = false, out_ = false;
+    uint8_t full_ = 0, filling_ = 0, reading_ = 0, column_ = 0, row_ = 0;
+    uint16_t owed_ = 0;
+    Progress moved_;
+};

@@ -1,0 +1,197 @@
+// The instruction stream as the units see it: each instruction is an index into a table of different command sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "machine.hpp"
+
+// Mirrored by `_Arch` in sim/cycle.py.
+struct ArchConfig {
+    uint32_t rows, lanes, lane_depth, row_depth, bus_bytes;
+    uint32_t out_bytes[reader::kCount], fifo_beats[reader::kCount];  // of the read channels
+    uint32_t write_bytes, writer_beats;                              // bytes of a word to the writer, depth of its FIFO
+};
+
+// Addresses are taken modulo the longest burst: no unit sees more of them. wait : for the instruction's `dep`.
+struct ReadCommand {
+    uint32_t addr, words, repeats, stride, wait;
+};
+
+struct WriteCommand {
+    uint32_t addr, words, repeats, stride, store;
+};
+
+// All commands of one instruction, without data. Instructions with equal commands take equal time. Only words, so that
+// equal commands are equal bytes.
+struct Commands {
+    ReadCommand read[reader::kCount];
+    WriteCommand write;
+    struct { uint32_t count, from_rows, bypass; } load;
+    struct { uint32_t groups, n, word_steps, k, cols, dense; } array;
+    struct { uint32_t source, cols, load_table, psum_in, psum_out, by_column, by_row, residual, rows; } post;
+    struct { uint32_t count, wide; } widen;
+    struct { uint32_t cols, is_max, is_norm, last; } row;
+    struct { uint32_t count, lanes; } row_out;
+    struct { uint32_t cols, wide, transposed, from_rows; } store;
+    uint32_t units;  // one bit for each unit that gets a command
+    uint32_t halt, counted;  // counted : the dispatcher divides to count position words
+};
+
+inline uint32_t log2_of(uint32_t power) { return __builtin_ctz(power); }
+
+inline uint32_t get(const uint8_t* raw, Field field) {
+    const unsigned byte = field.offset / 8 < kInstructionBytes - 8 ? field.offset / 8 : kInstructionBytes - 8;
+    uint64_t word;
+    std::memcpy(&word, raw + byte, sizeof word);
+    return static_cast<uint32_t>(word >> (field.offset - 8 * byte)) & (~0u >> (32 - field.bits));
+}
+
+inline uint32_t index_bits(uint32_t m) {
+    uint32_t bits = 0;
+    while ((1u << bits) < m) ++bits;
+    return bits ? bits : 1;
+}
+
+// hw.dispatch.Dispatcher._issue
+class Decoder {
+public:
+    explicit Decoder(const ArchConfig& arch) : arch_{arch}, span_{arch.bus_bytes * kBurstBeats - 1} {}
+
+    void decode(const uint8_t* raw, Commands& c) const {
+        std::memset(&c, 0, sizeof c);
+        const uint32_t opcode = get(raw, field::opcode);
+        c.halt = opcode == opcode::HALT;
+        if (c.halt) return;
+        c.units = 1u << unit::write;
+        if (opcode == opcode::TABLE) return decode_table(raw, c);
+        const bool psum_out = get(raw, field::psum_out);
+        const uint32_t source = get(raw, field::source), cols = get(raw, field::cols);
+        decode_out(raw, c, cols);
+        decode_post(raw, c, source, cols, psum_out);
+        decode_rows(raw, c, cols);
+        if (source == source::ARRAY) decode_array(raw, c, cols);
+        if (source == source::STREAM) {
+            read(raw, c, unit::read_a, reader::a, field::a_addr, cols);
+            load(c, cols, false, true);
+        }
+    }
+
+private:
+    void read(const uint8_t* raw, Commands& c, unsigned unit, unsigned channel, Field addr, uint32_t words) const {
+        c.units |= 1u << unit;
+        c.read[channel] = {get(raw, addr) & span_, words, 1, 0, channel == reader::a || channel == reader::r};
+    }
+
+    static void load(Commands& c, uint32_t count, bool from_rows, bool bypass) {
+        c.units |= 1u << unit::load;
+        c.load = {count, from_rows, bypass};
+    }
+
+    void decode_table(const uint8_t* raw, Commands& c) const {
+        read(raw, c, unit::read_p, reader::p, field::p_addr, kTableWords);
+        c.units |= 1u << unit::post;
+        c.post.load_table = true;
+    }
+
+    void decode_out(const uint8_t* raw, Commands& c, uint32_t cols) const {
+        const uint32_t out = get(raw, field::out), row_op = get(raw, field::row_op);
+        const bool transposed = out == out::STORE8T;
+        if (out == out::NONE || out == out::LANES) return;
+        const uint32_t tiles = (cols + arch_.lanes - 1) / arch_.lanes;
+        c.units |= 1u << unit::store;
+        c.store = {cols, out == out::STORE16, transposed, row_op != row_op::NONE};
+        c.write = {get(raw, field::o_addr) & span_, transposed ? arch_.rows : out == out::STORE16 ? 2 * cols : cols,
+                   transposed ? tiles : 1, transposed ? get(raw, field::o_stride) & span_ : 0, true};
+    }
+
+    void decode_post(const uint8_t* raw, Commands& c, uint32_t source, uint32_t cols, bool psum_out) const {
+        const uint32_t scale = get(raw, field::scale), residual = get(raw, field::residual);
+        const bool wide = residual == residual::INT16;
+        c.units |= 1u << unit::post;
+        c.post = {source, cols, false, get(raw, field::psum_in) != 0, psum_out, scale == scale::COLUMN && !psum_out,
+                  scale == scale::ROW && !psum_out, residual != residual::NONE, get(raw, field::row_op) != row_op::NONE};
+        if (c.post.by_column) read(raw, c, unit::read_p, reader::p, field::p_addr, cols);
+        if (!c.post.residual) return;
+        read(raw, c, unit::read_r, reader::r, field::r_addr, wide ? 2 * cols : cols);
+        c.units |= 1u << unit::widen;
+        c.widen = {cols, wide};
+    }
+
+    void decode_rows(const uint8_t* raw, Commands& c, uint32_t cols) const {
+        const uint32_t op = get(raw, field::row_op), out = get(raw, field::out);
+        if (op == row_op::NONE) return;
+        const bool norm = op == row_op::LAYERNORM || op == row_op::RMSNORM;
+        const bool whole = op != row_op::MAX && op != row_op::EXP;
+        c.units |= 1u << unit::row;
+        c.row = {cols, op == row_op::MAX, norm, whole || get(raw, field::row_last) != 0};
+        if (norm) read(raw, c, unit::read_g, reader::g, field::g_addr, cols);
+        if (out == out::NONE) return;
+        c.units |= 1u << unit::row_out;
+        c.row_out = {cols, out == out::LANES};
+    }
+
+    void decode_array(const uint8_t* raw, Commands& c, uint32_t cols) const {
+        const uint32_t format = get(raw, field::format), k = get(raw, field::k);
+        const bool dense = format == format::DENSE, bitmap = format == format::BITMAP;
+        const uint32_t n = dense ? 1 : get(raw, field::n), m = dense ? 1 : get(raw, field::m);
+        const uint32_t groups = (k + m - 1) / m, tiles = (cols + arch_.lanes - 1) / arch_.lanes;
+        const bool from_rows = get(raw, field::operand) == operand::ROWS;
+        c.units |= 1u << unit::array;
+        c.array = {groups, n, dense ? 0 : bitmap ? 32 / m * n : 32 / index_bits(m), k, cols, dense};
+        if (!from_rows) read(raw, c, unit::read_a, reader::a, field::a_addr, k);
+        load(c, k, from_rows, false);
+        read(raw, c, unit::read_w, reader::w, field::w_addr, groups * n);
+        ReadCommand& w = c.read[reader::w];
+        w.repeats = tiles;
+        w.stride = get(raw, field::w_stride) & span_;
+        w.wait = get(raw, field::w_dep);
+        c.counted = !dense;
+        if (dense) return;
+        const uint32_t words = bitmap ? ceil_div(groups, 32 / m) : ceil_div(groups * n, 32 / index_bits(m));
+        read(raw, c, unit::read_x, reader::x, field::x_addr, words);
+        c.read[reader::x].repeats = tiles;
+        c.read[reader::x].stride = words * 4 * arch_.lanes & span_;
+    }
+
+    static uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+    const ArchConfig& arch_;
+    const uint32_t span_;
+};
+
+constexpr uint32_t kNeverWaits = 1u << 20;  // more than any `dep`
+
+// The instructions, each as the number of its command set and its `dep`, or `kNeverWaits`.
+class Program {
+public:
+    Program(const ArchConfig& arch, const uint8_t* code, uint64_t instructions) {
+        const Decoder decoder{arch};
+        std::unordered_map<std::string, uint32_t> known;
+        std::string key(sizeof(Commands), '\0');
+        kinds_.reserve(instructions);
+        deps_.reserve(instructions);
+        for (uint64_t i = 0; i < instructions; ++i) {
+            Commands commands;
+            decoder.decode(code + i * kInstructionBytes, commands);
+            std::memcpy(key.data(), &commands, sizeof commands);
+            const auto [found, fresh] = known.emplace(key, static_cast<uint32_t>(table_.size()));
+            if (fresh) table_.push_back(commands);
+            kinds_.push_back(found->second);
+            const uint32_t dep = get(code + i * kInstructionBytes, field::dep);
+            deps_.push_back(dep ? dep : kNeverWaits);
+        }
+    }
+
+    const Commands& operator[](uint32_t index) const { return table_[kinds_[index]]; }
+    uint32_t kind(uint64_t index) const { return kinds_[index]; }
+    uint32_t dep(uint64_t index) const { return deps_[index]; }
+    uint64_t size() const { return kinds_.size(); }
+
+private:
+    std::vector<Commands> table_;
+    std::vector<uint32_t> kinds_, deps_;
+};

@@ -1,0 +1,314 @@
+// hw/reader.py: the read channels and the arbiter that owns AR and R.
+#pragma once
+
+#include "program.hpp"
+#include "state.hpp"
+
+// Reader, with its _Issuer, _Framer and the gearbox of its width.
+class Reader {
+public:
+    void configure(const ArchConfig& arch, unsigned channel) {
+        bus_ = arch.bus_bytes;
+        bytes_ = arch.out_bytes[channel];
+        bus_shift_ = log2_of(bus_);
+        byte_shift_ = log2_of(bytes_);
+        narrow_ = bytes_ < bus_;
+        widen_ = bytes_ > bus_;
+        ratio_ = narrow_ ? bus_ / bytes_ : bytes_ / bus_;
+        depth_ = arch.fifo_beats[channel] + 1;
+        credit_ = arch.fifo_beats[channel];
+        span_ = bus_ * kBurstBeats - 1;
+    }
+
+    // Combinational outputs; they depend on registers only.
+    bool cmd_ready() const { return !hold_ && (!narrow_ || commands_.writable(kCommandsAhead)); }
+    bool valid() const { return narrow_ ? fifo_.out && framed_ : widen_ ? full_ : fifo_.out; }
+    bool requesting() const { return request_; }
+    uint32_t request_beats() const { return request_beats_; }
+
+    // In the last cycle the command `held` could start but for its `dep`.
+    bool waits() const { return waits_; }
+    uint32_t held() const { return hold_ref_; }
+
+    // Something may move although no input does.
+    bool awake() const {
+        if ((hold_ && !active_) || fifo_.settling()) return true;
+        if (active_ && !request_ && credit_ >= burst()) return true;
+        if (narrow_) return !framed_ ? framing_ || commands_.level() : !framing_ && commands_.level();
+        return widen_ && fifo_.out && !full_;
+    }
+
+    // A word is taken and nothing else happens: done, unless it was the last of its beat.
+    bool step_inside() {
+        if (!narrow_) return false;
+        const uint32_t current = inside_ ? slot_ : first_;
+        if (current == last_) return false;
+        inside_ = true;
+        slot_ = (current + 1) & (ratio_ - 1);
+        return true;
+    }
+
+    // One cycle. ref : instruction of the command that is taken. data : a beat arrives. ready : of the output.
+    // granted : the request is taken. completed : the writer's counter.
+    void step(const ReadCommand* cmd, uint32_t ref, uint32_t dep, bool data, bool ready, bool granted, uint32_t completed) {
+        const bool read = narrow_ ? step_narrow(cmd, ref, ready) : widen_ ? step_wide(ready) : ready;
+        const bool pop = fifo_.out && read;
+        issue(cmd, granted, completed, pop);
+        if (cmd) {
+            hold_ = true;
+            held_ = *cmd;
+            hold_ref_ = ref;
+            hold_dep_ = dep;
+        }
+        fifo_.tick(data, read);
+    }
+
+    // Words wait at the output and nothing is on its way: whoever takes the words cannot tell how many are left, until the
+    // next burst is requested or there are none. Not for words narrower than the bus.
+    bool resting() const {
+        return !narrow_ && !hold_ && !request_ && fifo_.out && (!widen_ || full_) && credit_ + fifo_.level() == depth_ - 1;
+    }
+
+    uint32_t level() const { return fifo_.level(); }
+    uint32_t credit() const { return credit_; }
+    uint32_t next_burst() const { return active_ ? burst() : ~0u; }
+    uint32_t beats_per_word() const { return widen_ ? ratio_ : 1; }
+    uint32_t place() const { return active_ ? beat_ : ~0u; }
+    uint32_t left() const { return left_.value; }
+
+    // A resting reader after whole periods in which so many beats were requested and have arrived and gone.
+    void request(uint32_t beats) { left_.value -= beats; }
+
+    // A resting reader after `beats` more were taken.
+    void take(uint32_t beats) {
+        fifo_.inner -= beats;
+        credit_ += beats;
+    }
+
+    template <class Visitor>
+    void visit(Visitor& v) {
+        v.exact(static_cast<uint8_t>(hold_ | active_ << 1 | request_ << 2 | inside_ << 3 | full_ << 4 | framed_ << 5 |
+                                     framing_ << 6));
+        v.exact(static_cast<uint16_t>(credit_));
+        fifo_.visit(v);
+        if (hold_) v.held(hold_ref_, hold_dep_);
+        if (active_) {
+            v.reference(ref_);
+            v.exact(beat_);
+            v.exact(following_);
+            v.countdown(left_, kBurstBeats);
+            v.countdown(repeats_, 1);
+        }
+        if (request_) v.exact(request_beats_);
+        if (widen_) v.exact(slot_);
+        if (narrow_) visit_framer(v);
+    }
+
+private:
+    uint32_t beats(uint32_t addr, uint32_t words) const {
+        if (!narrow_) return words * ratio_;
+        return (words + (addr >> byte_shift_ & (ratio_ - 1)) + ratio_ - 1) / ratio_;
+    }
+
+    // Beats of the next burst.
+    uint32_t burst() const {
+        const uint32_t edge = kBurstBeats - beat_;
+        return left_.value <= edge ? left_.value : edge;
+    }
+
+    void issue(const ReadCommand* cmd, bool granted, uint32_t completed, bool pop) {
+        waits_ = false;
+        credit_ += pop;
+        if (!cmd && !granted && (!hold_ || active_) && (!active_ || request_)) return;
+        credit_ -= pop;
+        const uint32_t count = burst();
+        const bool final = left_.value <= count;
+        const bool take = active_ && (!request_ || granted) && credit_ >= count;
+        credit_ += pop;
+        if (granted) request_ = false;
+        if (take) {
+            credit_ -= count;
+            request_ = true;
+            request_beats_ = static_cast<uint8_t>(count);
+            beat_ = (beat_ + count) % kBurstBeats;
+            left_.value -= count;
+        }
+        bool leave = false;
+        if (take && final && repeats_.value != 1) {
+            start(following_, words_);
+            --repeats_.value;
+            following_ = (following_ + stride_) & span_;
+        } else if (hold_ && (!active_ || (take && final))) {
+            // 16-bit counts that wrap; a distance in the upper half is a wait
+            waits_ = held_.wait && hold_dep_ != kNeverWaits &&
+                     static_cast<uint16_t>(completed - (hold_ref_ - hold_dep_ + 1)) >> 15;
+            leave = !waits_;
+            active_ = leave;
+            if (leave) load();
+        } else if (take && final) {
+            active_ = false;
+        }
+        if (leave) hold_ = false;
+    }
+
+    void start(uint32_t addr, uint32_t words) {
+        beat_ = addr >> bus_shift_;
+        left_.load(beats(addr, words));
+    }
+
+    void load() {
+        start(held_.addr, held_.words);
+        words_ = held_.words;
+        repeats_.load(held_.repeats);
+        stride_ = held_.stride;
+        following_ = (held_.addr + held_.stride) & span_;
+        ref_ = hold_ref_;
+    }
+
+    bool step_wide(bool ready) {
+        const bool accept = !full_ || ready, take = fifo_.out && accept;
+        if (ready) full_ = false;
+        if (take) {
+            full_ = slot_ == ratio_ - 1;
+            slot_ = (slot_ + 1) & (ratio_ - 1);
+        }
+        return accept;
+    }
+
+    // Narrower, _Framer and its queue of commands.
+    bool step_narrow(const ReadCommand* cmd, uint32_t ref, bool ready) {
+        const uint32_t current = inside_ ? slot_ : first_;
+        const bool final = current == last_, next = ready && final;
+        const bool read = next && framed_, framer_ready = next && fifo_.out;
+        if (fifo_.out && framed_ && ready) {
+            inside_ = !final;
+            slot_ = (current + 1) & (ratio_ - 1);
+        }
+        frame(framer_ready, cmd != nullptr, ref, cmd);
+        return read;
+    }
+
+    void frame(bool ready, bool push, uint32_t ref, const ReadCommand* cmd) {
+        const uint32_t end = frame_first_ + frame_left_.value;
+        const bool final = end <= ratio_, take = framing_ && (!framed_ || ready);
+        bool accept = false;
+        if (ready) framed_ = false;
+        if (take) {
+            framed_ = true;
+            first_ = frame_first_;
+            last_ = (final ? end : ratio_) - 1;
+            frame_first_ = 0;
+            frame_left_.value = final ? 0 : end - ratio_;
+        }
+        if (take && final && frame_repeats_.value != 1) {
+            frame_first_ = frame_following_;
+            frame_left_.load(frame_words_);
+            --frame_repeats_.value;
+            frame_following_ = (frame_following_ + frame_stride_) & (ratio_ - 1);
+        } else if (!framing_ || (take && final)) {
+            accept = true;
+            framing_ = commands_.out;
+            if (framing_) load_frame();
+        }
+        if (push) waiting_.push_back({*cmd, ref});
+        if (push || accept || commands_.settling()) commands_.tick(push, accept);
+    }
+
+    void load_frame() {
+        const Waiting& w = waiting_.front();
+        frame_first_ = w.cmd.addr >> byte_shift_ & (ratio_ - 1);
+        frame_stride_ = w.cmd.stride >> byte_shift_ & (ratio_ - 1);
+        frame_following_ = (frame_first_ + frame_stride_) & (ratio_ - 1);
+        frame_words_ = w.cmd.words;
+        frame_left_.load(w.cmd.words);
+        frame_repeats_.load(w.cmd.repeats);
+        frame_ref_ = w.ref;
+        waiting_.pop_front();
+    }
+
+    template <class Visitor>
+    void visit_framer(Visitor& v) {
+        commands_.visit(v);
+        for (uint32_t i = 0; i < waiting_.size(); ++i) v.reference(waiting_[i].ref);
+        if (inside_) v.exact(slot_);
+        if (framed_) {
+            v.exact(first_);
+            v.exact(last_);
+        }
+        if (!framing_) return;
+        v.reference(frame_ref_);
+        v.exact(frame_first_);
+        v.exact(frame_following_);
+        v.countdown(frame_left_, ratio_);
+        v.countdown(frame_repeats_, 1);
+    }
+
+    struct Waiting {
+        ReadCommand cmd;
+        uint32_t ref;
+    };
+
+    uint32_t bus_ = 0, bytes_ = 0, bus_shift_ = 0, byte_shift_ = 0, ratio_ = 0, depth_ = 0, span_ = 0;
+    bool narrow_ = false, widen_ = false;
+    // _Issuer
+    bool hold_ = false, active_ = false, request_ = false, waits_ = false;
+    uint8_t request_beats_ = 0, beat_ = 0;
+    uint32_t hold_ref_ = 0, hold_dep_ = 0, ref_ = 0, words_ = 0, stride_ = 0, following_ = 0, credit_ = 0;
+    ReadCommand held_{};
+    Countdown left_, repeats_;
+    Fifo fifo_;
+    // Narrower, Widener
+    bool inside_ = false, full_ = false;
+    uint8_t slot_ = 0;
+    // _Framer
+    bool framing_ = false, framed_ = false;
+    uint8_t first_ = 0, last_ = 0, frame_first_ = 0, frame_following_ = 0, frame_stride_ = 0;
+    uint32_t frame_ref_ = 0, frame_words_ = 0;
+    Countdown frame_left_, frame_repeats_;
+    Fifo commands_;
+    Ring<Waiting, kCommandsAheadRing> waiting_;
+};
+
+// ReadArbiter. The owners of the bursts in flight, and the order in which readers are served.
+class ReadArbiter {
+public:
+    // requests : one bit a reader. Returns the reader whose request is taken in this cycle, or -1.
+    int grant(uint32_t requests, bool arready, bool abort) const {
+        if (requests == 0 || abort || (arvalid_ && !arready) || !owners_.writable(kReadBursts)) return -1;
+        const uint32_t above = requests >> (last_ + 1) << (last_ + 1);
+        return __builtin_ctz(above ? above : requests);
+    }
+
+    bool arvalid() const { return arvalid_; }
+    uint32_t beats() const { return beats_; }
+    bool rready() const { return owners_.out; }
+    int owner() const { return order_.front(); }
+    bool idle() const { return !arvalid_ && owners_.level() == 0; }
+    bool awake() const { return arvalid_ || owners_.settling(); }
+
+    void step(int granted, uint32_t beats, bool arready, bool end_of_burst) {
+        if (arready) arvalid_ = false;
+        if (granted >= 0) {
+            last_ = static_cast<uint8_t>(granted);
+            arvalid_ = true;
+            beats_ = static_cast<uint8_t>(beats);
+            order_.push_back(static_cast<uint8_t>(granted));
+        }
+        if (end_of_burst && owners_.out) order_.pop_front();
+        owners_.tick(granted >= 0, end_of_burst);
+    }
+
+    template <class Visitor>
+    void visit(Visitor& v) {
+        v.exact(static_cast<uint8_t>(arvalid_ | last_ << 1));
+        if (arvalid_) v.exact(beats_);
+        owners_.visit(v);
+        for (uint32_t i = 0; i < order_.size(); ++i) v.exact(order_[i]);
+    }
+
+private:
+    bool arvalid_ = false;
+    uint8_t last_ = 0, beats_ = 0;
+    Fifo owners_;
+    Ring<uint8_t, 2 * kReadBursts> order_;
+};

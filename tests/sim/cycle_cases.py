@@ -1,0 +1,92 @@
+"""Random programs with random memories, and both engines' counts for them."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compiler.compile import compile_network
+from compiler.program import Program
+from hw.arch import Arch
+from hw.isa import INSTRUCTION_BYTES
+from sim.check import written_addresses
+from sim.cycle import CycleRun, run_code
+from sim.engine import VerilatorEngine
+from sim.memory import MemoryModel
+from tests.compiler.random_networks import random_inputs, random_network
+
+__all__ = ["Case", "RtlRun", "compare", "random_case", "random_memory", "run_rtl"]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A program, the memory it runs on and what is in it. code, address : the program's instructions, perhaps repeated."""
+
+    program: Program
+    memory: MemoryModel
+    image: NDArray[np.uint8]
+    code: bytes
+    address: int
+
+
+@dataclass(frozen=True, eq=False)
+class RtlRun:
+    """Counters of the RTL; completed : cycle by storing instruction; wall_s : seconds of the simulation alone."""
+
+    counters: dict[str, int]
+    completed: NDArray[np.int64]
+    wall_s: float
+
+
+def random_memory(seed: int, bus_bytes: int) -> MemoryModel:
+    """Latencies 1..300, bandwidths from a fraction of the bus to no limit, and stalls in every third case."""
+    rng = np.random.default_rng(seed + 1_000_000)
+    latency = int(rng.choice([1, 2, 3, 5, int(rng.integers(4, 100)), int(rng.integers(100, 301))]))
+    share = float(rng.choice([0, 0, 0, 0.3, 0.5, 0.9, 1.5, 2, 4]))
+    return MemoryModel(
+        latency=latency,
+        bytes_per_cycle=max(1, int(share * bus_bytes)) if share else None,
+        stall_probability=float(rng.choice([0.1, 0.25, 0.5, 0.9])) if seed % 3 == 2 else 0.0,
+        seed=seed,
+    )
+
+
+def random_case(
+    seed: int, arch: Arch, *, ops: int = 6, repeat: int = 1, max_channels: int | None = None, max_rows: int | None = None
+) -> Case:
+    """The seed's program; its instructions `repeat` times, so that whole passes recur."""
+    network = random_network(seed, arch, ops=ops, max_channels=max_channels, max_rows=max_rows)
+    program = compile_network(network, arch)
+    image = program.memory_image(random_inputs(np.random.default_rng(seed), network))
+    halt = program.code[-INSTRUCTION_BYTES:]
+    code = program.code[:-INSTRUCTION_BYTES] * repeat + halt
+    address = -(-len(image) // 4096) * 4096
+    whole = np.zeros(address + -(-len(code) // arch.bus_bytes) * arch.bus_bytes, np.uint8)
+    whole[: len(image)] = image
+    whole[address : address + len(code)] = np.frombuffer(code, np.uint8)
+    return Case(program, random_memory(seed, arch.bus_bytes), whole, code, address)
+
+
+def run_rtl(case: Case) -> RtlRun:
+    """Run a case on Verilator."""
+    with VerilatorEngine(case.program.arch, case.image.copy(), model=case.memory, log_writes=True) as engine:
+        start = time.perf_counter()
+        result = engine.run(
+            code_address=case.address, instructions=len(case.code) // INSTRUCTION_BYTES, max_cycles=1 << 40
+        )
+        seconds = time.perf_counter() - start
+        times = engine.harness.write_times()
+    sizes = [len(written_addresses(instruction, case.program.arch)) for instruction in case.program.instructions]
+    ends = np.cumsum([size for size in sizes * (len(case.code) // len(case.program.code) + 1) if size])
+    stored = ends[: np.searchsorted(ends, times.logged[-1], "right") if len(times.logged) else 0]
+    return RtlRun(result.counters, times.cycle[np.searchsorted(times.logged, stored)] - result.statistics.started, seconds)
+
+
+def compare(case: Case, rtl: RtlRun, *, skip: bool = True) -> tuple[CycleRun, dict[str, tuple[int, int]]]:
+    """The cycle engine's run, and what differs: name to its value and the RTL's."""
+    run = run_code(case.code, case.program.arch, case.memory, address=case.address, skip=skip)
+    different = {name: (value, rtl.counters[name]) for name, value in run.counters.items() if value != rtl.counters[name]}
+    if not np.array_equal(run.completed, rtl.completed):
+        different["completed"] = (int(run.completed.sum()), int(rtl.completed.sum()))
+    return run, different

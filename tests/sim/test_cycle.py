@@ -1,0 +1,102 @@
+"""The cycle engine: every counter equals the RTL's, on random programs and memories; errors and limits."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from compiler.compile import compile_network
+from hw.arch import PRESETS
+from hw.isa import INSTRUCTION_BYTES, ErrorCode, Instruction, Opcode
+from hw.isa_check import check_instruction
+from sim.cycle import run_code, run_cycles
+from sim.cycle_check import check_code, code_fields
+from sim.engine import AcceleratorError, CycleLimitError
+from sim.memory import MemoryModel
+from sim.simulate import simulate
+from tests.hw.malformed import malformed_instructions
+from tests.sim.cycle_cases import compare, random_case, run_rtl
+from tests.sim.small_network import random_input, small_network
+
+TINY = PRESETS["tiny"]
+WIDE = replace(TINY, name="wide", lane_depth=128, row_depth=64, psum_depth=64, bus_bytes=32, fifo_beats=64)
+HALT = Instruction(opcode=Opcode.HALT).encode()
+
+
+@pytest.mark.parametrize("arch", [TINY, WIDE], ids=lambda arch: arch.name)
+@pytest.mark.parametrize("seed", range(40))
+def test_equals_the_rtl(arch, seed):
+    case = random_case(seed, arch, repeat=1 + seed % 4 * 3)
+    rtl = run_rtl(case)
+    for skip in (True, False):
+        run, different = compare(case, rtl, skip=skip)
+        assert not different
+    assert run.stepped == run.cycles
+
+
+@pytest.mark.parametrize("name", ["sta256", "sta1024"])
+@pytest.mark.parametrize("seed", range(4))
+def test_skipping_changes_nothing(name, seed):
+    """On machines that take minutes to build for Verilator: with and without skipping, on programs in which much recurs."""
+    case = random_case(seed, PRESETS[name], ops=10)
+    for memory in (MemoryModel(), MemoryModel(latency=300, bytes_per_cycle=PRESETS[name].bus_bytes // 2)):
+        fast, slow = (run_cycles(case.program, memory, skip=skip) for skip in (True, False))
+        assert fast.counters == slow.counters
+        assert np.array_equal(fast.completed, slow.completed)
+
+
+def test_repeated_layers_are_skipped():
+    case = random_case(3, TINY, ops=2)
+    body = case.program.code[:-INSTRUCTION_BYTES]
+    fast, slow = (run_code(40 * body + HALT, TINY, skip=skip) for skip in (True, False))
+    assert fast.counters == slow.counters and np.array_equal(fast.completed, slow.completed)
+    assert fast.stepped < slow.stepped / 2
+
+
+@pytest.mark.parametrize("case", malformed_instructions(TINY), ids=lambda case: case.name)
+def test_malformed_instruction(case):
+    table = Instruction(opcode=Opcode.TABLE, p_addr=0x1000).encode()
+    with pytest.raises(AcceleratorError) as stop:
+        run_code(table + case.raw + HALT, TINY, address=4096)
+    assert (stop.value.code, stop.value.address) == (case.code, 4096 + INSTRUCTION_BYTES)
+
+
+def test_program_without_halt():
+    table = Instruction(opcode=Opcode.TABLE, p_addr=0).encode()
+    with pytest.raises(AcceleratorError) as stop:
+        run_code(2 * table, TINY)
+    assert (stop.value.code, stop.value.address) == (ErrorCode.END, 2 * INSTRUCTION_BYTES)
+    assert run_code(table + HALT + b"\xff" * INSTRUCTION_BYTES, TINY).cycles > 256
+
+
+def test_bad_arguments():
+    for code in (b"", b"1234"):
+        with pytest.raises(ValueError, match="code must hold instructions of 64 bytes"):
+            run_code(code, TINY)
+    with pytest.raises(CycleLimitError, match="did not end within 50 cycles"):
+        run_cycles(random_case(0, TINY).program, max_cycles=50)
+
+
+def test_checks_agree_with_the_scalar_rules():
+    program = random_case(1, TINY).program
+    fields = code_fields(program.code)
+    for index in (0, 7, program.instruction_count - 1):
+        instruction = program.instructions[index]
+        assert all(int(values[index]) == getattr(instruction, name) for name, values in fields.items() if name != "reserved")
+        assert check_instruction(instruction, TINY) == ErrorCode.NONE
+    storing = [i for i, instruction in enumerate(program.instructions) if instruction.out in (1, 2, 3)]
+    assert check_code(program.code, TINY).tolist() == storing
+
+
+def test_engine_of_simulate():
+    program = compile_network(small_network(), "tiny")
+    rtl = simulate(program, random_input())
+    run = simulate(program, engine="cycle")
+    assert run.cycles == rtl.cycles and run.counters == rtl.counters and run.utilisation == rtl.utilisation
+    assert run.operator_cycles == rtl.operator_cycles
+    assert run.outputs == () and run.tensors == {} and run.outputs_sha256 is None and run.bit_exact is None
+    assert run.to_dict()["engine"] == "cycle"
+    with pytest.raises(CycleLimitError):
+        simulate(program, engine="cycle", max_cycles=10)
+    with pytest.raises(ValueError, match="has no signals to trace"):
+        simulate(program, engine="cycle", trace="x.fst")
