@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algo.sparsify import finalize, sparsify
-from compiler.compile import compile_model
 from compiler.program import Program
 from hw.arch import Arch
 from models.bert import BertConfig, BertModel
+from nmforge.api import compile
 
 __all__ = ["WORKLOADS", "Workload", "build", "compile_workload"]
 
@@ -83,4 +83,4 @@ def compile_workload(
     if pattern is not None:
         sparsify(model, pattern, method="magnitude")
         finalize(model)
-    return compile_model(model, inputs, arch=arch, calibration=[inputs]), inputs
+    return compile(model, inputs, arch=arch, calibration=[inputs]), inputs

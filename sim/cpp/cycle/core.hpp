@@ -181,6 +181,7 @@ public:
         array_.visit(v);
         widen_.visit(v, queues_.head(unit::widen));
         post_.visit(v, queues_.head(unit::post));
+        skid_.visit(v);
         scales_.visit(v);
         row_.visit(v);
         if (const Commands* const route = queues_.head(unit::row_out)) v.progress(routed_, route->row_out.count);
@@ -248,18 +249,20 @@ private:
         const Commands *const store = queues_.head(unit::store), *const route = queues_.head(unit::row_out);
         const Commands* const widen = queues_.head(unit::widen);
         const bool row_valid = row_.valid(), to_lanes = route && route->row_out.lanes, word_ready = writer_.ready();
-        const bool post_column = post_.out_valid() && !post_.out_rows();
+        const bool post_valid = skid_.valid(post_), post_rows = skid_.rows(post_);
+        const bool post_column = post_valid && !post_rows;
         const bool column = store && (store->store.from_rows ? route && !to_lanes && row_valid : post_column);
         const Store::Result stored = store_.decide(store, column, word_ready);
         const bool stores_rows = stored.take && store->store.from_rows;
-        const bool post_ready = post_.out_rows() ? row_.ready() : stored.take && !stores_rows;
-        const bool to_rows = post_.out_valid() && post_.out_rows() && post_ready;
+        const bool post_ready = post_rows ? row_.ready() : stored.take && !stores_rows;
+        const bool to_rows = post_valid && post_rows && post_ready, skid_ready = skid_.ready();
+        const bool skid_moves = skid_.step(post_, post_ready);
 
         const bool residual = widen_.valid(widen, valid(reader::r));
         const Post::Operands offered{array_.valid(), load && load->load.bypass && valid(reader::a), valid(reader::p), residual,
                                      scales_.out};
         Post::Result posted{};
-        if (post || !post_.sleeping()) posted = post_.step(post, offered, post_ready);
+        if (post || !post_.sleeping()) posted = post_.step(post, offered, skid_ready);
         acc_ready_ = posted.take && post->post.source == source::ARRAY;
         const bool bypass_ready = posted.take && post->post.source == source::STREAM;
         const bool widened = posted.take && post->post.residual;
@@ -303,7 +306,7 @@ private:
         row_waits_ = row_busy;
         waits_ = posted.waits;
         blocked_ = posted.blocked;
-        return row_steps || !post_.still() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
+        return row_steps || skid_moves || !post_.still() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
                stored.word || store_.owes() || scales_.settling() || (ready & valid_ & 1u << reader::r);
     }
 
@@ -428,6 +431,7 @@ private:
     MacArray array_;
     Widen widen_;
     Post post_;
+    Skid skid_;
     Fifo scales_;
     RowUnit row_;
     Progress routed_;  // RowRoute

@@ -123,6 +123,30 @@ private:
     Progress index_;
 };
 
+// `StreamSkid` behind the post unit: keeps a column aside that what follows does not take.
+class Skid {
+public:
+    bool ready() const { return !full_; }
+    bool valid(const Post& post) const { return full_ || post.out_valid(); }
+    bool rows(const Post& post) const { return full_ ? rows_ : post.out_rows(); }
+
+    // One cycle, before the post unit's own. Returns whether anything changes.
+    bool step(const Post& post, bool taken) {
+        const bool full = valid(post) && !taken, changes = full != full_;
+        rows_ = rows(post);
+        full_ = full;
+        return changes;
+    }
+
+    template <class Visitor>
+    void visit(Visitor& v) {
+        v.exact(static_cast<uint8_t>(full_ | rows_ << 1));
+    }
+
+private:
+    bool full_ = false, rows_ = false;
+};
+
 // Store, with its Transposer.
 class Store {
 public:
