@@ -21,6 +21,9 @@ __all__ = ["ROWS", "DenseLane", "MuxLane", "export", "gather_cycles", "lanes", "
 ROWS = 16
 """Multiply-accumulates of a lane."""
 
+SUM_BITS = 26
+"""Bits of a sum, as those of a gather lane of 1,024 columns."""
+
 PATTERNS = ((1, 1), (2, 4), (1, 4), (2, 8), (1, 8), (1, 16), (1, 32))
 """N:M of the cycle table; 1:1 is dense."""
 
@@ -36,7 +39,7 @@ class _SelectLane(wiring.Component):
     def __init__(self, rows: int, **members) -> None:
         self._rows = rows
         super().__init__({**members, "weight": In(signed(8)), "control": In(LaneControl()),
-                          "shadow": Out(signed(32)).array(rows)})
+                          "shadow": Out(signed(SUM_BITS)).array(rows)})
 
     def selected(self, row: int):
         """Activation of a token row, before the register."""
@@ -48,7 +51,7 @@ class _SelectLane(wiring.Component):
         with m.If(self.control.ram):
             m.d.sync += weight.eq(self.weight)
         for t in range(self._rows):
-            mac, activation = Mac(), Signal(8, name=f"activation{t}")
+            mac, activation = Mac(SUM_BITS), Signal(8, name=f"activation{t}")
             place(m, platform, f"mac{t}", mac, module="mac")
             with m.If(self.control.ram):
                 m.d.sync += activation.eq(self.selected(t))
@@ -139,7 +142,7 @@ def _area(target: str) -> Table:
     for macs in (16, 32):
         rows.append((f"position decoder, shared by {macs} MACs", *_per_mac(decoder, macs), decoder.luts, decoder.ffs))
     return Table(
-        title=f"Area per MAC of a lane of {ROWS} MACs, {target} ({TARGETS[target]})",
+        title=f"Area per MAC of a lane of {ROWS} MACs, {TARGETS[target].title}",
         columns=("lane", "LUT/MAC", "FF/MAC", "DSP/MAC", "RAM/MAC", "LUT - dense", "FF - dense"),
         rows=tuple(rows),
         note="LUT - dense, FF - dense: a whole lane against the dense one. RAM: RAMB36 or DP16KD. The window of the "
@@ -172,4 +175,4 @@ def _cycles() -> Table:
 
 def run() -> list[Table]:
     """All tables."""
-    return [*(_area(target) for target in TARGETS), _cycles()]
+    return [*(_area(target) for target in ("xcup", "ecp5")), _cycles()]

@@ -11,18 +11,22 @@ from torch import nn
 from algo.quantize import Method
 from compiler.frontend import trace
 from compiler.graph import Graph
-from compiler.lower import lower
+from compiler.lower import Lowered, lower
 from compiler.ops import QuantNetwork
 from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor, Program
 from compiler.quantise import quantise
+from compiler.schedule import ORDERS, Order
 from hw.arch import Arch, get_arch
 
-__all__ = ["Progress", "compile_model", "compile_network"]
+__all__ = ["Measure", "Progress", "compile_model", "compile_network"]
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("trace", "passes", "calibrate", "lower"), how far it is, and its end if that is
 known."""
+
+Measure = Callable[[Program], int]
+"""Cycles of a program."""
 
 
 def compile_model(
@@ -35,6 +39,8 @@ def compile_model(
     residual_bits: Literal[8, 16] = 8,
     pipeline_depth: int = 1,
     reuse: bool = True,
+    order: Order = "cost",
+    measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> Program:
     """Compile a PyTorch model: trace, rewrite, quantise, lower.
@@ -53,8 +59,11 @@ def compile_model(
         Without it the `example_inputs` serve, with a warning.
     observer, residual_bits
         See `compiler.quantise.quantise`.
-    pipeline_depth, reuse
+    pipeline_depth, reuse, order
         See `compiler.lower.lower`.
+    measure
+        With ``order="cost"``, lower in every order and keep the program for which this is least, instead of the one that a
+        coarse model prefers.
     progress
         Called as the stages go on.
 
@@ -95,6 +104,8 @@ def compile_model(
         target,
         pipeline_depth=pipeline_depth,
         reuse=reuse,
+        order=order,
+        measure=measure,
         progress=report,
         inputs=[_model_tensor(graph, network, name) for name in network.inputs],
         outputs=[_model_tensor(graph, network, name) for name in network.outputs],
@@ -107,6 +118,8 @@ def compile_network(
     *,
     pipeline_depth: int = 1,
     reuse: bool = True,
+    order: Order = "cost",
+    measure: Measure | None = None,
     inputs: Sequence[ModelTensor] | None = None,
     outputs: Sequence[ModelTensor] | None = None,
     progress: Progress | None = None,
@@ -119,8 +132,10 @@ def compile_network(
         See `compiler.ops`.
     arch
         Preset name or `Arch`.
-    pipeline_depth, reuse
+    pipeline_depth, reuse, order
         See `compiler.lower.lower`. ``reuse=False`` keeps every tensor in memory to the end of the run.
+    measure
+        See `compile_model`.
     inputs, outputs
         What the user's model calls its inputs and outputs; by default the network's own tensors.
     progress
@@ -133,8 +148,22 @@ def compile_network(
     """
     target, report = get_arch(arch), progress or _silent
     report("lower", 0, 1)
-    lowered = lower(network, target, pipeline_depth=pipeline_depth, reuse=reuse)
-    report("lower", 1, 1)
+    candidates = ORDERS if measure is not None and order == "cost" else (order,)
+    programs = []
+    for done, name in enumerate(candidates):
+        lowered = lower(network, target, pipeline_depth=pipeline_depth, reuse=reuse, order=name)
+        programs.append(_program(network, target, lowered, inputs, outputs))
+        report("lower", done + 1, len(candidates))
+    return programs[0] if measure is None else min(programs, key=measure)
+
+
+def _program(
+    network: QuantNetwork,
+    target: Arch,
+    lowered: Lowered,
+    inputs: Sequence[ModelTensor] | None,
+    outputs: Sequence[ModelTensor] | None,
+) -> Program:
     return Program(
         arch=target,
         code=lowered.code,

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from algo.nm import NM
 from compiler.ops import Attention, LayerNorm, Linear, Pointwise, Requant
 from compiler.pack import check_pattern, pack_weights
+from compiler.placement import RowPlacement
 from compiler.plan import align_up
-from compiler.program import TensorInfo
+from compiler.program import Layout, TensorInfo
+from compiler.schedule import Task
 from compiler.steps import At, Constants, Region, Step
 from compiler.verify_network import LoweringError, describe
 from hw.arch import Arch
@@ -56,81 +58,126 @@ class Emitter:
     Members
     -------
     constants : constant buffers so far. tensors : layout of each tensor, copies included.
-    copies : name of the transposed copy of a tensor, by (tensor, heads). tables : name of the host-written
-    parameter tables, by (mask, multiplier, shift). weights : stored bytes and format of each Linear, by
-    operator number.
+    copies : name of the copy of a tensor in another layout, by (tensor, layout, heads). tails : bytes of the buffers for row
+    tiles that hold the tails of several keys or values. tables : name of the host-written parameter tables, by (mask,
+    multiplier, shift). weights : stored bytes and format of each Linear, by operator number.
     """
 
     arch: Arch
     constants: Constants
     tensors: dict[str, TensorInfo]
-    copies: dict[tuple[str, int], str] = field(default_factory=dict)
+    copies: dict[tuple[str, Layout, int], str] = field(default_factory=dict)
+    tails: dict[str, int] = field(default_factory=dict)
     tables: dict[tuple[str, int, int], str] = field(default_factory=dict)
     weights: dict[int, tuple[int, str]] = field(default_factory=dict)
 
     # -- addresses -------------------------------------------------------------------------------------------
 
-    def row_tiles(self, name: str) -> int:
-        """Row tiles of one batch entry."""
-        return -(-self.tensors[name].shape[1] // self.arch.rows)
+    def placement(self, name: str) -> RowPlacement:
+        """Where the token rows of a tensor lie."""
+        return self.tensors[name].placement(self.arch)
 
-    def units(self, name: str) -> list[tuple[int, int]]:
-        """All (batch entry, row tile) of a tensor in memory order."""
-        return [(b, r) for b in range(self.tensors[name].shape[0]) for r in range(self.row_tiles(name))]
+    def own_tile(self, name: str, batch: int, tile: int) -> int:
+        """Number of row tile `tile` of a batch entry in a tensor of keys or values; also of its region."""
+        return batch * self.placement(name).own_tiles + tile
 
-    def region(self, name: str, batch: int, tile: int) -> Region:
-        return name, batch * self.row_tiles(name) + tile
-
-    def column(self, name: str, batch: int, tile: int, channel: int = 0) -> At:
-        """Column `channel` of a row tile (layout "columns")."""
+    def column(self, name: str, tile: int, channel: int = 0) -> At:
+        """Column `channel` of a row tile (layouts "columns" and "keys")."""
         info = self.tensors[name]
         size = self.arch.rows * (2 if info.dtype == "int16" else 1)
-        return At(name, ((batch * self.row_tiles(name) + tile) * info.shape[2] + channel) * size)
+        return At(name, (tile * info.shape[2] + channel) * size)
 
     def transposed(self, name: str, batch: int, head: int, row: int) -> At:
         """Row `row` of the first block of a head (layout "transposed")."""
-        _, heads, blocks, rows, lanes = self.tensors[name].grid(self.arch.rows)
+        _, heads, blocks, rows, lanes = self.tensors[name].grid(self.arch)
         return At(name, ((batch * heads + head) * blocks * rows + row) * lanes)
 
     def block_stride(self, name: str) -> int:
         """Bytes from one block of features of a transposed tensor to the next."""
-        return self.tensors[name].grid(self.arch.rows)[3] * self.arch.lanes
+        return self.tensors[name].grid(self.arch)[3] * self.arch.lanes
 
     # -- parts of instructions -------------------------------------------------------------------------------
 
-    def store(
+    def store(self, name: str, tile: int, segment: Segment) -> tuple[dict[str, int], dict[str, At], Region]:
+        """Fields and addresses that store a segment's columns of a (packed) row tile, and the region they are in.
+
+        Keys and values whose tile holds several tails go to a buffer, from which `spread` takes them.
+        """
+        if self.tensors[name].layout == "columns":
+            return self.store_columns(name, tile, segment)
+        members = self.placement(name).members(tile)
+        if len(members) == 1:
+            return self.store_own(name, *members[0], segment)
+        channels = self.tensors[name].shape[2]
+        buffer, number = f"{name}@tails", tile - self.placement(name).batch * self.placement(name).whole
+        size = channels * self.arch.rows
+        self.tails[buffer] = max(self.tails.get(buffer, 0), (number + 1) * size)
+        address = At(buffer, number * size + segment.start * self.arch.rows)
+        return {"out": Out.STORE8}, {"o_addr": address}, (buffer, number)
+
+    def store_columns(self, name: str, tile: int, segment: Segment) -> tuple[dict[str, int], dict[str, At], Region]:
+        """`store` for a tile of a tensor in columns."""
+        out = Out.STORE16 if self.tensors[name].dtype == "int16" else Out.STORE8
+        return {"out": out}, {"o_addr": self.column(name, tile, segment.start)}, (name, tile)
+
+    def store_own(
         self, name: str, batch: int, tile: int, segment: Segment
-    ) -> tuple[dict[str, int], dict[str, At]]:
-        """Fields and addresses that store a segment's columns."""
-        info = self.tensors[name]
-        if info.layout == "columns":
-            out = Out.STORE16 if info.dtype == "int16" else Out.STORE8
-            return {"out": out}, {"o_addr": self.column(name, batch, tile, segment.start)}
+    ) -> tuple[dict[str, int], dict[str, At], Region]:
+        """`store` for row tile `tile` of a batch entry of keys or values."""
+        info, number = self.tensors[name], self.own_tile(name, batch, tile)
+        if info.layout == "keys":
+            return self.store_columns(name, number, segment)
         head_dim = info.shape[2] // info.heads
         at = self.transposed(name, batch, segment.start // head_dim, tile * self.arch.rows)
         block = segment.start % head_dim // self.arch.lanes
         stride = self.block_stride(name)
         address = replace(at, offset=at.offset + block * stride)
-        return {"out": Out.STORE8T, "o_stride": stride}, {"o_addr": address}
+        return {"out": Out.STORE8T, "o_stride": stride}, {"o_addr": address}, (name, number)
+
+    def spread(self, index: int, name: str, tile: int) -> list[Step]:
+        """Steps that take the tails of keys or values from their shared tile to each batch entry; none if `store` has put
+        them there."""
+        if self.tensors[name].layout == "columns" or len(self.placement(name).members(tile)) == 1:
+            return []
+        steps = []
+        for segment in self.segments(name):
+            _, addresses, region = self.store(name, tile, segment)
+            for member in self.placement(name).members(tile):
+                steps.append(self.move(index, addresses["o_addr"], region, self.store_own(name, *member, segment), segment))
+        return steps
+
+    def move(
+        self, index: int, source: At, read: Region, store: tuple[dict[str, int], dict[str, At], Region], segment: Segment
+    ) -> Step:
+        """Copy a segment's columns of a row tile as they are."""
+        fields, addresses, region = store
+        return Step(
+            op=index,
+            fields={"source": Source.STREAM, "cols": segment.stop - segment.start, **IDENTITY, **fields},
+            addresses={"a_addr": source, **addresses},
+            reads=(read,),
+            writes=(region,),
+            note=f"copy {list(read)} columns {segment.start}..{segment.stop - 1} to {list(region)}",
+        )
 
     def post(
-        self, op: Linear | Pointwise, batch: int, tile: int, segment: Segment
-    ) -> tuple[dict[str, int], dict[str, At], tuple[Region, ...]]:
-        """Residual, table, norm and store of a segment: fields, addresses, regions read."""
-        fields, addresses = self.store(op.out, batch, tile, segment)
+        self, op: Linear | Pointwise, tile: int, segment: Segment
+    ) -> tuple[dict[str, int], dict[str, At], tuple[Region, ...], Region]:
+        """Residual, table, norm and store of a segment: fields, addresses, regions read, region written."""
+        fields, addresses, written = self.store(op.out, tile, segment)
         reads: tuple[Region, ...] = ()
         if op.residual is not None:
             kind = Residual.INT16 if self.tensors[op.residual.tensor].dtype == "int16" else Residual.INT8
             fields |= {"residual": kind, "r_mult": op.residual.mult, "r_shift": op.residual.shift}
-            addresses["r_addr"] = self.column(op.residual.tensor, batch, tile, segment.start)
-            reads = (self.region(op.residual.tensor, batch, tile),)
+            addresses["r_addr"] = self.column(op.residual.tensor, tile, segment.start)
+            reads = ((op.residual.tensor, tile),)
         if op.table is not None:
             fields["table"] = 1
         if op.norm is not None:
             norm_fields, gamma = self.norm(op.norm, segment.stop - segment.start)
             fields |= norm_fields
             addresses["g_addr"] = gamma
-        return fields, addresses, reads
+        return fields, addresses, reads, written
 
     def norm(self, norm: LayerNorm, cols: int) -> tuple[dict[str, int], At]:
         """Fields of a row normalisation over `cols` columns, and its parameters."""
@@ -167,41 +214,38 @@ class Emitter:
             for s in range(0, size, width)
         ]
 
-    def copy(self, index: int, name: str, heads: int) -> tuple[str, list[Step]]:
-        """The transposed form of a tensor for that many heads: its name, and the steps that make it if it is
-        new."""
+    def keys(self, index: int, name: str) -> tuple[str, list[Step]]:
+        """A tensor with all row tiles of a batch entry in a row: its name, and the steps that make it if it is new."""
+        if self.tensors[name].layout == "keys" or self.placement(name).share == 1:
+            return name, []
+        return self.copy(index, name, "keys", 1)
+
+    def values(self, index: int, name: str, heads: int) -> tuple[str, list[Step]]:
+        """The transposed form of a tensor for that many heads, in the same manner."""
         info = self.tensors[name]
         if info.layout == "transposed" and info.heads == heads:
             return name, []
-        if (name, heads) in self.copies:
-            return self.copies[name, heads], []
-        made = f"{name}@{heads}"
-        self.copies[name, heads] = made
-        self.tensors[made] = replace(info, name=made, layout="transposed", heads=heads)
-        steps = []
-        for batch, tile in self.units(name):
-            for segment in self.segments(made):
-                fields, addresses = self.store(made, batch, tile, segment)
-                steps.append(
-                    Step(
-                        op=index,
-                        fields={
-                            "source": Source.STREAM,
-                            "cols": segment.stop - segment.start,
-                            **IDENTITY,
-                            **fields,
-                        },
-                        addresses={"a_addr": self.column(name, batch, tile, segment.start), **addresses},
-                        reads=(self.region(name, batch, tile),),
-                        writes=(self.region(made, batch, tile),),
-                        note=f"transpose {name} [{batch}, {tile}] from column {segment.start}",
-                    )
-                )
-        return made, steps
+        return self.copy(index, name, "transposed", heads)
+
+    def copy(self, index: int, name: str, layout: Layout, heads: int) -> tuple[str, list[Step]]:
+        """A tensor in columns in another layout: its name, and the steps that make it if it is new."""
+        known = self.copies.get((name, layout, heads))
+        if known is not None:
+            return known, []
+        made = f"{name}@{layout}{heads}"
+        self.copies[name, layout, heads] = made
+        self.tensors[made] = replace(self.tensors[name], name=made, layout=layout, heads=heads)
+        place = self.placement(name)
+        return made, [
+            self.move(index, self.column(name, tile, s.start), (name, tile), self.store_own(made, *member, s), s)
+            for tile in range(place.tiles)
+            for s in self.segments(made)
+            for member in place.members(tile)
+        ]
 
     # -- operators -------------------------------------------------------------------------------------------
 
-    def linear(self, index: int, op: Linear) -> list[Step]:
+    def linear(self, index: int, op: Linear) -> list[Task]:
         """One TILE for each row tile and segment of columns, or a chain of them over chunks of the inputs."""
         check_pattern(op.weight, op.pattern, layer=describe(op))
         chunks = self.linear_chunks(op)
@@ -214,12 +258,11 @@ class Emitter:
             )
             for segment in self.segments(op.out, limit=limit)
         ]
-        return [
-            step
-            for unit in self.units(op.x)
-            for segment, p_addr, streams in segments
-            for step in self.linear_chain(index, op, unit, segment, p_addr, streams)
-        ]
+        tasks = []
+        for tile in range(self.placement(op.x).tiles):
+            tasks += [Task(tuple(self.linear_chain(index, op, tile, *segment))) for segment in segments]
+            tasks += [Task((step,)) for step in self.spread(index, op.out, tile)]
+        return tasks
 
     def linear_chunks(self, op: Linear) -> list[tuple[int, int]]:
         """How the inputs are cut; a row normalisation needs all columns of a row in one instruction."""
@@ -237,30 +280,30 @@ class Emitter:
         self,
         index: int,
         op: Linear,
-        unit: tuple[int, int],
+        tile: int,
         segment: Segment,
         p_addr: At,
         streams: list[_Stream],
     ) -> list[Step]:
         """The TILEs of one row tile and segment: partial sums, and post-processing in the last."""
-        steps, read = [], self.region(op.x, *unit)
-        what = f"{op.name} {list(unit)} columns {segment.start}..{segment.stop - 1}"
+        steps, read = [], (op.x, tile)
+        what = f"{op.name} [{tile}] columns {segment.start}..{segment.stop - 1}"
         for place, stream in enumerate(streams):
             fields = {**stream.fields, "cols": segment.stop - segment.start, "psum_in": int(place > 0)}
-            addresses = {**stream.addresses, "a_addr": self.column(op.x, *unit, stream.start)}
+            addresses = {**stream.addresses, "a_addr": self.column(op.x, tile, stream.start)}
             note = f"{what}, inputs from {stream.start}"
             if place + 1 < len(streams):
                 fields["psum_out"] = 1
                 steps.append(Step(op=index, fields=fields, addresses=addresses, reads=(read,), note=note))
                 continue
-            post_fields, post_addresses, reads = self.post(op, *unit, segment)
+            post_fields, post_addresses, reads, written = self.post(op, tile, segment)
             steps.append(
                 Step(
                     op=index,
                     fields={**fields, "scale": Scale.COLUMN, **post_fields},
                     addresses={**addresses, "p_addr": p_addr, **post_addresses},
                     reads=(read, *reads),
-                    writes=(self.region(op.out, *unit),),
+                    writes=(written,),
                     table=self.table(op),
                     note=note,
                 )
@@ -270,7 +313,8 @@ class Emitter:
     def pack(self, index: int, op: Linear, segment: Segment, chunk: tuple[int, int]) -> _Stream:
         """Pack a block of a layer's weights and store it."""
         block = op.weight[segment.start : segment.stop, chunk[0] : chunk[1]]
-        packed = pack_weights(block, op.pattern, lanes=self.arch.lanes, layer=describe(op))
+        format = None if self.arch.sparse else Format.DENSE
+        packed = pack_weights(block, op.pattern, lanes=self.arch.lanes, layer=describe(op), format=format)
         addresses = {"w_addr": At(self.constants.add(packed.values))}
         if packed.format != Format.DENSE:
             addresses["x_addr"] = At(self.constants.add(packed.positions))
@@ -288,11 +332,12 @@ class Emitter:
             addresses=addresses,
         )
 
-    def pointwise(self, index: int, op: Pointwise) -> list[Step]:
+    def pointwise(self, index: int, op: Pointwise) -> list[Task]:
+        """One TILE for each row tile and segment of columns."""
         table, steps = self.table(op), []
-        for batch, tile in self.units(op.out):
+        for tile in range(self.placement(op.out).tiles):
             for segment in self.segments(op.out):
-                fields, addresses, reads = self.post(op, batch, tile, segment)
+                fields, addresses, reads, written = self.post(op, tile, segment)
                 fields |= {
                     "source": Source.ZERO,
                     "cols": segment.stop - segment.start,
@@ -301,20 +346,21 @@ class Emitter:
                 }
                 if op.x is not None:
                     fields["source"] = Source.STREAM
-                    addresses["a_addr"] = self.column(op.x, batch, tile, segment.start)
-                    reads += (self.region(op.x, batch, tile),)
+                    addresses["a_addr"] = self.column(op.x, tile, segment.start)
+                    reads += ((op.x, tile),)
                 steps.append(
                     Step(
                         op=index,
                         fields=fields,
                         addresses=addresses,
                         reads=reads,
-                        writes=(self.region(op.out, batch, tile),),
+                        writes=(written,),
                         table=table,
-                        note=f"{op.name} [{batch}, {tile}] columns {segment.start}..{segment.stop - 1}",
+                        note=f"{op.name} [{tile}] columns {segment.start}..{segment.stop - 1}",
                     )
                 )
-        return steps
+            steps += self.spread(index, op.out, tile)
+        return [Task((step,)) for step in steps]
 
     def mask_table(self, op: Attention) -> str:
         """Name of the parameter tables that the host writes for a masked attention."""
@@ -347,8 +393,9 @@ def k_chunks(
     return pieces if splittable and cut < whole else [(0, k)]
 
 
-def mask_stride(keys: int, arch: Arch) -> int:
-    return align_up(keys * PARAM_DTYPE.itemsize, constant_alignment(arch))
+def mask_stride(keys: RowPlacement, arch: Arch) -> int:
+    """Bytes from one batch entry's mask table to the next."""
+    return align_up(keys.longest_span * PARAM_DTYPE.itemsize, constant_alignment(arch))
 
 
 def _params(bias: NDArray[np.int32], mult: NDArray[np.int16], shift: NDArray[np.uint8]) -> NDArray[np.void]:

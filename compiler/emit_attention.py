@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 
 from compiler.emit import Emitter, Segment, k_chunks, mask_stride
 from compiler.ops import Attention
+from compiler.placement import Piece
 from compiler.plan import align_up
-from compiler.steps import At, Step, pipelined
+from compiler.program import mask_params
+from compiler.schedule import Task
+from compiler.steps import At, Region, Step
 from compiler.verify_network import LoweringError, describe
 from hw.isa import Operand, Out, RowOp, Scale
 from hw.isa_check import constant_alignment
@@ -16,51 +19,64 @@ from hw.numerics import PARAM_DTYPE
 __all__ = ["emit_attention"]
 
 
-def emit_attention(emitter: Emitter, index: int, op: Attention, *, depth: int) -> list[Step]:
-    """Steps of operator number `index`. `depth`: how many units' scores are ahead of the outputs; a unit is
-    (batch entry, row tile, head)."""
-    values, steps = emitter.copy(index, op.v, op.heads)
-    emit = _AttentionEmitter(emitter, index, op, values)
-    units = [(batch, tile, head) for batch, tile in emitter.units(op.q) for head in range(op.heads)]
-    if emit.blocks is not None:
-        return steps + [step for unit in units for step in emit.blocked(*unit)]
-    if emit.keys + emit.head_dim > emitter.arch.lane_depth:
-        depth = min(
-            depth, 1
-        )  # else a third unit's queries could keep the probabilities out of the lanes for good
-    scores, outputs = [emit.scores(*unit) for unit in units], [emit.output(*unit) for unit in units]
-    return steps + pipelined(scores, outputs, depth=depth)
+def emit_attention(emitter: Emitter, index: int, op: Attention) -> list[Task]:
+    """Tasks of operator number `index`: copies of keys and values if they are needed, then a task for each batch entry,
+    row tile and head."""
+    values, copies = emitter.values(index, op.v, op.heads)
+    keys, more = emitter.keys(index, op.k)
+    tasks = [Task((step,)) for step in (*copies, *more)]
+    emit = _AttentionEmitter(emitter, index, op, keys, values)
+    units = [
+        _Unit(batch, number, piece, head)
+        for batch in range(emitter.tensors[op.q].shape[0])
+        for number, piece in enumerate(emitter.placement(op.q).pieces(batch))
+        for head in range(op.heads)
+    ]
+    if not emit.one_pass:
+        return tasks + [Task(tuple(emit.blocked(unit))) for unit in units]
+    return tasks + [Task(tuple(emit.scores(unit)), tuple(emit.output(unit))) for unit in units]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What one softmax is about: row tile `number` of a batch entry, which is a `piece` of the queries, and a head."""
+
+    batch: int
+    number: int
+    piece: Piece
+    head: int
 
 
 @dataclass(eq=False)
 class _AttentionEmitter:
-    """Steps of one attention operator; `values` names the transposed values."""
+    """Steps of one attention operator; `keys` and `values` name the tensors in the layouts of keys and of values."""
 
     parent: Emitter
     index: int
     op: Attention
+    keys: str
     values: str
 
     def __post_init__(self) -> None:
         arch, op = self.parent.arch, self.op
-        self.keys = self.parent.tensors[op.k].shape[1]
         self.channels = self.parent.tensors[op.k].shape[2]
         self.head_dim = self.channels // op.heads
-        one_pass = self.keys <= min(arch.row_depth, arch.lane_depth)
+        self.place = self.parent.placement(self.keys)
+        self.span = self.place.longest_span
+        self.one_pass = self.span <= min(arch.row_depth, arch.lane_depth)
         splittable = (
-            one_pass and self.keys <= arch.psum_depth
+            self.one_pass and self.span <= arch.psum_depth
         )  # blocks of keys need the partial sums for the output
-        chunks = k_chunks(self.head_dim, None, arch, cols=self.keys, splittable=splittable)
+        chunks = k_chunks(self.head_dim, None, arch, cols=self.span, splittable=splittable)
         if chunks is None:
             raise LoweringError(
                 f"{describe(op)}: heads of {self.head_dim} features do not fit lane_depth {arch.lane_depth} "
-                f"of {arch.name}, and {self.keys} keys leave no partial sums to cut them "
+                f"of {arch.name}, and {self.span} keys leave no partial sums to cut them "
                 f"(row_depth {arch.row_depth}, psum_depth {arch.psum_depth})"
             )
         self.chunks = chunks
-        self.blocks = None if one_pass else self._blocks()
 
-    def _blocks(self) -> list[tuple[int, int]]:
+    def blocks(self, span: int) -> list[tuple[int, int]]:
         """Blocks of keys [start, stop) of a row that is too long for one pass; starts are aligned for tiles
         and mask tables."""
         arch = self.parent.arch
@@ -68,20 +84,29 @@ class _AttentionEmitter:
         size = min(arch.row_depth, arch.lane_depth // 2) // unit * unit
         if not size:
             raise LoweringError(
-                f"{describe(self.op)}: {self.keys} keys need blocks of {unit}, "
+                f"{describe(self.op)}: {span} keys need blocks of {unit}, "
                 f"and row_depth of {arch.name} is {arch.row_depth}"
             )
-        count = -(-self.keys // size)
-        size = align_up(-(-self.keys // count), unit)
-        return [(start, min(self.keys, start + size)) for start in range(0, self.keys, size)]
+        count = -(-span // size)
+        size = align_up(-(-span // count), unit)
+        return [(start, min(span, start + size)) for start in range(0, span, size)]
 
-    def scores(
-        self, batch: int, tile: int, head: int, block: tuple[int, int] | None = None, **fields: int
-    ) -> list[Step]:
+    def score_params(self, batch: int, start: int) -> tuple[dict[str, int], dict[str, At]]:
+        """Requantisation of the scores from key `start` on: one for all columns, or a table that masks what is no key."""
+        parent, op, offset = self.parent, self.op, start * PARAM_DTYPE.itemsize
+        if op.mask is not None:
+            stride = mask_stride(self.place, parent.arch)
+            return {"scale": Scale.COLUMN}, {"p_addr": At(parent.mask_table(op), batch * stride + offset)}
+        if self.place.span(batch) == self.place.length:
+            return {"scale": Scale.CONST, "mult": op.score_mult, "shift": op.score_shift}, {}
+        table = mask_params(self.place, batch, True, op.score_mult, op.score_shift)
+        return {"scale": Scale.COLUMN}, {"p_addr": At(parent.constants.add(table), offset)}
+
+    def scores(self, unit: _Unit, block: tuple[int, int] | None = None, **fields: int) -> list[Step]:
         """Q * K^T for a block of keys, into the row unit."""
-        parent, op, rows = self.parent, self.op, self.parent.arch.rows
-        start, stop = block or (0, self.keys)
-        read = [parent.region(op.k, batch, t) for t in range(start // rows, -(-stop // rows))]
+        parent, op, rows, batch = self.parent, self.op, self.parent.arch.rows, unit.batch
+        start, stop = block or (0, self.place.span(batch))
+        read = [(self.keys, parent.own_tile(self.keys, batch, t)) for t in range(start // rows, -(-stop // rows))]
         fields = {
             "row_op": RowOp.SOFTMAX,
             "out": Out.LANES,
@@ -89,16 +114,11 @@ class _AttentionEmitter:
             "row_shift": op.out_shift,
             **fields,
         }
-        addresses: dict[str, At] = {}
-        if op.mask is None:
-            fields |= {"scale": Scale.CONST, "mult": op.score_mult, "shift": op.score_shift}
-        else:
-            fields |= {"scale": Scale.COLUMN}
-            stride = mask_stride(self.keys, parent.arch)
-            addresses["p_addr"] = At(parent.mask_table(op), batch * stride + start * PARAM_DTYPE.itemsize)
+        scale, addresses = self.score_params(batch, start)
+        fields |= scale
         steps = []
         for place, (k0, k1) in enumerate(self.chunks):
-            final, channel = place + 1 == len(self.chunks), head * self.head_dim + k0
+            final, channel = place + 1 == len(self.chunks), unit.head * self.head_dim + k0
             steps.append(
                 Step(
                     op=self.index,
@@ -111,31 +131,30 @@ class _AttentionEmitter:
                         **(fields if final else {"psum_out": 1}),
                     },
                     addresses={
-                        "a_addr": parent.column(op.q, batch, tile, channel),
-                        "w_addr": parent.column(op.k, batch, start // rows, channel),
+                        "a_addr": parent.column(op.q, unit.piece.tile, channel),
+                        "w_addr": parent.column(self.keys, parent.own_tile(self.keys, batch, start // rows), channel),
                         **(addresses if final else {}),
                     },
-                    reads=(parent.region(op.q, batch, tile), *read),
-                    note=f"{op.name} scores [{batch}, {tile}] head {head}, keys {start}..{stop - 1}",
+                    reads=((op.q, unit.piece.tile), *read),
+                    note=f"{op.name} scores [{batch}, {unit.number}] head {unit.head}, keys {start}..{stop - 1}",
                 )
             )
         return steps
 
     def output(
         self,
-        batch: int,
-        tile: int,
-        head: int,
+        unit: _Unit,
         block: tuple[int, int] | None = None,
         features: tuple[int, int] | None = None,
     ) -> list[Step]:
         """P * V for a block of keys; partial sums are kept unless the block is the last."""
-        parent, op, arch = self.parent, self.op, self.parent.arch
-        start, stop = block or (0, self.keys)
+        parent, op, arch, batch = self.parent, self.op, self.parent.arch, unit.batch
+        span = self.place.span(batch)
+        start, stop = block or (0, span)
         f0, f1 = features or (0, self.head_dim)
-        final, channel = stop == self.keys, head * self.head_dim + f0
+        final, channel = stop == span, unit.head * self.head_dim + f0
         stride = parent.block_stride(self.values)
-        weights = parent.transposed(self.values, batch, head, start)
+        weights = parent.transposed(self.values, batch, unit.head, start)
         fields: dict[str, int] = {
             "operand": Operand.ROWS,
             "a_unsigned": 1,
@@ -146,12 +165,12 @@ class _AttentionEmitter:
             "psum_in": int(start > 0),
         }
         addresses = {"w_addr": replace(weights, offset=weights.offset + f0 // arch.lanes * stride)}
+        writes: tuple[Region, ...] = ()
         if final:
-            store_fields, store_addresses = parent.store(
-                op.out, batch, tile, Segment(start=channel, stop=channel + f1 - f0)
-            )
+            store_fields, store_addresses, region = self.store(unit, Segment(start=channel, stop=channel + f1 - f0))
             fields |= {"scale": Scale.ROW, **store_fields}
             addresses |= store_addresses
+            writes = (region,)
         else:
             fields["psum_out"] = 1
         return [
@@ -160,23 +179,31 @@ class _AttentionEmitter:
                 fields=fields,
                 addresses=addresses,
                 reads=tuple(
-                    parent.region(self.values, batch, t)
+                    (self.values, parent.own_tile(self.values, batch, t))
                     for t in range(start // arch.rows, -(-stop // arch.rows))
                 ),
-                writes=(parent.region(op.out, batch, tile),) if final else (),
-                note=f"{op.name} output [{batch}, {tile}] head {head}, keys {start}..{stop - 1}",
+                writes=writes,
+                note=f"{op.name} output [{batch}, {unit.number}] head {unit.head}, keys {start}..{stop - 1}",
             )
         ]
 
-    def blocked(self, batch: int, tile: int, head: int) -> list[Step]:
+    def store(self, unit: _Unit, segment: Segment) -> tuple[dict[str, int], dict[str, At], Region]:
+        """Where a unit's output goes: only its own token rows, if it shares its row tile."""
+        parent, op, piece = self.parent, self.op, unit.piece
+        if parent.tensors[op.out].layout == "keys":
+            return parent.store_own(op.out, unit.batch, unit.number, segment)
+        fields, addresses, region = parent.store_columns(op.out, piece.tile, segment)
+        if len(parent.placement(op.out).members(piece.tile)) > 1:
+            fields |= {"o_skip": piece.skip, "o_drop": parent.arch.rows - piece.skip - piece.count}
+        return fields, addresses, region
+
+    def blocked(self, unit: _Unit) -> list[Step]:
         """A row in blocks of keys: the maximum over all of them, then block by block exponentials and
         products with the values."""
-        assert self.blocks is not None
-        arch, steps = self.parent.arch, []
-        for block in self.blocks:
-            steps += self.scores(
-                batch, tile, head, block, row_op=RowOp.MAX, out=Out.NONE, row_first=int(block[0] == 0)
-            )
+        arch, span, steps = self.parent.arch, self.place.span(unit.batch), []
+        blocks = self.blocks(span)
+        for block in blocks:
+            steps += self.scores(unit, block, row_op=RowOp.MAX, out=Out.NONE, row_first=int(block[0] == 0))
         width = min(self.head_dim, arch.psum_depth)
         if width < self.head_dim:
             width = max(arch.lanes, width // arch.lanes * arch.lanes)
@@ -185,10 +212,8 @@ class _AttentionEmitter:
                 f"{describe(self.op)}: psum_depth {arch.psum_depth} is less than the {arch.lanes} lanes"
             )
         for f0 in range(0, self.head_dim, width):
-            for block in self.blocks:
-                first, last = block[0] == 0, block[1] == self.keys
-                steps += self.scores(
-                    batch, tile, head, block, row_op=RowOp.EXP, row_first=int(first), row_last=int(last)
-                )
-                steps += self.output(batch, tile, head, block, (f0, min(self.head_dim, f0 + width)))
+            for block in blocks:
+                first, last = block[0] == 0, block[1] == span
+                steps += self.scores(unit, block, row_op=RowOp.EXP, row_first=int(first), row_last=int(last))
+                steps += self.output(unit, block, (f0, min(self.head_dim, f0 + width)))
         return steps

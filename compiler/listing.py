@@ -36,7 +36,7 @@ class Bound:
     bound.
 
     load: columns into the lanes. array: steps. post: columns through post-processing. store: words of `rows`
-    bytes written. bus: bytes read and written, over the width of the bus.
+    bytes written. bus: bytes read and written, over the width of the bus. fetch: bytes read alone.
     """
 
     load: int = 0
@@ -44,6 +44,7 @@ class Bound:
     post: int = 0
     store: int = 0
     bus: int = 0
+    fetch: int = 0
 
     def __add__(self, other: Bound) -> Bound:
         return Bound(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
@@ -64,7 +65,7 @@ def bound(instruction: Instruction, arch: Arch) -> Bound:
     """Least busy cycles of each unit for one instruction."""
     if instruction.opcode != Opcode.TILE:
         words = 256 if instruction.opcode == Opcode.TABLE else 0
-        return Bound(post=words // 8, bus=_beats(words, arch))
+        return Bound(post=words // 8, bus=_beats(words, arch), fetch=_beats(words, arch))
     i, rows, lanes = instruction, arch.rows, arch.lanes
     in_array = i.source == Source.ARRAY
     tiles = -(-i.cols // lanes)
@@ -82,8 +83,9 @@ def bound(instruction: Instruction, arch: Arch) -> Bound:
         * i.cols
         * ((i.scale == Scale.COLUMN and not i.psum_out) + (i.row_op in (RowOp.LAYERNORM, RowOp.RMSNORM)))
     )
-    bytes_moved = tiles * lanes * (steps + 4 * words) + rows * (from_memory + columns + stored) + params
-    return Bound(load=load, array=tiles * steps, post=i.cols, store=stored, bus=_beats(bytes_moved, arch))
+    fetched = tiles * lanes * (steps + 4 * words) + rows * (from_memory + columns) + params
+    return Bound(load=load, array=tiles * steps, post=i.cols, store=stored, bus=_beats(fetched + rows * stored, arch),
+                 fetch=_beats(fetched, arch))
 
 
 def bound_of(instructions: Iterable[Instruction], arch: Arch) -> Bound:
@@ -169,7 +171,6 @@ def listing(program: Program) -> str:
 
 
 def _memory_map(program: Program) -> list[str]:
-    rows = program.arch.rows
     lines = [
         f"{program.code_address:#010x}  {len(program.code):9}  code",
         f"{program.constants_address:#010x}  {len(program.constants):9}  constants",
@@ -179,7 +180,7 @@ def _memory_map(program: Program) -> list[str]:
     ):
         shape = "x".join(map(str, info.shape))
         lines.append(
-            f"{info.address:#010x}  {info.nbytes(rows):9}  {info.name}: {info.dtype} {shape} {info.layout}, "
+            f"{info.address:#010x}  {info.nbytes(program.arch):9}  {info.name}: {info.dtype} {shape} {info.layout}, "
             f"instructions {info.written}..{info.last_use}"
         )
     for mask in program.masks:
@@ -218,7 +219,6 @@ def _references(index: int, instruction: Instruction, program: Program) -> list[
 def _tensor_at(address: int, index: int, program: Program) -> TensorInfo | None:
     """The tensor that has an address at the time of an instruction: of those that share it, the next one to
     end."""
-    rows = program.arch.rows
-    there = [t for t in program.tensors if t.address <= address < t.address + t.nbytes(rows)]
+    there = [t for t in program.tensors if t.address <= address < t.address + t.nbytes(program.arch)]
     live = [t for t in there if max(t.written, t.last_use) >= index]
     return min(live, key=lambda t: max(t.written, t.last_use), default=None)

@@ -1,13 +1,13 @@
 """Lowering: operators of a `QuantNetwork` become TILE instructions.
 
-In order: `check_network` (law), `choose_layouts` (how each tensor lies in memory), `order_operators` (the
-schedule), emission of each operator (`compiler.emit`), then the passes of `compiler.steps`: tables,
+In order: `check_network` (law), `choose_layouts` (how each tensor lies in memory), `order_operators`, emission of each
+operator (`compiler.emit`), the order of instructions (`compiler.schedule`), then the passes of `compiler.steps`: tables,
 dependences, memory plan, encoding. Deterministic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention
 from compiler.ops import Attention, Linear, Op, QuantNetwork
+from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
+from compiler.schedule import Order, Task, schedule
 from compiler.steps import (
     Constants,
     Step,
@@ -48,7 +50,9 @@ class Lowered:
     masks: tuple[MaskTable, ...]
 
 
-def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: bool = True) -> Lowered:
+def lower(
+    network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: bool = True, order: Order = "cost"
+) -> Lowered:
     """Lower a network.
 
     Parameters
@@ -61,6 +65,8 @@ def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: 
         Attention: how many heads' scores are ahead of the outputs, 0 to 2.
     reuse
         Share memory between tensors of different times. False keeps every tensor to the end of the run.
+    order
+        Order of the instructions, see `compiler.schedule`.
 
     Raises
     ------
@@ -76,24 +82,34 @@ def lower(network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: 
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
     emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
-    steps = [
-        step for index in order_operators(network) for step in _emit(emitter, network, index, pipeline_depth)
-    ]
+    tasks = [task for index in order_operators(network) for task in _emit(emitter, network, index)]
+    steps = schedule(tasks, arch, depth=_safe_depth(network, arch, pipeline_depth), order=order)
     steps = assign_dependences(insert_tables(steps))
     steps.append(Step(op=-1, opcode=Opcode.HALT, note="end"))
     return _assemble(emitter, network, steps, reuse)
 
 
-def _emit(emitter: Emitter, network: QuantNetwork, index: int, pipeline_depth: int) -> list[Step]:
-    """Steps of one operator, over all its row tiles."""
+def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
+    """With three softmaxes in flight the queries of the third must not keep the probabilities of the first out of the
+    lanes for good."""
+    for op in network.ops:
+        if isinstance(op, Attention):
+            batch, keys, channels = network.tensors[op.k].shape
+            if RowPlacement(batch, keys, arch.rows).longest_span + channels // op.heads > arch.lane_depth:
+                return min(depth, 1)
+    return depth
+
+
+def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
+    """Tasks of one operator, over all its row tiles."""
     op = network.ops[index]
     if isinstance(op, Attention):
-        return emit_attention(emitter, index, op, depth=pipeline_depth)
+        return emit_attention(emitter, index, op)
     return emitter.linear(index, op) if isinstance(op, Linear) else emitter.pointwise(index, op)
 
 
 def order_operators(network: QuantNetwork) -> list[int]:
-    """The schedule: numbers of the operators in the order in which they run, each over all its row tiles.
+    """Numbers of the operators in the order in which they are emitted, each over all its row tiles.
 
     An operator comes right before the first one that needs it, and values are made before keys, keys before
     queries: the first scores wait for all keys but only one row tile of queries, and the values have until
@@ -123,13 +139,16 @@ def _operands(op: Op) -> list[str]:
 
 def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
     """Layout of every tensor: transposed if it is only ever the values of attentions with one number of
-    heads, and whoever writes it can write it so; else columns (attention then makes a transposed copy)."""
+    heads, and whoever writes it can write it so; that of keys if it is only ever the keys; else columns (attention then
+    makes a copy)."""
     value_heads: dict[str, set[int]] = {}
+    keys: set[str] = set()
     plain: set[str] = set()
     for op in network.ops:
         if isinstance(op, Attention):
             value_heads.setdefault(op.v, set()).add(op.heads)
-            plain |= {op.q, op.k}
+            keys.add(op.k)
+            plain.add(op.q)
         elif op.x is not None:
             plain.add(op.x)
         if not isinstance(op, Attention) and op.residual is not None:
@@ -138,10 +157,13 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
     infos = {}
     for name, tensor in network.tensors.items():
         heads = value_heads.get(name, set())
-        turned = len(heads) == 1 and name not in plain
+        turned = len(heads) == 1 and name not in plain | keys
         if turned and name in producers:
             turned = _writes_transposed(producers[name], tensor.shape[2] // min(heads), arch)
-        layout: Layout = "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "columns"
+        only_keys = name in keys - plain and not heads and RowPlacement(*tensor.shape[:2], arch.rows).share > 1
+        layout: Layout = (
+            "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "keys" if only_keys else "columns"
+        )
         infos[name] = TensorInfo(
             name=name,
             of=name,
@@ -172,8 +194,8 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     constants_address = align_up(len(steps) * INSTRUCTION_BYTES, align)
     constants = emitter.constants.image
     sizes = {
-        info.name: info.nbytes(arch.rows) for info in emitter.tensors.values() if info.layout != "keymask"
-    }
+        info.name: info.nbytes(arch) for info in emitter.tensors.values() if info.layout != "keymask"
+    } | emitter.tails
     masks = _mask_tables(emitter)
     sizes |= {name: table.batch * table.stride for name, table in masks.items()}
     pinned = frozenset({*network.inputs, *network.outputs, *masks})
@@ -205,7 +227,7 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
         constants=constants,
         constants_address=constants_address,
         memory_bytes=plan.end,
-        tensors=tuple(_mark_kept(infos, arch)),
+        tensors=tuple(_mark_kept(infos, {plan.addresses[name]: size for name, size in emitter.tails.items()}, arch)),
         operators=tuple(_operator_info(emitter, network, index, steps) for index in range(len(network.ops))),
         masks=tuple(replace(table, address=addresses[name]) for name, table in masks.items()),
     )
@@ -218,7 +240,7 @@ def _mask_tables(emitter: Emitter) -> dict[str, MaskTable]:
         tables[name] = MaskTable(
             tensor=tensor,
             address=0,
-            stride=mask_stride(keys, emitter.arch),
+            stride=mask_stride(RowPlacement(batch, keys, emitter.arch.rows), emitter.arch),
             batch=batch,
             keys=keys,
             mult=mult,
@@ -227,17 +249,18 @@ def _mask_tables(emitter: Emitter) -> dict[str, MaskTable]:
     return tables
 
 
-def _mark_kept(infos: list[TensorInfo], arch: Arch) -> list[TensorInfo]:
-    """`kept` is False for tensors whose bytes a later tensor takes. Tensors that share bytes do not live at
-    the same time."""
-    spans = [(info, info.address, info.address + info.nbytes(arch.rows)) for info in infos]
+def _mark_kept(infos: list[TensorInfo], scratch: Mapping[int, int], arch: Arch) -> list[TensorInfo]:
+    """`kept` is False for tensors whose bytes a later tensor or scratch buffer (size by address) takes. Tensors that share
+    bytes do not live at the same time."""
+    spans = [(info, info.address, info.address + info.nbytes(arch)) for info in infos]
     return [
         replace(
             info,
             kept=not any(
                 other.written > info.written and start < other_stop and other_start < stop
                 for other, other_start, other_stop in spans
-            ),
+            )
+            and not any(start < address + size and address < stop for address, size in scratch.items()),
         )
         for info, start, stop in spans
     ]

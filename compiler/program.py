@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from compiler.network_io import network_from_bytes, network_to_bytes
 from compiler.ops import QuantNetwork
+from compiler.placement import RowPlacement
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Instruction
 from hw.numerics import MASK_BIAS, PARAM_DTYPE
@@ -38,16 +39,17 @@ __all__ = [
     "ProgramFileError",
     "TensorInfo",
     "load",
+    "mask_params",
 ]
 
-FORMAT_VERSION = 1
-"""Of the file. A reader refuses newer ones."""
+FORMAT_VERSION = 2
+"""Of the file: 2 packs the last row tiles of several sequences. A reader refuses other versions."""
 
 KIND = "nmforge program"
 _MEMBERS = ("code.bin", "weights.bin", "network.json", "network.bin")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
-Layout = Literal["columns", "transposed", "keymask"]
+Layout = Literal["columns", "keys", "transposed", "keymask"]
 Kind = Literal["linear", "attention", "pointwise"]
 
 
@@ -59,7 +61,7 @@ class ProgramFileError(ValueError):
 class TensorInfo:
     """A tensor in memory: (batch, rows, channels), real value = scale * integer.
 
-    layout ``"columns"`` and ``"transposed"`` are those of docs/numerics.md; ``"keymask"`` tensors exist only
+    layout ``"columns"``, ``"keys"`` and ``"transposed"`` are those of docs/numerics.md; ``"keymask"`` tensors exist only
     as the parameter tables that `Program.memory_image` makes of them (address 0, no bytes). `heads` is 1
     except for transposed tensors. `of` names the network's tensor: a copy in a second layout has a name of
     its own. The tensor is complete in memory after instruction `written` (-1: the host wrote it), and stays
@@ -78,46 +80,61 @@ class TensorInfo:
     last_use: int
     kept: bool
 
-    def grid(self, rows: int) -> tuple[int, ...]:
-        """Shape of the stored array for T = L = `rows`."""
-        batch, length, channels = self.shape
-        tiles = -(-length // rows)
-        if self.layout == "columns":
-            return batch, tiles, channels, rows
+    def placement(self, arch: Arch) -> RowPlacement:
+        """Where its token rows lie."""
+        return RowPlacement(self.shape[0], self.shape[1], arch.rows)
+
+    def grid(self, arch: Arch) -> tuple[int, ...]:
+        """Shape of the stored array."""
+        batch, _, channels = self.shape
+        place = self.placement(arch)
+        if self.layout in ("columns", "keys"):
+            return place.tiles if self.layout == "columns" else batch * place.own_tiles, channels, arch.rows
         if self.layout == "transposed":
-            return batch, self.heads, -(-channels // self.heads // rows), tiles * rows, rows
+            blocks = -(-channels // self.heads // arch.lanes)
+            return batch, self.heads, blocks, place.own_tiles * arch.rows, arch.lanes
         return (0,)
 
-    def nbytes(self, rows: int) -> int:
+    def nbytes(self, arch: Arch) -> int:
         """Bytes in memory, padding included."""
-        return int(np.prod(self.grid(rows))) * (2 if self.dtype == "int16" else 1)
+        return int(np.prod(self.grid(arch))) * self._dtype.itemsize
 
-    def to_memory(self, values: NDArray[np.integer], rows: int) -> NDArray[np.uint8]:
+    def to_memory(self, values: NDArray[np.integer], arch: Arch) -> NDArray[np.uint8]:
         """Bytes of the stored tensor; rows and features that pad it are zero."""
-        batch, length, channels = self.shape
-        tiles = -(-length // rows)
-        if self.layout == "columns":
-            padded = np.zeros((batch, tiles * rows, channels), f"<i{2 if self.dtype == 'int16' else 1}")
-            padded[:, :length] = values
-            stored = padded.reshape(batch, tiles, rows, channels).transpose(0, 1, 3, 2)
+        channels, grid = self.shape[2], self.grid(arch)
+        if self.layout == "transposed":
+            batch, heads, blocks, rows, lanes = grid
+            padded = np.zeros((batch * rows, heads, blocks * lanes), np.int8)
+            padded[self._rows(arch), :, : channels // heads] = values.reshape(*self.shape[:2], heads, -1)
+            stored = padded.reshape(batch, rows, heads, blocks, lanes).transpose(0, 2, 3, 1, 4)
         else:
-            _, heads, blocks, length_padded, _ = self.grid(rows)
-            padded = np.zeros((batch, length_padded, heads, blocks * rows), np.int8)
-            padded[:, :length, :, : channels // heads] = values.reshape(batch, length, heads, -1)
-            stored = padded.reshape(batch, length_padded, heads, blocks, rows).transpose(0, 2, 3, 1, 4)
+            tiles, _, rows = grid
+            padded = np.zeros((tiles * rows, channels), self._dtype)
+            padded[self._rows(arch)] = values
+            stored = padded.reshape(tiles, rows, channels).transpose(0, 2, 1)
         return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
 
-    def from_memory(self, raw: NDArray[np.uint8], rows: int) -> NDArray[np.integer]:
+    def from_memory(self, raw: NDArray[np.uint8], arch: Arch) -> NDArray[np.integer]:
         """Inverse of `to_memory`: the tensor (batch, rows, channels), int8 or int16."""
-        batch, length, channels = self.shape
-        stored = (
-            np.ascontiguousarray(raw).view(f"<i{2 if self.dtype == 'int16' else 1}").reshape(self.grid(rows))
-        )
+        channels, grid = self.shape[2], self.grid(arch)
+        stored = np.ascontiguousarray(raw).view(self._dtype).reshape(grid)
+        if self.layout == "transposed":
+            batch, heads, blocks, rows, lanes = grid
+            whole = stored.transpose(0, 3, 1, 2, 4).reshape(batch * rows, heads, blocks * lanes)
+            return np.ascontiguousarray(whole[self._rows(arch), :, : channels // heads]).reshape(self.shape)
+        return np.ascontiguousarray(stored.transpose(0, 2, 1).reshape(-1, channels)[self._rows(arch)])
+
+    @property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype("<i2" if self.dtype == "int16" else "i1")
+
+    def _rows(self, arch: Arch) -> NDArray[np.int64]:
+        """Stored row of each row: (batch, length)."""
+        place = self.placement(arch)
         if self.layout == "columns":
-            return np.ascontiguousarray(stored.transpose(0, 1, 3, 2).reshape(batch, -1, channels)[:, :length])
-        _, heads, blocks, length_padded, _ = self.grid(rows)
-        whole = stored.transpose(0, 3, 1, 2, 4).reshape(batch, length_padded, heads, blocks * rows)
-        return np.ascontiguousarray(whole[:, :length, :, : channels // heads]).reshape(self.shape)
+            return place.packed_rows()
+        size = place.own_tiles * arch.rows
+        return np.stack([batch * size + place.own_rows(batch) for batch in range(place.batch)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +162,8 @@ class OperatorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTable:
-    """Column parameters that the host writes from a keymask input: `keys` entries per batch entry, `stride`
-    bytes apart."""
+    """Column parameters that the host writes from a keymask input: one entry per key and batch entry, batch entries `stride`
+    bytes apart; entries of no key are masked (see `RowPlacement.own_rows`)."""
 
     tensor: str
     address: int
@@ -282,7 +299,7 @@ class Program:
             if info.layout == "keymask":
                 self._write_masks(image, name, values)
             else:
-                raw = info.to_memory(values, self.arch.rows)
+                raw = info.to_memory(values, self.arch)
                 image[info.address : info.address + len(raw)] = raw
         return image
 
@@ -292,9 +309,7 @@ class Program:
         info = self.tensor(name)
         if info.layout == "keymask":
             raise ValueError(f"{name!r} is a key mask: it exists only as parameter tables")
-        return info.from_memory(
-            image[info.address : info.address + info.nbytes(self.arch.rows)], self.arch.rows
-        )
+        return info.from_memory(image[info.address : info.address + info.nbytes(self.arch)], self.arch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file: to a temporary name in the same folder, then renamed, so that no reader sees half
@@ -338,13 +353,22 @@ class Program:
         for table in self.masks:
             if table.tensor != name:
                 continue
-            entries = np.zeros((table.batch, table.keys), PARAM_DTYPE)
-            entries["bias"] = np.where(values[:, 0] != 0, 0, MASK_BIAS)
-            entries["mult"], entries["shift"] = table.mult, table.shift
-            raw = entries.view(np.uint8).reshape(table.batch, -1)
+            place = RowPlacement(table.batch, table.keys, self.arch.rows)
             for batch in range(table.batch):
+                raw = mask_params(place, batch, values[batch, 0] != 0, table.mult, table.shift).view(np.uint8)
                 start = table.address + batch * table.stride
-                image[start : start + raw.shape[1]] = raw[batch]
+                image[start : start + len(raw)] = raw
+
+
+def mask_params(
+    place: RowPlacement, batch: int, keep: NDArray[np.bool_] | bool, mult: int, shift: int
+) -> NDArray[np.void]:
+    """Column parameters (span,) of the scores of a batch entry: keys that `keep` (length,) does not mark, and columns that
+    are no key, are masked."""
+    entries = np.zeros(place.span(batch), PARAM_DTYPE)
+    entries["bias"], entries["mult"], entries["shift"] = MASK_BIAS, mult, shift
+    entries["bias"][place.own_rows(batch)] = np.where(keep, 0, MASK_BIAS)
+    return entries
 
 
 _TABLES: dict[str, type] = {
@@ -439,10 +463,10 @@ def _read_manifest(raw: bytes) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise ProgramFileError(f"manifest.json: kind is not {KIND!r}")
     version = _field(manifest, "format_version", int)
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        advice = "use a newer nmforge" if version > FORMAT_VERSION else "compile the model again"
         raise ProgramFileError(
-            f"manifest.json: format_version {version} is newer than {FORMAT_VERSION}, "
-            f"the newest this nmforge reads"
+            f"manifest.json: format_version is {version}, this nmforge reads {FORMAT_VERSION}: {advice}"
         )
     stated = manifest.pop("sha256", None)
     if stated != _sha(_json(manifest)):

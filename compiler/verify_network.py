@@ -179,6 +179,11 @@ def _check_attention(op: Attention, tensors: dict[str, QuantTensor]) -> None:
 
 def _check_limits(op: Op, tensors: dict[str, QuantTensor], arch: Arch) -> None:
     channels = tensors[op.out].shape[2]
+    if isinstance(op, Attention) and not arch.attention:
+        raise LoweringError(
+            f"{describe(op)}: attention needs as many rows as lanes, {arch.name} has {arch.rows} rows and {arch.lanes} lanes: "
+            f"use a preset with a square array, such as sta1024"
+        )
     if not isinstance(op, Attention) and op.norm is not None and channels > arch.row_depth:
         raise LoweringError(
             f"{describe(op)}: the norm's rows of {channels} columns do not fit "

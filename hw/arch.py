@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, fields
 __all__ = ["PRESETS", "Arch", "get_arch"]
 
 
+_FLAGS = ("sparse", "packing", "spare_dsps")
+
+
 def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
@@ -17,8 +20,9 @@ class Arch:
     """Size of one accelerator.
 
     The array holds ``lanes`` lanes; a lane takes one compressed weight per cycle and multiplies it with one
-    activation of each of ``rows`` token rows. ``rows == lanes`` in this version: the keys and values of
-    attention are streamed as weights, in the layout in which activations are stored.
+    activation of each of ``rows`` token rows. Attention needs ``rows == lanes``: keys and values are streamed as
+    weights, in the layout in which activations are stored. Fewer rows than lanes suit matmuls with few token rows,
+    which read weights faster than they can use them again (decoding).
 
     Raises
     ------
@@ -37,25 +41,30 @@ class Arch:
     bus_bytes: int  #: data width of the AXI4 master
     fifo_beats: int = 64  #: depth of the weight reader's FIFO in bus beats; other readers take a fraction
     clock_mhz: int = 200  #: assumed clock for reports in seconds; no vendor tool was run
+    sparse: bool = True  #: N:M weights; without, sparse instructions are malformed and there is no position reader or decoder
+    spare_dsps: bool = False  #: squares and residual products of look-up tables, for devices with few multipliers
+    packing: bool = False  #: two token rows share a multiplier of 27 x 18 bits (DSP48E2), see hw/lane.py
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"Arch.name must be a str, not {self.name!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Arch.{name} must be a bool, not {getattr(self, name)!r}")
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in _FLAGS:
+                continue
             if field.name != "name" and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"Arch.{field.name} must be an int, not {value!r}")
             if field.name not in ("name", "clock_mhz") and not _is_power_of_two(value):
                 raise ValueError(f"Arch.{field.name} must be a positive power of two, not {value!r}")
         if self.clock_mhz <= 0:
             raise ValueError(f"Arch.clock_mhz must be positive, not {self.clock_mhz!r}")
-        if self.rows != self.lanes:
-            raise ValueError(
-                f"Arch.rows must equal Arch.lanes (attention streams stored activations as weights), "
-                f"not {self.rows} and {self.lanes}"
-            )
         if not 4 <= self.rows <= 64:
             raise ValueError(f"Arch.rows must be in 4..64, not {self.rows!r}")
+        if not self.rows <= self.lanes <= 256:
+            raise ValueError(f"Arch.lanes must be in rows..256, not {self.lanes!r} with {self.rows} rows")
         if not 2 * self.rows <= self.bus_bytes <= 128:
             raise ValueError(f"Arch.bus_bytes must be in 2*rows..128, not {self.bus_bytes!r}")
         for name, low, high in (("lane_depth", 64, 8192), ("row_depth", 16, 8192), ("psum_depth", 16, 8192),
@@ -65,11 +74,16 @@ class Arch:
                 raise ValueError(f"Arch.{name} must be in {low}..{high}, not {value!r}")
 
     @property
+    def attention(self) -> bool:
+        """Whether keys and values can be streamed as weights."""
+        return self.rows == self.lanes
+
+    @property
     def macs(self) -> int:
         """Physical multiply-accumulates per cycle, P."""
         return self.rows * self.lanes
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, int | str | bool]:
         """Fields as plain values, for manifests and reports."""
         return asdict(self)
 
@@ -78,8 +92,12 @@ PRESETS: dict[str, Arch] = {
     arch.name: arch
     for arch in (
         Arch(name="tiny", rows=4, lanes=4, lane_depth=64, row_depth=32, psum_depth=32, bus_bytes=8, fifo_beats=32),
-        Arch(name="sta256", rows=16, lanes=16, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=32),
+        Arch(name="ecp5", rows=8, lanes=8, lane_depth=1024, row_depth=512, psum_depth=512, bus_bytes=16, fifo_beats=32,
+             clock_mhz=100, spare_dsps=True),
+        Arch(name="sta256", rows=16, lanes=16, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=32,
+             packing=True),
         Arch(name="sta1024", rows=32, lanes=32, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),
+        Arch(name="gemv256", rows=4, lanes=64, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),
         Arch(name="sta4096", rows=64, lanes=64, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=128),
     )
 }

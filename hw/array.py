@@ -12,10 +12,29 @@ from amaranth.lib.wiring import In, Out
 from hw.arch import Arch
 from hw.commands import array_command, column_layout
 from hw.feeder import Feeder
-from hw.lane import Lane
+from hw.lane import Lane, column_bits, sum_word, unpack_sums
 from hw.shared import place
 
 __all__ = ["Drain", "MacArray"]
+
+
+class Selector(wiring.Component):
+    """Picks a word of one lane; latency 1. One a row (or a pair of rows), so that it is written and mapped once.
+
+    Members
+    -------
+    i[l] : words. lane, take : which, and when. o : registered.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self._lanes, word = arch.lanes, sum_word(arch)[0]
+        super().__init__({"i": In(word).array(arch.lanes), "lane": In(range(arch.lanes)), "take": In(1), "o": Out(word)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        with m.If(self.take):
+            m.d.sync += self.o.eq(Select(self.i[lane] for lane in range(self._lanes))[self.lane])
+        return m
 
 
 class Drain(wiring.Component):
@@ -24,14 +43,15 @@ class Drain(wiring.Component):
     Members
     -------
     copy, cols : the lanes copy a finished tile of `cols` columns to their shadow registers in this cycle.
-    free : `copy` is allowed in this cycle. shadow[l][t] : sums. o : columns of int32.
+    free : `copy` is allowed in this cycle. shadow[l][i] : sums, see `hw.lane.sum_word`. o : columns of int32.
     """
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
+        word, self._words = sum_word(arch)
         super().__init__({
             "copy": In(1), "cols": In(range(arch.lanes + 1)), "free": Out(1),
-            "shadow": In(32).array(arch.lanes, arch.rows),
+            "shadow": In(word).array(arch.lanes, self._words),
             "o": Out(stream.Signature(column_layout(arch.rows, 32))),
         })
 
@@ -46,10 +66,16 @@ class Drain(wiring.Component):
             m.d.sync += self.o.valid.eq(0)
         with m.If(take):
             m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), self.o.valid.eq(1)]
-            for t in range(self._arch.rows):
-                m.d.sync += self.o.payload[t].eq(Select(self.shadow[i][t] for i in range(self._arch.lanes))[lane])
         with m.If(self.copy):
             m.d.sync += [left.eq(self.cols), lane.eq(0)]
+        words = []
+        for index in range(self._words):
+            selector = Selector(self._arch)
+            place(m, platform, f"selector{index}", selector, module="selector")
+            m.d.comb += [selector.lane.eq(lane), selector.take.eq(take),
+                         *(selector.i[i].eq(self.shadow[i][index]) for i in range(self._arch.lanes))]
+            words.append(selector.o)
+        m.d.comb += [self.o.payload[t].eq(value) for t, value in enumerate(unpack_sums(self._arch, words))]
         return m
 
 
@@ -71,7 +97,7 @@ class MacArray(wiring.Component):
             "values": In(stream.Signature(8 * arch.lanes)),
             "positions": In(stream.Signature(32 * arch.lanes)),
             "loaded": In(bits + 1), "freed": Out(bits + 1),
-            "write_en": In(1), "write_addr": In(bits), "write_data": In(8 * arch.rows),
+            "write_en": In(1), "write_addr": In(bits), "write_data": In(column_bits(arch)),
             "o": Out(stream.Signature(column_layout(arch.rows, 32))),
             "busy": Out(1), "blocked": Out(1), "wait_weights": Out(1), "wait_columns": Out(1),
         })
@@ -110,6 +136,6 @@ class MacArray(wiring.Component):
                 lane.control.ram.eq(address.valid & advance), lane.control.mul.eq(ram.valid & advance),
                 lane.control.unsigned_a.eq(ram.unsigned_a), lane.control.acc.eq(product.valid & advance),
                 lane.control.first.eq(product.first), lane.control.copy.eq(drain.copy),
-                *(drain.shadow[index][t].eq(lane.shadow[t]) for t in range(arch.rows)),
+                *(drain.shadow[index][i].eq(lane.shadow[i]) for i in range(sum_word(arch)[1])),
             ]
         return m

@@ -50,13 +50,14 @@ def reader_command() -> data.StructLayout:
 
 
 def writer_command() -> data.StructLayout:
-    """Write `words` words of `rows` bytes at `addr`, again at `addr + stride`, ...; store=0 writes nothing."""
-    return data.StructLayout({"addr": 32, "words": 24, "repeats": 16, "stride": 32, "store": 1})
+    """Write `words` words of `rows` bytes at `addr`, again at `addr + stride`, ...; store=0 writes nothing. `o_skip` token rows
+    at the start and `o_drop` at the end of a column are not written; a column is a word or, if `wide`, two."""
+    return _from_isa("o_skip", "o_drop", addr=32, words=24, repeats=16, stride=32, store=1, wide=1)
 
 
 def loader_command() -> data.StructLayout:
     """`count` columns go to the lanes (from memory or, with `from_rows`, from the row unit) or straight to the post unit."""
-    return data.StructLayout({"count": 16, "from_rows": 1, "bypass": 1})
+    return data.StructLayout({"count": 16, "from_rows": 1, "bypass": 1, "a_unsigned": 1})
 
 
 def array_command() -> data.StructLayout:

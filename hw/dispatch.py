@@ -187,11 +187,13 @@ class Dispatcher(wiring.Component):
                     m.d.sync += code.eq(ErrorCode.SEQUENCE)
                 with m.If((code != ErrorCode.NONE) | (raw.opcode == Opcode.HALT) | (tile & sequence.wrong)):
                     m.next = "FINISH"
-                with m.Elif(tile & (raw.source == Source.ARRAY) & (raw.format != Format.DENSE)):
-                    m.next = "GROUPS"
                 with m.Else():
                     m.next = "ISSUE"
-            self._count_words(m, raw, steps, words)
+                    if self._arch.sparse:
+                        with m.If(tile & (raw.source == Source.ARRAY) & (raw.format != Format.DENSE)):
+                            m.next = "GROUPS"
+            if self._arch.sparse:
+                self._count_words(m, raw, steps, words)
             with m.State("ISSUE"):
                 m.d.comb += issue.eq(self._queues_ready())
                 with m.If(issue):
@@ -271,5 +273,6 @@ class Dispatcher(wiring.Component):
         send("row", rows, op=raw.row_op, first=raw.row_first, last=raw.row_last)
         send("row_out", rows & rows_out, count=raw.cols, lanes=raw.out == Destination.LANES)
         send("store", stores, from_rows=raw.row_op != RowOp.NONE)
-        send("write", 1, addr=raw.o_addr, stride=raw.o_stride, store=stores, repeats=Mux(transposed, tiles, 1),
+        send("write", 1, addr=raw.o_addr, stride=raw.o_stride, store=stores, wide=raw.out == Destination.STORE16,
+             repeats=Mux(transposed, tiles, 1),
              words=Mux(transposed, arch.rows, Mux(raw.out == Destination.STORE16, raw.cols << 1, raw.cols)))

@@ -1,7 +1,7 @@
 """Exponentials of softmax: the base-2 model, the datapath of one row, the pass over the columns."""
 
 import numpy as np
-from amaranth import Array, Cat, Module, Mux, Signal, Value, signed
+from amaranth import Array, C, Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from numpy.typing import ArrayLike, NDArray
@@ -104,7 +104,9 @@ class ExpLane(wiring.Component):
         with m.If(self.step[0]):
             m.d.sync += [distance.eq(mx - self.x), masked.eq(self.x == MASKED)]
         with m.If(self.step[1]):
-            fall = (Array(EXP_SLOPE)[segment] * offset) >> 5
+            slope = Array(EXP_SLOPE)[segment]
+            # five terms: a multiplier block of the device would be spent on 5 bits
+            fall = sum((Mux(offset[bit], slope, 0) << bit for bit in range(5)), C(0, 1)) >> 5
             m.d.sync += [
                 mantissa.eq(Array(EXP_BASE)[segment] - fall),
                 octave.eq(distance[8:12]),

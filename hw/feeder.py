@@ -5,6 +5,8 @@ words hold ceil(log2 M) bits a step, BITMAP words a mask of which the lowest set
 end in ``address = base + offset + position``, and dense is a group of one with position 0.
 """
 
+from types import SimpleNamespace
+
 from amaranth import Array, C, Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -13,6 +15,7 @@ from hw.arch import Arch
 from hw.commands import array_command
 from hw.isa import Format
 from hw.shared import place
+from hw.soft import product
 
 __all__ = ["Feeder", "PositionDecoder", "index_bits", "positions_per_word"]
 
@@ -27,6 +30,14 @@ def index_bits(m: int) -> int:
 def positions_per_word(fmt: Format, n: int, m: int) -> int:
     """Steps that one 32-bit position word serves."""
     return 32 // index_bits(m) if fmt == Format.INDEX else 32 // m * n
+
+
+def _first(bits):
+    """Index of the lowest set bit of 4 or 8."""
+    index = C(len(bits) - 1, (len(bits) - 1).bit_length())
+    for at in reversed(range(len(bits) - 1)):
+        index = Mux(bits[at], at, index)
+    return index
 
 
 class PositionDecoder(wiring.Component):
@@ -48,14 +59,22 @@ class PositionDecoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        left, lowest, rank = Signal(32), Signal(32), Signal(5)
-        m.d.comb += lowest.eq(left & (~left + 1))
-        m.d.comb += rank.eq(Cat((lowest & sum(1 << p for p in range(32) if p >> i & 1)).any() for i in range(5)))
-        m.d.comb += self.position.eq(Mux(self.bitmap, rank, left.bit_select(self.bit, 5) & self.mask))
+        left, filled, nibble = Signal(32), Signal(8), Signal(3)
+        low, rank, window = Signal(4), Signal(2), Signal(8)
+        # both formats look at one nibble: the first with a set bit, or the one in which the field starts
+        m.d.comb += [
+            filled.eq(Cat(left.word_select(k, 4).any() for k in range(8))),
+            nibble.eq(Mux(self.bitmap, _first(filled), self.bit[2:])),
+            low.eq(left.word_select(nibble, 4)), rank.eq(_first(low)),
+            window.eq(Cat(low, Cat(left[4:], C(0, 4)).word_select(nibble, 4))),
+            self.position.eq(Mux(self.bitmap, Cat(rank, nibble), window.bit_select(self.bit[:2], 5) & self.mask)),
+        ]
         with m.If(self.load):
             m.d.sync += left.eq(self.word)
         with m.Elif(self.advance & self.bitmap):
-            m.d.sync += left.eq(left & ~lowest)
+            for k in range(8):
+                with m.If(nibble == k):
+                    m.d.sync += left[4 * k:4 * k + 4].eq(Cat(low[i] & low[:i].any() for i in range(4)))
         return m
 
 
@@ -76,6 +95,8 @@ class _Decode(wiring.Component):
                      dense.eq(cmd.format == Format.DENSE), bitmap.eq(cmd.format == Format.BITMAP)]
         bits = Array(index_bits(k) for k in range(M_MAX + 1))[cmd.m]
         groups = Array(32 // max(k, 1) for k in range(M_MAX + 1))[cmd.m]
+        span = Array(32 // max(k, 1) * k for k in range(M_MAX + 1))[cmd.m]
+        steps = product(groups, cmd.n, spare=True)  # six bits: no multiplier block for that
         per_index_word = Array(32 // index_bits(k) for k in range(M_MAX + 1))[cmd.m]
         with m.If(self.i.ready):
             m.d.sync += self.o.valid.eq(self.i.valid)
@@ -84,9 +105,15 @@ class _Decode(wiring.Component):
                 *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols")),
                 out.n.eq(Mux(dense, 1, cmd.n)), out.m.eq(Mux(dense, 1, cmd.m)),
                 out.dense.eq(dense), out.bitmap.eq(bitmap), out.bits.eq(bits),
-                out.word_steps.eq(Mux(bitmap, groups * cmd.n, per_index_word)), out.word_span.eq(groups * cmd.m),
+                out.word_steps.eq(Mux(bitmap, steps, per_index_word)), out.word_span.eq(span),
             ]
         return m
+
+
+def _dense(taken):
+    """The fields of a decoded command where all weights are dense: constants take the place of registers."""
+    return SimpleNamespace(a_unsigned=taken.a_unsigned, k=taken.k, cols=taken.cols, n=C(1, 6), m=C(1, 6), dense=C(1), bitmap=C(0),
+                           bits=C(0, 3), word_steps=C(1, 6), word_span=C(0, 6))
 
 
 class Feeder(wiring.Component):
@@ -120,7 +147,8 @@ class Feeder(wiring.Component):
         lanes = self._arch.lanes
         m.submodules.decode = decode = _Decode()
         wiring.connect(m, wiring.flipped(self.cmd), decode.i)
-        cmd, now, active = decode.o.payload, Signal(decode.layout), Signal()
+        cmd, taken, active = decode.o.payload, Signal(decode.layout), Signal()
+        now = taken if self._arch.sparse else _dense(taken)
         base, next_base = Signal(self._bits + 1), Signal(self._bits + 1)
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
         group, bit, in_word = Signal(16), Signal(5), Signal(6)
@@ -145,7 +173,7 @@ class Feeder(wiring.Component):
             self.wait_columns.eq(~active & decode.o.valid & ~enough),
         ]
         with m.If(start):
-            m.d.sync += [now.eq(cmd), base.eq(next_base), next_base.eq(next_base + cmd.k), cols_left.eq(cmd.cols)]
+            m.d.sync += [taken.eq(cmd), base.eq(next_base), next_base.eq(next_base + cmd.k), cols_left.eq(cmd.cols)]
         with m.If(fire | start):
             m.d.sync += active.eq(start | ~cmd_end)
         with m.If(fire & cmd_end):
@@ -178,6 +206,12 @@ class Feeder(wiring.Component):
         mask, origin = Signal(5), Signal(self._bits)
         m.d.comb += [mask.eq((C(1, 6) << now.bits) - 1), origin.eq(base + offset)]
         for lane in range(self._arch.lanes):
+            with m.If(fire):
+                m.d.sync += self.weight[lane].eq(self.values.payload.word_select(lane, 8).as_signed())
+            if not self._arch.sparse:
+                with m.If(fire):
+                    m.d.sync += self.addr[lane].eq(origin)
+                continue
             position = PositionDecoder()
             place(m, platform, f"position{lane}", position, module="position")
             m.d.comb += [
@@ -186,7 +220,4 @@ class Feeder(wiring.Component):
                 position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask), position.advance.eq(fire),
             ]
             with m.If(fire):
-                m.d.sync += [
-                    self.addr[lane].eq(Mux(now.dense, origin, origin + position.position)),
-                    self.weight[lane].eq(self.values.payload.word_select(lane, 8).as_signed()),
-                ]
+                m.d.sync += self.addr[lane].eq(Mux(now.dense, origin, origin + position.position))

@@ -164,6 +164,8 @@ FIELDS: tuple[Field, ...] = (
     Field("g_addr", 32, "LAYERNORM, RMSNORM: gamma and beta, 8 bytes a column, laid out as column parameters"),
     Field("o_addr", 32, "output"),
     Field("o_stride", 32, "STORE8T: bytes from one block of `lanes` columns to the next"),
+    Field("o_skip", 6, "STORE8, STORE16: so many token rows at the start of each column keep their bytes in memory"),
+    Field("o_drop", 6, "STORE8, STORE16: so many token rows at the end of each column keep their bytes in memory"),
 )
 
 _BITS = sum(field.bits for field in FIELDS)

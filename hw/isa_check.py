@@ -1,6 +1,6 @@
 """What makes an instruction malformed, declared once: the ISA engine runs this table and the RTL mirrors it.
 
-Each rule is a condition over the raw fields that must be false. Rules use only ``== != < > & |``, so that the
+Each rule is a condition over the raw fields that must be false. Rules use only ``== != < > >= & | +``, so that the
 same expression works on Python integers and on Amaranth values. `k_limits` is a ROM of 33 words addressed by
 field ``m``. The first rule that holds, in the order of the table, gives the error code; rules that depend on
 other instructions (`ErrorCode.SEQUENCE`) are described in `SequenceState`.
@@ -107,6 +107,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_F, "reserved bits are set", lambda f, a, kl: f.reserved != 0),
     Rule(_F, "source has no such value", lambda f, a, kl: f.source > Source.ZERO),
     Rule(_F, "format has no such value", lambda f, a, kl: f.format > Format.BITMAP),
+    Rule(_F, "sparse format, but the hardware has none", lambda f, a, kl: _sparse(f) & (not a.sparse)),
     Rule(_F, "scale has no such value", lambda f, a, kl: f.scale > Scale.ROW),
     Rule(_F, "residual has no such value", lambda f, a, kl: f.residual > Residual.INT16),
     Rule(_F, "row_op has no such value", lambda f, a, kl: f.row_op > RowOp.RMSNORM),
@@ -162,6 +163,15 @@ RULES: tuple[Rule, ...] = (
         "out LANES without SOFTMAX or EXP",
         lambda f, a, kl: (f.out == Out.LANES) & (f.row_op != RowOp.SOFTMAX) & (f.row_op != RowOp.EXP),
     ),
+    Rule(
+        _F,
+        "o_skip and o_drop leave no row, or out is not STORE8 or STORE16",
+        lambda f, a, kl: (
+            ((f.o_skip | f.o_drop) != 0)
+            & ((f.o_skip + f.o_drop >= a.rows) | ((f.out != Out.STORE8) & (f.out != Out.STORE16)))
+        ),
+    ),
+    Rule(_F, "STORE8T on an array whose rows are not its lanes", lambda f, a, kl: (f.out == Out.STORE8T) & int(not a.attention)),
     # row blocks
     Rule(
         _F,
@@ -207,6 +217,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_A, "r_addr", lambda f, a, kl: (f.residual != Residual.NONE) & _off(f.r_addr, a.rows)),
     Rule(_A, "g_addr", lambda f, a, kl: _norm(f) & _off(f.g_addr, constant_alignment(a))),
     Rule(_A, "o_addr", lambda f, a, kl: _stores(f) & _off(f.o_addr, a.rows)),
+    Rule(_A, "o_addr", lambda f, a, kl: (f.out == Out.STORE16) & _off(f.o_addr, 2 * a.rows)),
     Rule(_A, "o_stride", lambda f, a, kl: (f.out == Out.STORE8T) & _off(f.o_stride, a.rows)),
 )
 """Rules of TILE. TABLE is malformed by reserved bits or p_addr only, HALT by reserved bits only."""

@@ -6,6 +6,7 @@ from amaranth.lib.wiring import In, Out
 
 from hw.arch import Arch
 from hw.commands import loader_command
+from hw.lane import column_bits, lane_column
 
 __all__ = ["Loader"]
 
@@ -28,15 +29,16 @@ class Loader(wiring.Component):
         super().__init__({
             "cmd": In(stream.Signature(loader_command())),
             "memory": In(column), "row_unit": In(column), "bypass": Out(column),
-            "write_en": Out(1), "write_addr": Out(bits), "write_data": Out(8 * arch.rows),
+            "write_en": Out(1), "write_addr": Out(bits), "write_data": Out(column_bits(arch)),
             "loaded": Out(bits + 1), "freed": In(bits + 1), "busy": Out(1), "full": Out(1),
         })
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         cmd, moved, last, move = self.cmd.payload, Signal(16), Signal(), Signal()
-        room, to_lanes, available = Signal(), Signal(), Signal()
+        room, to_lanes, available, column = Signal(), Signal(), Signal(), Signal(8 * self._arch.rows)
         m.d.comb += [
+            column.eq(Mux(cmd.from_rows, self.row_unit.payload, self.memory.payload)),
             room.eq((self.loaded - self.freed)[: len(self.loaded)] < self._arch.lane_depth),
             available.eq(Mux(cmd.from_rows, self.row_unit.valid, self.memory.valid)),
             to_lanes.eq(self.cmd.valid & ~cmd.bypass & available & room),
@@ -53,6 +55,6 @@ class Loader(wiring.Component):
         with m.If(to_lanes):
             m.d.sync += [
                 self.write_addr.eq(self.loaded), self.loaded.eq(self.loaded + 1),
-                self.write_data.eq(Mux(cmd.from_rows, self.row_unit.payload, self.memory.payload)),
+                self.write_data.eq(lane_column(self._arch, column, cmd.a_unsigned)),
             ]
         return m

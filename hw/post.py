@@ -11,6 +11,8 @@ from hw.arch import Arch
 from hw.commands import column_layout, param_layout, post_command, row_scale_layout
 from hw.isa import Residual, RowOp, Scale, Source
 from hw.shared import place
+from hw.soft import product as product_of
+from hw.stream_util import StreamSkid
 
 __all__ = ["STAGES", "TABLE_FLUSH", "TABLE_WORDS", "Post", "PostRow", "RowControl"]
 
@@ -98,7 +100,7 @@ class PostRow(wiring.Component):
             m.d.sync += acc.eq(self.acc)
         with m.If(c.advance):
             m.d.sync += [
-                product.eq(biased * self.mult), r_product.eq(self.residual * c.r_mult),
+                product.eq(biased * self.mult), r_product.eq(product_of(self.residual, c.r_mult, spare=self._arch.spare_dsps)),
                 scaled.eq(saturate(round_shift(product, self.shift), 16)), r_scaled.eq(round_shift(r_product, c.r_shift)),
                 added.eq(Mux(c.add, saturate(scaled + r_scaled, 16), scaled)),
                 plain.eq(added), use_table.eq(c.table),
@@ -172,12 +174,20 @@ class Post(wiring.Component):
         return m
 
     def _output(self, m: Module, stages: list, advance: Signal) -> None:
-        """The last stage goes to the row unit or the store unit; the pipeline moves when it is empty or taken."""
+        """The last stage goes to the row unit or the store unit; the pipeline moves when it is empty or taken.
+
+        The skid keeps what those are ready for out of the array's way: the longest path of the design without it.
+        """
         out = stages[-1]
+        m.submodules.skid = skid = StreamSkid(data.StructLayout({"rows": 1, "column": self.to_rows.payload.shape()}))
+        to_rows, column = skid.o.payload.rows, skid.o.payload.column
         m.d.comb += [
-            self.to_rows.valid.eq(out.valid & out.rows), self.to_store.valid.eq(out.valid & ~out.rows),
-            advance.eq(~out.valid | Mux(out.rows, self.to_rows.ready, self.to_store.ready)),
+            skid.i.valid.eq(out.valid), skid.i.payload.rows.eq(out.rows), advance.eq(~out.valid | skid.i.ready),
+            self.to_rows.valid.eq(skid.o.valid & to_rows), self.to_store.valid.eq(skid.o.valid & ~to_rows),
+            self.to_rows.payload.eq(column), self.to_store.payload.eq(column),
+            skid.o.ready.eq(Mux(to_rows, self.to_rows.ready, self.to_store.ready)),
         ]
+        self._result = skid.i.payload.column
 
     def _rows(self, m: Module, platform: object, enter, stages: list, take: Signal, advance: Signal, index: Signal):
         """Instances of the row datapath and the operands all rows share."""
@@ -222,7 +232,7 @@ class Post(wiring.Component):
                 row.acc.eq(acc), row.residual.eq(residual[t]),
                 row.mult.eq(Mux(stages[0].by_row, scale.mult[t], sum_.mult)),
                 row.shift.eq(Mux(stages[1].by_row, scale_next.shift[t], product.shift)),
-                self.to_rows.payload[t].eq(row.o), self.to_store.payload[t].eq(row.o),
+                self._result[t].eq(row.o),
             ]
         return control
 

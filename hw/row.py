@@ -14,6 +14,7 @@ from hw.row_layout import NORM_PARAM, ROW_COMMAND, column_layout, row_scale_layo
 from hw.rownorm import NormPass, NormScale, layernorm_rows, moments_layout, norm_constants, rsqrt16
 from hw.rowscale import RowScale, recip16, row_scale_softmax
 from hw.shared import place
+from hw.soft import product
 
 __all__ = [
     "NORM_PARAM",
@@ -78,6 +79,7 @@ class RowMoments(wiring.Component):
     """
 
     def __init__(self, arch: Arch) -> None:
+        self.arch = arch
         super().__init__({
             "x":       In(signed(16)),
             "first":   In(1),
@@ -100,7 +102,7 @@ class RowMoments(wiring.Component):
         with m.If(self.use_sum):
             m.d.sync += [
                 total.eq(Mux(self.first, 0, total) + self.x),
-                square.eq(self.x * self.x),
+                square.eq(product(self.x, self.x, spare=self.arch.spare_dsps)),
                 first_square.eq(self.first),
             ]
         with m.If(add_square):

@@ -1,11 +1,11 @@
 """Modules that the Verilog export writes once and instantiates many times.
 
 In simulation by Amaranth a placed component is an ordinary submodule. In the export it is an instance of a module that is
-converted on its own, so a design of a thousand multiply-accumulates stays a short, readable file. The module's reset is tied
-to zero: only components whose registers need no reset may be placed this way.
+converted on its own, so a design of a thousand multiply-accumulates stays a short, readable file. The module has no reset:
+only components whose registers need none may be placed this way.
 """
 
-from amaranth import ClockSignal, Const, Instance, Module
+from amaranth import ClockDomain, ClockSignal, Instance, Module
 from amaranth.back import verilog as backend
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In
@@ -24,10 +24,10 @@ class SharedModules:
         """An instance of `component`'s module, which is converted at its first use; `name` tells modules apart."""
         if name not in self.texts:
             self.texts[name] = ""  # keeps the order: users of a module follow after it is complete
-            text = str(backend.convert(component, name=name, platform=self, emit_src=False, strip_internal_attrs=True))
+            text = str(backend.convert(component, name=name, platform=self, emit_src=False, strip_internal_attrs=True,
+                                       missing_domain=lambda domain: ClockDomain(domain, reset_less=True)))
             self.texts[name] = text
-            controls = {"clk": ClockSignal(), "rst": Const(0, 1)}
-            self._controls[name] = {f"i_{port}": value for port, value in controls.items() if f"input {port};" in text}
+            self._controls[name] = {"i_clk": ClockSignal()} if "input clk;" in text else {}
         component._MustUse__silence = True  # its ports are used as wires, its body is the shared module
         ports = dict(self._controls[name])
         for path, member, value in component.signature.flatten(component):

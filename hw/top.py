@@ -89,7 +89,7 @@ class Core(wiring.Component):
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
         self._readers = {name: Reader(arch, out_bytes=size, fifo_beats=beats)
-                         for name, (size, beats) in reader_sizes(arch).items()}
+                         for name, (size, beats) in reader_sizes(arch).items() if arch.sparse or name != "x"}
         any_reader = self._readers["a"]
         members = any_reader.signature.members
         super().__init__({
@@ -112,9 +112,13 @@ class Core(wiring.Component):
         ]
         queues = {}
         for name, layout in UNITS.items():
+            if name == "read_x" and "x" not in self._readers:
+                m.d.comb += dispatcher.read_x.ready.eq(1)
+                continue
             m.submodules[f"queue_{name}"] = queues[name] = Queue(layout(), depth=QUEUE_DEPTH)
             join(m, getattr(dispatcher, name), queues[name].i)
-        for index, (name, reader) in enumerate(self._readers.items()):
+        for name, reader in self._readers.items():
+            index = list(READERS).index(name)
             m.submodules[f"read_{name}"] = reader
             join(m, dispatcher.fetch if name == "fetch" else queues[f"read_{name}"].o, reader.cmd)
             join(m, reader.request, self.request[index])
@@ -139,7 +143,7 @@ class Core(wiring.Component):
         read = {name: reader.o for name, reader in self._readers.items()}
         for source, sink in (
             (cmds["load"], loader.cmd), (read["a"], loader.memory), (route.lanes, loader.row_unit),
-            (cmds["array"], array.cmd), (read["w"], array.values), (read["x"], array.positions),
+            (cmds["array"], array.cmd), (read["w"], array.values),
             (cmds["widen"], widen.cmd), (read["r"], widen.i),
             (cmds["post"], post.cmd), (array.o, post.acc), (loader.bypass, post.bypass), (read["p"], post.params),
             (widen.o, post.residual), (scales.o, post.scale),
@@ -148,6 +152,8 @@ class Core(wiring.Component):
             (cmds["store"], store.cmd), (post.to_store, store.post), (route.store, store.row_unit), (store.o, self.words),
         ):
             join(m, source, sink)
+        if "x" in read:
+            join(m, read["x"], array.positions)
         m.d.comb += [
             array.loaded.eq(loader.loaded), loader.freed.eq(array.freed), array.write_en.eq(loader.write_en),
             array.write_addr.eq(loader.write_addr), array.write_data.eq(loader.write_data),

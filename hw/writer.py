@@ -18,7 +18,11 @@ __all__ = ["OUTSTANDING", "ROOM_MARGIN", "WRITE_COMMAND", "Writer"]
 
 WRITE_COMMAND = writer_command()
 """Where a `Writer` puts the words of one instruction: `words` (>= 1) from `addr`, `repeats` (>= 1) times,
-`stride` bytes apart; without `store` no words are taken and the instruction only completes in order."""
+`stride` bytes apart; without `store` no words are taken and the instruction only completes in order. Token rows
+outside `o_skip`..`o_drop` of each column keep their bytes; a column is one word, with `wide` two."""
+
+EDGE = data.StructLayout({name: WRITE_COMMAND.members[name] for name in ("o_skip", "o_drop", "wide")})
+"""Which token rows of a beat's columns are written."""
 
 OUTSTANDING = 32
 """Write bursts and instructions in flight at most."""
@@ -39,8 +43,9 @@ class _Packer(wiring.Component):
     i : ``In(stream)``
     room : ``In(1)``
         Two more beats may come.
-    o : ``Out(stream {data, mask, beat, end, last, null}, always_ready)``
-        Beats: place in memory (in beats), last of its repeat, last of its instruction. ``null``: there is no
+    o : ``Out(stream {data, mask, edge, beat, end, last, null}, always_ready)``
+        Beats: words filled, rows written, place in memory (in beats), last of its repeat, last of its instruction.
+        ``null``: there is no
         beat, but an instruction that did not store ends here.
     busy : ``Out(1)``
     """
@@ -53,7 +58,7 @@ class _Packer(wiring.Component):
             "i":    In(stream.Signature(unsigned(8 * arch.rows))),
             "room": In(1),
             "o":    Out(stream.Signature(data.StructLayout({
-                "data": 8 * arch.bus_bytes, "mask": self.ratio, "beat": 32 - exact_log2(arch.bus_bytes),
+                "data": 8 * arch.bus_bytes, "mask": self.ratio, "edge": EDGE, "beat": 32 - exact_log2(arch.bus_bytes),
                 "end": 1, "last": 1, "null": 1,
             }), always_ready=True)),
             "busy": Out(1),
@@ -74,6 +79,7 @@ class _Packer(wiring.Component):
         left = Signal(24)
         words = Signal(24)
         repeats = Signal(16)
+        rows = Signal(EDGE)
         following = Signal(32 - low)
         stride = Signal(32 - low)
         take = Signal()
@@ -81,6 +87,7 @@ class _Packer(wiring.Component):
         done = Signal()
         # beside the beat being filled
         beat = Signal(32 - high)
+        edge = Signal(EDGE)
         end = Signal()
         last = Signal()
         ended = Signal()
@@ -97,6 +104,7 @@ class _Packer(wiring.Component):
             widener.o.ready.eq(1),
             out.data.eq(widener.o.payload.data),
             out.mask.eq(widener.o.payload.mask),
+            out.edge.eq(edge),
             out.beat.eq(beat),
             out.end.eq(end),
             out.last.eq(last),
@@ -108,7 +116,7 @@ class _Packer(wiring.Component):
         with m.If(take):
             m.d.sync += [
                 beat.eq(place[high - low:]), end.eq(final), last.eq(done),
-                place.eq(place + 1), left.eq(left - 1),
+                edge.eq(rows), place.eq(place + 1), left.eq(left - 1),
             ]
             with m.If(final):
                 m.d.sync += [
@@ -121,6 +129,7 @@ class _Packer(wiring.Component):
                 active.eq(hold.o.valid), null.eq(~cmd.store), place.eq(cmd.addr[low:]), left.eq(cmd.words),
                 words.eq(cmd.words), repeats.eq(cmd.repeats), stride.eq(cmd.stride[low:]),
                 following.eq(cmd.addr[low:] + cmd.stride[low:]),
+                *(getattr(rows, name).eq(getattr(cmd, name)) for name in EDGE.members),
             ]
         return m
 
@@ -190,7 +199,7 @@ class Writer(wiring.Component):
         wiring.connect(m, wiring.flipped(self.cmd), packer.cmd)
         wiring.connect(m, wiring.flipped(self.i), packer.i)
         flush = Signal()
-        beats = SyncFIFOBuffered(width=8 * self.arch.bus_bytes + packer.ratio + 1, depth=self.fifo_beats + 1)
+        beats = SyncFIFOBuffered(width=8 * self.arch.bus_bytes + packer.ratio + EDGE.size + 1, depth=self.fifo_beats + 1)
         m.submodules.beats = ResetInserter(flush)(beats)
         m.submodules.bursts = bursts = SyncFIFOBuffered(width=32 + 4, depth=self.outstanding)
         m.submodules.tokens = tokens = SyncFIFOBuffered(width=2, depth=self.outstanding)
@@ -218,7 +227,7 @@ class Writer(wiring.Component):
             push.eq(packer.o.valid & ~beat.null & ~self.abort),
             commit.eq(beat.end | beat.beat[:4].all()),
             begin.eq(Mux(inside, first, beat.beat[:4])),
-            beats.w_data.eq(Cat(beat.data, beat.mask, commit)),
+            beats.w_data.eq(Cat(beat.data, beat.mask, beat.edge, commit)),
             beats.w_en.eq(push),
             bursts.w_data.eq(Cat(Const(0, skip), begin, beat.beat[4:], beat.beat[:4] - begin)),
             bursts.w_en.eq(push & commit),
@@ -243,7 +252,8 @@ class Writer(wiring.Component):
         allowed = Signal()
         aw = Signal()
         last = Signal()
-        mask = beats.r_data[data_bits:-1]
+        mask = beats.r_data[data_bits : -1 - EDGE.size]
+        edge = EDGE(beats.r_data[-1 - EDGE.size : -1])
         m.d.comb += [
             bus.awid.eq(0),
             bus.awaddr.eq(bursts.r_data[:32]),
@@ -254,7 +264,7 @@ class Writer(wiring.Component):
             bursts.r_en.eq(bus.awready),
             allowed.eq((lead > 0) | ((lead == 0) & bursts.r_rdy)),
             bus.wdata.eq(beats.r_data[:data_bits]),
-            bus.wstrb.eq(Cat(bit.replicate(self.arch.rows) for bit in mask)),
+            bus.wstrb.eq(self._strobe(m, mask, edge)),
             bus.wlast.eq(beats.r_data[-1]),
             bus.wvalid.eq(beats.r_rdy & allowed),
             beats.r_en.eq(bus.wready & allowed),
@@ -262,6 +272,15 @@ class Writer(wiring.Component):
             last.eq(bus.wvalid & bus.wready & bus.wlast),
         ]
         m.d.sync += lead.eq(lead + aw - last)
+
+    def _strobe(self, m: Module, mask: Any, edge: Any) -> Any:
+        """WSTRB of a beat: words that hold something, and of each column the token rows that are written."""
+        rows, columns = self.arch.rows, self.arch.bus_bytes // self.arch.rows
+        keep = Signal(rows)
+        m.d.comb += keep.eq(Cat((t >= edge.o_skip) & (t + edge.o_drop < rows) for t in range(rows)))
+        narrow = Cat(keep for _ in range(columns))
+        wide = Cat(Cat(bit.replicate(2) for bit in keep) for _ in range(columns // 2))
+        return Cat(bit.replicate(rows) for bit in mask) & Mux(edge.wide, wide, narrow)
 
     def _complete(self, m: Module, tokens: SyncFIFOBuffered) -> None:
         """Match responses with tokens, in order, and count instructions."""

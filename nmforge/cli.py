@@ -45,7 +45,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 # -- options that several commands have -------------------------------------------------------------------------------
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress stays on stderr.")]
-ArchName = Annotated[str, typer.Option("--arch", metavar="PRESET", help="tiny, sta256, sta1024, sta4096.")]
+ArchName = Annotated[str, typer.Option("--arch", metavar="PRESET", help="tiny, ecp5, sta256, sta1024, sta4096.")]
 PatternText = Annotated[
     str,
     typer.Option(
@@ -348,7 +348,7 @@ def report(source: ReportSource, output: ReportFile = None, as_json: Json = Fals
     return {"report": str(target), "source": str(file), "bytes": size}
 
 
-Preset = Annotated[str, typer.Argument(help="tiny, sta256, sta1024, sta4096.")]
+Preset = Annotated[str, typer.Argument(help="tiny, ecp5, sta256, sta1024, sta4096.")]
 VerilogFile = Annotated[Path | None, typer.Option("--output", "-o", help="File; by default stdout.")]
 
 
@@ -371,3 +371,41 @@ def verilog(preset: Preset, output: VerilogFile = None, as_json: Json = False) -
     elif not as_json:
         out().print(f"{output}: {facts['lines']:,} lines, module {facts['top']}, {facts['seconds']} s", soft_wrap=True)
     return facts
+
+
+TargetName = Annotated[
+    str,
+    typer.Option("--target", "-t", help="xcup: UltraScale+. xc7: 7 series. intel: Cyclone V. ecp5: Lattice ECP5."),
+]  # fmt: skip
+PlaceAndRoute = Annotated[
+    bool, typer.Option("--place-and-route", help="Also place and route, with nextpnr; ecp5 only, minutes.")
+]
+Limit = Annotated[float | None, typer.Option("--timeout", metavar="S", help="Give up after so many seconds.")]
+
+
+@app.command(
+    epilog=_examples("synth sta1024", "synth ecp5 --target ecp5 --place-and-route", "synth sta256 -t xcup --json > sta256.json")
+)
+@guarded
+def synth(
+    preset: Preset,
+    target: TargetName = "xcup",
+    place: PlaceAndRoute = False,
+    timeout: Limit = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Map the accelerator to an FPGA family by open tools: resources, share of its device, logic levels by module.
+
+    Modules are mapped one by one with Yosys, each once, and kept: a second run
+    takes seconds. The counts are before place and route. With
+    --place-and-route, nextpnr gives clock frequency and critical path.
+    """
+    from nmforge.arguments import parse_arch
+
+    arch = parse_arch(preset)
+    from nmforge.silicon import measure, print_synth
+
+    result = measure(arch, target, place=place, timeout_s=timeout, progress=lambda line: err().print(line, style="dim"))
+    if not as_json:
+        print_synth(result)
+    return result

@@ -63,7 +63,9 @@ def written_addresses(instruction: Instruction, arch: Arch) -> NDArray[np.int64]
     """Addresses of the bytes that an instruction writes, ascending in the order of its columns or blocks."""
     out, cols, start = instruction.out, instruction.cols, instruction.o_addr
     if out in (Out.STORE8, Out.STORE16):
-        return start + np.arange(cols * arch.rows * (2 if out == Out.STORE16 else 1), dtype=np.int64)
+        size = 2 if out == Out.STORE16 else 1
+        column = np.arange(instruction.o_skip * size, (arch.rows - instruction.o_drop) * size)
+        return (start + arch.rows * size * np.arange(cols, dtype=np.int64)[:, None] + column).reshape(-1)
     if out == Out.STORE8T:
         blocks = start + instruction.o_stride * np.arange(-(-cols // arch.lanes), dtype=np.int64)
         return (blocks[:, None] + np.arange(arch.rows * arch.lanes)).reshape(-1)
@@ -199,15 +201,15 @@ def compare_image(program: Program, record: IsaRecord, image: Bytes) -> Mismatch
 
 def _locate(program: Program, address: int, instruction: int) -> tuple[str, tuple[int, ...]]:
     """Tensor and index of a byte as an instruction left it; ("", (address,)) in padding or outside every tensor."""
-    rows = program.arch.rows
+    arch = program.arch
     holding = [tensor for tensor in program.tensors
-               if tensor.address <= address < tensor.address + tensor.nbytes(rows)]
+               if tensor.address <= address < tensor.address + tensor.nbytes(arch)]
     written = sorted((tensor.written, tensor.name) for tensor in holding)
     name = next((name for at, name in written if at >= instruction), written[-1][1] if written else "")
     if not name:
         return "", (address,)
     tensor = program.tensor(name)
-    marks = np.zeros(tensor.nbytes(rows), np.uint8)
+    marks = np.zeros(tensor.nbytes(arch), np.uint8)
     marks[address - tensor.address] = 1
-    found = np.argwhere(tensor.from_memory(marks, rows))
+    found = np.argwhere(tensor.from_memory(marks, arch))
     return (name, tuple(int(i) for i in found[0])) if len(found) else (f"{name} (padding)", (address,))

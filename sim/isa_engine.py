@@ -262,12 +262,13 @@ class _Machine:
 
     def store(self, ins: Instruction, values: Int) -> None:
         """Step 6."""
+        kept = slice(ins.o_skip, self.arch.rows - ins.o_drop)
         if ins.out == Out.LANES:
             self.rows.append((values & 0xFF).astype(np.uint8))
         elif ins.out == Out.STORE16:
-            self.columns(ins.o_addr, ins.cols, "<i2")[:] = values
+            self.columns(ins.o_addr, ins.cols, "<i2")[:, kept] = values[:, kept]
         elif ins.out == Out.STORE8:
-            self.columns(ins.o_addr, ins.cols, "i1")[:] = saturate(values, 8)
+            self.columns(ins.o_addr, ins.cols, "i1")[:, kept] = saturate(values[:, kept], 8)
         elif ins.out == Out.STORE8T:
             self.store_transposed(ins, saturate(values, 8).astype(np.int8))
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-__all__ = ["DENSE", "KINDS", "SPARSE", "bars", "grouped", "short", "stacked", "to_svg"]
+__all__ = ["DENSE", "KINDS", "SPARSE", "bars", "grouped", "points", "short", "stacked", "to_svg"]
 
 SPARSE, DENSE = "#0f766e", "#94a3b8"
 """Colours of the two networks, everywhere."""
@@ -135,6 +135,27 @@ def bars(
         if limits is not None:
             axes.set_xlim(*limits)
         return to_svg(figure)
+
+
+def points(places: Sequence[float], series: Mapping[str, Sequence[float]], *, label: str) -> bytes:
+    """Lines through points, one panel a series because their units differ; both axes logarithmic. A PNG file."""
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(1, len(series), figsize=(3.1 * len(series), 2.9), layout="constrained", squeeze=False)
+        for axes, (name, values), colour in zip(panels[0], series.items(), KINDS):
+            axes.plot(places, values, color=colour, marker="o", linewidth=1.6)
+            for place, value in zip(places, values, strict=True):
+                axes.annotate(short(value), (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=9.5)
+            axes.set(title=name, xlabel=label, xscale="log", yscale="log")
+            axes.set_xticks(places, [f"{place:,}" for place in places])
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axes.grid(True, color=_GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.margins(0.16, 0.2)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+        plt.close(figure)
+    return buffer.getvalue()
 
 
 def to_svg(figure: Figure) -> str:

@@ -1,9 +1,12 @@
 """Reference = ISA engine = RTL, byte for byte, on random programs; and the RTL stops at every malformed instruction."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from compiler.compile import compile_network
+from compiler.schedule import ORDERS
 from hw.arch import PRESETS
 from hw.isa import INSTRUCTION_BYTES, Instruction, Opcode
 from sim.engine import AcceleratorError, VerilatorEngine
@@ -13,6 +16,7 @@ from tests.compiler.random_networks import random_inputs, random_network
 from tests.hw.malformed import malformed_instructions
 
 TINY = PRESETS["tiny"]
+FLAT = replace(TINY, name="flat", lanes=16)
 SEEDS = 40
 
 
@@ -20,11 +24,40 @@ SEEDS = 40
 def test_random_program(seed):
     """Shapes that are multiples of nothing, every N:M class, int8 and int16, tables, norms, masks, blocked softmax."""
     network = random_network(seed, TINY)
-    program = compile_network(network, TINY)
+    program = compile_network(network, TINY, order=ORDERS[seed % len(ORDERS)])
     inputs = random_inputs(np.random.default_rng(seed), network)
     memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
     run = simulate(program, inputs, memory=memory)
     assert run.bit_exact, run.mismatches
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_program_with_fewer_rows_than_lanes(seed):
+    network = random_network(seed, FLAT)
+    program = compile_network(network, FLAT)
+    memory = MemoryModel(latency=1 + seed * 11 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
+    assert run.bit_exact, run.mismatches
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("options", [{"packing": True}, {"sparse": False}], ids=str)
+def test_random_program_on_a_variant(options, seed):
+    """Two products per multiplier; dense weights only, where sparse layers are compiled with their zeros."""
+    arch = replace(TINY, **options)
+    network = random_network(100 + seed, arch)
+    program = compile_network(network, arch)
+    memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
+    assert run.bit_exact, run.mismatches
+
+
+def test_sparse_instructions_stop_dense_hardware():
+    arch = replace(TINY, sparse=False)
+    (case,) = malformed_instructions(arch)
+    with VerilatorEngine(arch, np.zeros(1 << 14, np.uint8)) as engine, pytest.raises(AcceleratorError) as stop:
+        engine.run(code_address=0, instructions=put(engine, case.raw), max_cycles=20_000)
+    assert stop.value.code == case.code
 
 
 @pytest.fixture(scope="module")

@@ -259,7 +259,7 @@ def random_network(
         if kind < 0.5:
             residual_width = build.tensors[x].shape[2] if build.chance(0.3) else None
             build.linear(x, cols=residual_width)
-        elif kind < 0.8:
+        elif kind < 0.8 and arch.attention:
             build.attention(x)
         else:
             build.pointwise(x if build.chance(0.8) else None)

@@ -5,9 +5,11 @@ import pytest
 
 from algo.nm import NM
 from compiler.emit import Emitter, Segment, k_chunks, mask_stride
+from compiler.placement import RowPlacement
 from compiler.program import TensorInfo
 from compiler.steps import At, Constants
 from hw.arch import PRESETS
+from hw.isa import Out
 
 TINY, STA = PRESETS["tiny"], PRESETS["sta1024"]
 
@@ -99,29 +101,44 @@ def test_addresses() -> None:
         _info("wide", (2, 5, 3), dtype="int16"),
         _info("v", (2, 5, 12), "transposed", 2),
     )
-    assert emitter.units("a") == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert emitter.region("a", 1, 1) == ("a", 3)
-    assert emitter.column("a", 1, 1, 2) == At("a", (3 * 3 + 2) * 4)
-    assert emitter.column("wide", 1, 1, 2) == At("wide", (3 * 3 + 2) * 8)
+    assert emitter.own_tile("v", 1, 1) == 3
+    assert emitter.column("a", 2, 2) == At("a", (2 * 3 + 2) * 4)
+    assert emitter.column("wide", 2, 2) == At("wide", (2 * 3 + 2) * 8)
     assert emitter.transposed("v", 1, 1, 4) == At("v", (3 * 2 * 8 + 4) * 4)
     assert emitter.block_stride("v") == 32
-    fields, addresses = emitter.store("v", 0, 1, Segment(start=10, stop=12))  # head 1, features 4 and 5
-    assert fields["o_stride"] == 32
+    last = Segment(start=10, stop=12)  # head 1, features 4 and 5
+    fields, addresses, region = emitter.store_own("v", 0, 1, last)
+    assert (fields["o_stride"], region) == (32, ("v", 1))
     assert addresses["o_addr"] == At("v", (1 * 2 * 8 + 4) * 4 + 32)
+    assert emitter.store("v", 1, last)[2] == ("v", 2)  # the whole tile of batch entry 1
+
+
+def test_shared_tails_go_through_a_buffer() -> None:
+    emitter = _emitter(_info("k", (2, 5, 3), "keys"), _info("v", (2, 5, 6), "transposed", 2))
+    fields, addresses, region = emitter.store("k", 2, Segment(start=1, stop=3))
+    assert (fields, addresses, region) == ({"out": Out.STORE8}, {"o_addr": At("k@tails", 4)}, ("k@tails", 0))
+    assert emitter.tails == {"k@tails": 12}
+    copies = emitter.spread(7, "k", 2)
+    assert [step.addresses["o_addr"] for step in copies] == [At("k", 1 * 12), At("k", 3 * 12)]
+    assert [step.writes for step in copies] == [(("k", 1),), (("k", 3),)]
+    assert len(emitter.spread(7, "v", 2)) == 4  # two heads of 3 features, two batch entries
+    assert emitter.spread(7, "k", 0) == []
 
 
 def test_copy_is_made_once() -> None:
     emitter = _emitter(_info("x", (1, 5, 6)))
-    name, steps = emitter.copy(0, "x", 2)
-    assert (name, len(steps)) == ("x@2", 4)  # two row tiles, two heads of 3 features
-    assert emitter.copy(1, "x", 2) == ("x@2", [])
-    assert emitter.tensors["x@2"] == replace(emitter.tensors["x"], name="x@2", layout="transposed", heads=2)
-    assert emitter.copy(1, "x@2", 2) == ("x@2", [])
+    name, steps = emitter.values(0, "x", 2)
+    assert (name, len(steps)) == ("x@transposed2", 4)  # two row tiles, two heads of 3 features
+    assert emitter.values(1, "x", 2) == (name, [])
+    assert emitter.tensors[name] == replace(emitter.tensors["x"], name=name, layout="transposed", heads=2)
+    assert emitter.values(1, name, 2) == (name, [])
+    assert emitter.keys(1, "x") == ("x", [])  # one batch entry: no shared tile
 
 
 def test_mask_stride_is_aligned() -> None:
-    assert [mask_stride(keys, TINY) for keys in (1, 8, 9)] == [64, 64, 128]
-    assert mask_stride(1, PRESETS["sta4096"]) == 128
+    assert [mask_stride(RowPlacement(1, keys, 4), TINY) for keys in (1, 8, 9)] == [64, 64, 128]
+    assert mask_stride(RowPlacement(2, 5, 4), TINY) == 64  # 6 entries: the second tail is in row 1 of its tile
+    assert mask_stride(RowPlacement(1, 1, 64), PRESETS["sta4096"]) == 128
 
 
 def test_equal_tables_are_one_constant() -> None:

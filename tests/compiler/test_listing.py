@@ -38,7 +38,7 @@ def test_disassembly_shows_what_does_not_decode() -> None:
     [
         # dense: 3 column tiles of 5 steps; 15 * 4 weights + 5 * 4 activations + 9 * 4 stored = 116 bytes on
         # an 8-byte bus
-        (good_tile(k=5, cols=9), Bound(load=5, array=15, post=9, store=9, bus=15)),
+        (good_tile(k=5, cols=9), Bound(load=5, array=15, post=9, store=9, bus=15, fetch=10)),
         # 2:4 of 10: 3 groups, 6 steps, 1 word of 16 bytes; int16 residual and output, parameters
         (
             good_tile(
@@ -51,15 +51,15 @@ def test_disassembly_shows_what_does_not_decode() -> None:
                 residual=Residual.INT16,
                 out=Out.STORE16,
             ),
-            Bound(load=10, array=6, post=4, store=8, bus=-(-(24 + 16 + 40 + 32 + 32 + 32) // 8)),
+            Bound(load=10, array=6, post=4, store=8, bus=-(-(24 + 16 + 40 + 32 + 32 + 32) // 8), fetch=18),
         ),
         (
             good_tile(source=Source.STREAM, k=0, cols=5, out=Out.STORE8T),
-            Bound(load=5, post=5, store=8, bus=7),
+            Bound(load=5, post=5, store=8, bus=7, fetch=3),
         ),
         (good_tile(source=Source.ZERO, k=0), Bound(post=4, store=4, bus=2)),
-        (good_tile(operand=1, k=8), Bound(load=8, array=8, post=4, store=4, bus=6)),
-        (Instruction(opcode=Opcode.TABLE), Bound(post=32, bus=32)),
+        (good_tile(operand=1, k=8), Bound(load=8, array=8, post=4, store=4, bus=6, fetch=4)),
+        (Instruction(opcode=Opcode.TABLE), Bound(post=32, bus=32, fetch=32)),
         (Instruction(opcode=Opcode.HALT), Bound()),
     ],
 )
@@ -69,7 +69,7 @@ def test_bound_of_one_instruction(instruction: Instruction, expected: Bound) -> 
 
 def test_bounds_add_up_by_unit() -> None:
     total = bound_of([good_tile(k=5, cols=9), Instruction(opcode=Opcode.TABLE)], TINY)
-    assert total == Bound(load=5, array=15, post=41, store=9, bus=47)
+    assert total == Bound(load=5, array=15, post=41, store=9, bus=47, fetch=42)
     assert (total.cycles, total.unit) == (47, "bus")
     assert Bound(load=3, array=3).unit == "array"
 

@@ -11,6 +11,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from compiler.compile import compile_network
+from compiler.placement import RowPlacement
 from compiler.program import FORMAT_VERSION, Program, ProgramFileError, TensorInfo, load
 from hw.arch import PRESETS
 from hw.numerics import MASK_BIAS, PARAM_DTYPE
@@ -58,16 +59,16 @@ def test_tensor_layouts_are_inverse(shape: tuple[int, int, int], layout: str, he
         kept=True,
     )
     values = np.random.default_rng(0).integers(-128, 128, shape).astype(dtype)
-    raw = info.to_memory(values, 4)
-    assert len(raw) == info.nbytes(4)
-    back = info.from_memory(raw, 4)
+    raw = info.to_memory(values, TINY)
+    assert len(raw) == info.nbytes(TINY)
+    back = info.from_memory(raw, TINY)
     assert back.dtype == np.dtype(dtype)
     assert_array_equal(back, values)
 
 
 def test_columns_address_formula() -> None:
-    """address = ((batch * row_tiles + row_tile) * channels + channel) * T * itemsize + (row mod T) *
-    itemsize"""
+    """address = (row_tile * channels + channel) * T * itemsize + row in tile * itemsize; the tails of both batch entries
+    share the last row tile"""
     info = TensorInfo(
         name="t",
         of="t",
@@ -82,9 +83,10 @@ def test_columns_address_formula() -> None:
         kept=True,
     )
     values = np.arange(36, dtype=np.int16).reshape(2, 6, 3)
-    raw = info.to_memory(values, 4).view("<i2")
+    raw = info.to_memory(values, TINY).view("<i2")
     for batch, row, channel in np.ndindex(2, 6, 3):
-        assert raw[((batch * 2 + row // 4) * 3 + channel) * 4 + row % 4] == values[batch, row, channel]
+        tile, place = (batch, row) if row < 4 else (2, 2 * batch + row - 4)
+        assert raw[(tile * 3 + channel) * 4 + place] == values[batch, row, channel]
 
 
 def test_transposed_address_formula() -> None:
@@ -103,11 +105,12 @@ def test_transposed_address_formula() -> None:
         kept=True,
     )
     values = np.arange(120).astype(np.int8).reshape(2, 5, 12)
-    raw = info.to_memory(values, 4).view(np.int8)
+    raw = info.to_memory(values, TINY).view(np.int8)
     for batch, row, channel in np.ndindex(2, 5, 12):
         head, feature = divmod(channel, 6)
         block = (batch * 2 + head) * 2 + feature // 4
-        assert raw[(block * 8 + row) * 4 + feature % 4] == values[batch, row, channel]
+        place = row + (batch if row >= 4 else 0)  # where the shared tile has the tail of this batch entry
+        assert raw[(block * 8 + place) * 4 + feature % 4] == values[batch, row, channel]
 
 
 def test_image_holds_code_constants_and_masks(program: Program) -> None:
@@ -121,8 +124,11 @@ def test_image_holds_code_constants_and_masks(program: Program) -> None:
         raw = image[table.address : table.address + table.batch * table.stride].reshape(
             table.batch, table.stride
         )
-        entries = raw[:, : 8 * table.keys].copy().view(PARAM_DTYPE)
-        assert_array_equal(entries["bias"] == 0, inputs[table.tensor][:, 0] == 1)
+        place = RowPlacement(table.batch, table.keys, TINY.rows)
+        entries = raw[:, : 8 * place.span(0)].copy().view(PARAM_DTYPE)
+        for batch, keep in enumerate(inputs[table.tensor][:, 0]):
+            whole = raw[batch, : 8 * place.span(batch)].copy().view(PARAM_DTYPE)
+            assert_array_equal(np.flatnonzero(whole["bias"] == 0), place.own_rows(batch)[keep == 1])
         assert set(np.unique(entries["bias"])) <= {0, MASK_BIAS}
         assert (entries["mult"] == table.mult).all()
         assert (entries["shift"] == table.shift).all()
@@ -267,7 +273,11 @@ def _signed(members: dict[str, bytes], change: Callable[[dict], None]) -> None:
         (lambda m: _signed(m, lambda x: x.update(kind="other")), "kind is not"),
         (
             lambda m: _signed(m, lambda x: x.update(format_version=FORMAT_VERSION + 1)),
-            "format_version 2 is newer than 1",
+            "format_version is 3, this nmforge reads 2: use a newer nmforge",
+        ),
+        (
+            lambda m: _signed(m, lambda x: x.update(format_version=1)),
+            "format_version is 1, this nmforge reads 2: compile the model again",
         ),
         (
             lambda m: _signed(m, lambda x: x.update(format_version="1")),

@@ -63,6 +63,9 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     norm = good_tile(row_op=RowOp.LAYERNORM, row_shift=20, ln_shift=1)
     sparse = good_tile(format=Format.INDEX, n=1, m=2)
     psum = good_tile(psum_out=1, out=Out.NONE)
+    if not arch.sparse:
+        add("sparse format, but the hardware has none", base=sparse)
+        return cases
     for opcode in (0, *range(4, 16)):
         cases.append(
             Malformed(
@@ -117,6 +120,12 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("out LANES without SOFTMAX or EXP", base=norm, out=Out.LANES)
     add("row_first without MAX or EXP", base=softmax, row_first=1)
     add("row_last without EXP", base=softmax, row_last=1)
+    if not arch.attention:
+        add("STORE8T on an array whose rows are not its lanes", out=Out.STORE8T)
+    text = "o_skip and o_drop leave no row, or out is not STORE8 or STORE16"
+    for changes in ({"o_skip": arch.rows - 1, "o_drop": 1}, {"o_skip": 1, "o_drop": arch.rows - 1},
+                    {"o_skip": 1, "out": Out.STORE8T}, {"o_drop": 1, "out": Out.NONE, "psum_out": 1}):
+        add(text, **changes)
     for changes in ({"shift": 0}, {"mult": 1 << 15}):
         add("scale CONST: mult or shift out of range", **changes)
     for changes in ({"r_shift": 0, "r_mult": 1}, {"r_shift": 1, "r_mult": 1 << 15}):
@@ -137,7 +146,9 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("r_addr", alignment, residual=Residual.INT8, r_mult=1, r_shift=1, r_addr=column)
     add("g_addr", alignment, base=norm, g_addr=constant)
     add("o_addr", alignment, o_addr=column)
-    add("o_stride", alignment, out=Out.STORE8T, o_stride=column)
+    add("o_addr", alignment, out=Out.STORE16, o_addr=arch.rows)
+    if arch.attention:
+        add("o_stride", alignment, out=Out.STORE8T, o_stride=column)
     text = "operand ROWS without an earlier TILE"
     cases.append(Malformed(text, good_tile(operand=Operand.ROWS).encode(), ErrorCode.SEQUENCE, text))
     text = "scale ROW without an earlier TILE"

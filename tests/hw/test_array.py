@@ -1,5 +1,7 @@
 """The array against a matrix product, for every weight format, with and without stalls."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from amaranth import Module
@@ -76,18 +78,18 @@ def random_tile(rng, fmt, n, m, k, cols, unsigned_a):
     return [pack_bytes(c) for c in a], cmd, values, words, (a.T @ weight[:k, :cols]).T.tolist()
 
 
-def run_tiles(rng, tiles, stall, seed):
+def run_tiles(rng, tiles, stall, seed, arch=TINY):
     """Run (format, n, m, k, cols) tiles through loader and array; returns what came out and what was expected."""
     loads, cmds, columns, values, words, expected = [], [], [], [], [], []
     for fmt, n, m, k, cols in tiles:
         a, cmd, v, w, out = random_tile(rng, fmt, n, m, k, cols, int(rng.integers(2)))
-        loads.append({"count": k, "from_rows": 0, "bypass": 0})
+        loads.append({"count": k, "from_rows": 0, "bypass": 0, "a_unsigned": cmd["a_unsigned"]})
         cmds.append(cmd)
         columns += a
         values += v
         words += w
         expected += out
-    got = run_streams(LoaderAndArray(TINY), stall=stall, seed=seed, outputs={"o": len(expected)},
+    got = run_streams(LoaderAndArray(arch), stall=stall, seed=seed, outputs={"o": len(expected)},
                       inputs={"array_cmd": cmds, "load_cmd": loads, "columns": columns, "values": values, "positions": words})
     return got["o"], expected
 
@@ -100,12 +102,14 @@ def test_columns_are_not_overwritten_while_frozen():
     assert got == expected
 
 
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("stall", [0.0, 0.3])
 @pytest.mark.parametrize("seed", range(4))
-def test_array_equals_matrix_product(stall, seed):
+def test_array_equals_matrix_product(stall, seed, packing):
     rng = np.random.default_rng(seed)
     patterns = [(Format.DENSE, 1, 1), (Format.INDEX, 2, 4), (Format.BITMAP, 2, 4), (Format.INDEX, 1, 32), (Format.INDEX, 3, 7),
                 (Format.BITMAP, 31, 32), (Format.BITMAP, 3, 5), (Format.INDEX, 1, 2), (Format.BITMAP, 1, 1)]
     chosen = [patterns[(i + seed) % len(patterns)] if i % 3 else patterns[0] for i in range(12)]
-    got, expected = run_tiles(rng, [(*p, int(rng.integers(1, 40)), int(rng.integers(1, 14))) for p in chosen], stall, seed)
+    got, expected = run_tiles(rng, [(*p, int(rng.integers(1, 40)), int(rng.integers(1, 14))) for p in chosen], stall, seed,
+                              replace(TINY, packing=packing))
     assert got == expected

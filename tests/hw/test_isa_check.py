@@ -18,9 +18,10 @@ from tests.hw.malformed import good_tile, malformed_instructions, raw_with
 
 TINY = PRESETS["tiny"]
 WIDE = dataclasses.replace(PRESETS["sta4096"], row_depth=16, psum_depth=32)
+FLAT = dataclasses.replace(TINY, name="flat", lanes=16)
 
 
-@pytest.mark.parametrize("arch", [TINY, WIDE], ids=lambda arch: arch.name)
+@pytest.mark.parametrize("arch", [TINY, WIDE, FLAT], ids=lambda arch: arch.name)
 def test_every_malformed_instruction_breaks_its_rule(arch: Arch) -> None:
     for case in malformed_instructions(arch):
         code, text = check_raw(raw_fields(case.raw), arch)
@@ -29,7 +30,8 @@ def test_every_malformed_instruction_breaks_its_rule(arch: Arch) -> None:
 
 
 def test_every_rule_has_a_malformed_instruction() -> None:
-    assert {rule.text for rule in RULES} <= {case.text for case in malformed_instructions(TINY)}
+    archs = (TINY, FLAT, dataclasses.replace(TINY, sparse=False))
+    assert {rule.text for rule in RULES} <= {case.text for arch in archs for case in malformed_instructions(arch)}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from amaranth.sim import Simulator
 
 from hw.arch import PRESETS
-from hw.writer import Writer
+from hw.writer import WRITE_COMMAND, Writer
 from tests.hw.axi_memory import AxiMemory
 
 TINY = PRESETS["tiny"]
@@ -20,8 +20,11 @@ MAX_CYCLES = 50_000
 
 def random_command(rng, arch, size):
     if rng.random() < 0.25:
-        return {"addr": 0, "words": 0, "repeats": 0, "stride": 0, "store": 0}
-    unit = arch.rows
+        return dict.fromkeys(WRITE_COMMAND.members, 0)
+    wide = int(rng.random() < 0.3)
+    skip = rng.choice([0, 0, rng.randrange(arch.rows)])
+    drop = rng.choice([0, 0, rng.randrange(arch.rows - skip)])
+    unit = arch.rows << wide
     words, repeats = (
         rng.choice([1, 2, 3, rng.randrange(1, 80), rng.randrange(1, 150)]),
         rng.choice([1, 1, 2, 5]),
@@ -30,7 +33,8 @@ def random_command(rng, arch, size):
     span = (repeats - 1) * stride + words * unit + arch.bus_bytes
     near = rng.choice([4096, 8192]) - rng.randrange(40) * unit
     addr = near if near + span < size else rng.randrange((size - span) // unit) * unit
-    return {"addr": addr, "words": words, "repeats": repeats, "stride": stride, "store": 1}
+    return {"addr": addr, "words": words << wide, "repeats": repeats, "stride": stride, "store": 1, "wide": wide,
+            "o_skip": skip, "o_drop": drop}
 
 
 def random_words(rng, arch, cmd):
@@ -41,7 +45,11 @@ def store(memory, arch, cmd, words):
     """What the writer should do to the memory."""
     for k, word in enumerate(words):
         place = cmd["addr"] + (k // cmd["words"]) * cmd["stride"] + (k % cmd["words"]) * arch.rows
-        memory[place : place + arch.rows] = word.to_bytes(arch.rows, "little")
+        data = word.to_bytes(arch.rows, "little")
+        for byte in range(arch.rows):
+            row = (k % 2 * arch.rows + byte) // 2 if cmd.get("wide") else byte
+            if cmd.get("o_skip", 0) <= row < arch.rows - cmd.get("o_drop", 0):
+                memory[place + byte] = data[byte]
 
 
 def simulator(dut, memory):

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from compiler.compile import compile_network
 from compiler.program import Program
+from compiler.schedule import ORDERS
 from hw.arch import PRESETS, Arch
 from hw.isa import INSTRUCTION_BYTES, ErrorCode, Format, Instruction, Opcode, Out, RowOp, Scale, Source
 from sim.isa_engine import IsaError, run_isa
@@ -58,7 +59,8 @@ def test_random_network_equals_both_references(seed: int) -> None:
     if seed % 2 == 0:
         for name, value in run_reference(network, inputs).items():
             assert_array_equal(value, expected[name])
-    program = compile_network(network, arch, pipeline_depth=seed % 3, reuse=seed % 4 != 0)
+    order = ORDERS[seed // 2 % len(ORDERS)]
+    program = compile_network(network, arch, pipeline_depth=seed % 3, reuse=seed % 4 != 0, order=order)
     image = program.memory_image(inputs)
     result = run_isa(
         image,

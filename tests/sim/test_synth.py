@@ -1,13 +1,16 @@
 """Synthesis estimates: counts of known designs, the cache, errors, and that the whole accelerator maps."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from amaranth.back.verilog import convert as verilog_of
 
-from hw.arch import get_arch
+from hw.arch import PRESETS, get_arch
+from hw.lane import Mac, PackedMac, sum_bits, sum_word, wrap_bits
 from hw.verilog import TOP_NAME, cache_dir, verilog
-from sim.synth import TARGETS, SynthesisError, _repeated, synthesise, yosys_version
+from sim.synth import TARGETS, SynthesisError, _stub, synthesise, yosys_version
 from sim.verilator import ToolMissingError
 
 REGISTER = "module leaf(input clk, input [7:0] d, output reg [7:0] q); always @(posedge clk) q <= ~d; endmodule\n"
@@ -36,10 +39,13 @@ def test_instances_are_multiplied(target: str) -> None:
     found = synthesise(TOP, top="top", target=target)
     assert (found.ffs, found.luts, found.dsps, found.brams, found.target) == (24, 24, 0, 0, target)
     assert "leaf" not in found.cells
+    assert [(unit.name, unit.count, unit.ffs) for unit in found.units] == [("leaf", 3, 8), ("top", 1, 0)]
 
 
 @pytest.mark.parametrize(("target", "multiplier", "memory", "blocks"),
-                         [("xcup", "DSP48E2", "RAMB36E2", 1), ("ecp5", "MULT18X18D", "PDPW16KD", 2)])
+                         [("xcup", "DSP48E2", "RAMB36E2", 1), ("xc7", "DSP48E1", "RAMB36E1", 1),
+                          ("intel", "MISTRAL_MUL9X9", "MISTRAL_M10K", 4),
+                          ("ecp5", "MULT18X18D", "PDPW16KD", 2)])
 def test_hard_blocks(target: str, multiplier: str, memory: str, blocks: int) -> None:
     product = synthesise(MULTIPLY, top="top", target=target)
     assert product.dsps == product.cells[multiplier] == 1
@@ -47,22 +53,42 @@ def test_hard_blocks(target: str, multiplier: str, memory: str, blocks: int) -> 
     assert stored.brams == blocks and stored.lut_rams == 0
 
 
-def test_repeated_modules_keep_their_borders() -> None:
-    assert {"nmforge_lane", "nmforge_mac", "nmforge_position"} <= set(_repeated(verilog("tiny")))
-    assert _repeated(TOP) == ["leaf"]
+@pytest.mark.parametrize(("packing", "products"), [(False, 1), (True, 2)])
+def test_accumulators_are_in_the_dsp_block(packing: bool, products: int) -> None:
+    """Multiplier, product register, adder and sum register are one block; LUTs only for signs, or for wraps of the low field."""
+    arch = replace(PRESETS["tiny"], packing=packing)
+    mac = PackedMac(arch) if packing else Mac(sum_bits(arch))
+    found = synthesise(verilog_of(mac, name="mac", emit_src=False, strip_internal_attrs=True), top="mac", target="xcup")
+    assert found.dsps == 1 and found.luts <= (8 if packing else 1) * products
+    assert found.ffs == sum_word(arch)[0] + (wrap_bits(arch) + 3 if packing else 0)
+
+
+def test_stub() -> None:
+    stub = _stub("module leaf(a, q);\n  input [7:0] a;\n  wire [7:0] a;\n  output q;\n  assign q = a[0];\nendmodule\n")
+    assert stub.startswith("(* blackbox *)\nmodule leaf(a, q);") and "input [7:0] a;" in stub and "assign" not in stub
 
 
 def test_cache(fresh_cache: Path) -> None:
     first = synthesise(REGISTER, top="leaf", target="ecp5")
     assert synthesise(REGISTER, top="leaf", target="ecp5") == first  # seconds too
     (entry,) = fresh_cache.iterdir()
+    assert entry.parent == cache_dir() / "synth"
     entry.write_text("{")
+    with pytest.raises(SynthesisError, match=f"{entry.name} was damaged and is removed: run again"):
+        synthesise(REGISTER, top="leaf", target="ecp5")
     assert synthesise(REGISTER, top="leaf", target="ecp5").cells == first.cells
-    assert entry.read_text() != "{" and entry.parent == cache_dir() / "synth"
+
+
+def test_a_unit_is_mapped_once_for_all_designs(fresh_cache: Path) -> None:
+    """What a design shares with another comes from the cache."""
+    lines: list[str] = []
+    synthesise(TOP, top="top", target="ecp5", progress=lines.append)
+    synthesise(TOP.replace("leaf b", "leaf other"), top="top", target="ecp5", progress=lines.append)
+    assert [line.partition(",")[0] for line in lines] == ["mapped 1/2: leaf", "mapped 2/2: top", "mapped 1/1: top"]
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="unknown synthesis target 'ice40'; known targets: xcup, ecp5"):
+    with pytest.raises(ValueError, match="unknown synthesis target 'ice40'; known targets: xcup, xc7, intel, ecp5"):
         synthesise(TOP, top="top", target="ice40")
     with pytest.raises(ValueError, match="no module 'missing'"):
         synthesise(TOP, top="missing")
@@ -94,7 +120,8 @@ def test_yosys_is_missing(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 def test_accelerator_maps() -> None:
-    """The smallest preset for the target that is quicker; ``python -m benchmarks area`` has the others."""
+    """The smallest preset for the target that is quicker; ``python -m benchmarks silicon`` has the others."""
     found = synthesise(verilog("tiny"), top=TOP_NAME, target="ecp5")
     assert found.dsps >= get_arch("tiny").macs
     assert found.brams > 0 and found.luts > found.lut_rams > 0 and found.ffs > 0
+    assert sum(unit.count * unit.luts for unit in found.units) == found.luts and found.levels > 0
