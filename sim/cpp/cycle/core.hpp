@@ -303,7 +303,7 @@ private:
         row_waits_ = row_busy;
         waits_ = posted.waits;
         blocked_ = posted.blocked;
-        return row_steps || !post_.still() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
+        return row_steps || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
                stored.word || store_.owes() || scales_.settling() || (ready & valid_ & 1u << reader::r);
     }
 
