@@ -19,12 +19,13 @@ from tests.sim.cycle_cases import compare, random_case, run_rtl
 from tests.sim.small_network import random_input, small_network
 
 TINY = PRESETS["tiny"]
+FLAT = replace(TINY, name="flat", lanes=16)
 WIDE = replace(TINY, name="wide", lane_depth=128, row_depth=64, psum_depth=64, bus_bytes=32, fifo_beats=64)
 HALT = Instruction(opcode=Opcode.HALT).encode()
 
 
-@pytest.mark.parametrize("arch", [TINY, WIDE], ids=lambda arch: arch.name)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("arch", [TINY, FLAT, WIDE], ids=lambda arch: arch.name)
+@pytest.mark.parametrize("seed", range(25))
 def test_equals_the_rtl(arch, seed):
     case = random_case(seed, arch, repeat=1 + seed % 4 * 3)
     rtl = run_rtl(case)
