@@ -107,7 +107,7 @@ public:
         if (!active_) return;
         v.reference(ref_);
         v.exact(in_group_);
-        v.exact(in_word_);
+        if (!now_->array.dense) v.exact(in_word_);
         v.countdown(groups_, 1);
         v.countdown(columns_, lanes_floor_);
     }

@@ -20,6 +20,7 @@ public:
 
     // issue : every queue has room. fetched : an instruction is offered.
     void step(const Program& program, bool issue, bool fetched) {
+        if ((state_ == kFetch && !fetched) || (state_ == kIssue && !issue)) return;
         const bool divided = division_ == 0;
         if (!divided) --division_;
         switch (state_) {
@@ -344,7 +345,7 @@ private:
 
         const bool ar = arbiter_.arvalid() && memory_.arready;
         const uint32_t ar_beats = arbiter_.beats();
-        if (requested || arbiter_.awake() || memory_.rvalid) {
+        if (requested || memory_.rvalid || arbiter_.awake()) {
             arbiter_.step(granted, granted_beats, memory_.arready, memory_.rvalid && memory_.rlast);
         }
         step_writer(pops);

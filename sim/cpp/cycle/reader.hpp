@@ -53,7 +53,7 @@ public:
     void step(const ReadCommand* cmd, uint32_t ref, uint32_t dep, bool data, bool ready, bool granted, uint32_t completed) {
         const bool read = narrow_ ? step_narrow(cmd, ref, ready) : widen_ ? step_wide(ready) : ready;
         const bool pop = fifo_.out && read;
-        issue(cmd, granted, completed, pop);
+        issue(granted, completed, pop);
         if (cmd) {
             hold_ = true;
             held_ = *cmd;
@@ -116,15 +116,13 @@ private:
         return left_.value <= edge ? left_.value : edge;
     }
 
-    void issue(const ReadCommand* cmd, bool granted, uint32_t completed, bool pop) {
+    void issue(bool granted, uint32_t completed, bool pop) {
         waits_ = false;
-        credit_ += pop;
-        if (!cmd && !granted && (!hold_ || active_) && (!active_ || request_)) return;
-        credit_ -= pop;
         const uint32_t count = burst();
         const bool final = left_.value <= count;
         const bool take = active_ && (!request_ || granted) && credit_ >= count;
         credit_ += pop;
+        if (!take && !granted && (!hold_ || active_)) return;
         if (granted) request_ = false;
         if (take) {
             credit_ -= count;
@@ -200,6 +198,7 @@ private:
             frame_first_ = 0;
             frame_left_.value = final ? 0 : end - ratio_;
         }
+        if (!push && framing_ && !(take && final) && !commands_.settling()) return;
         if (take && final && frame_repeats_.value != 1) {
             frame_first_ = frame_following_;
             frame_left_.load(frame_words_);
