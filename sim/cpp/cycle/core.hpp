@@ -366,16 +366,20 @@ private:
         static_assert(kReaderUnit[reader::a] == 0 && kReaderUnit[reader::g] == reader::g - 1, "units start with the readers");
         const uint32_t offered = queues_.offered() << 1 & ((1u << reader::kCount) - 1);
         uint32_t busy = awake_ | (offered & accepting_);
-        if (owner >= 0) busy |= 1u << owner;
         if (granted >= 0) busy |= 1u << granted;
         if (fetch) busy |= 1u << reader::fetch;
         uint32_t wake = busy | (ready & valid_);
+        if (owner >= 0) wake |= 1u << owner;
         const uint32_t completed = writer_.completed();
         for (; wake != 0; wake &= wake - 1) {
             const int channel = __builtin_ctz(wake);
             const uint32_t bit = 1u << channel;
             Reader& reader = readers_[channel];
-            if (!(busy & bit) && reader.step_inside()) continue;
+            if (!(busy & bit) && reader.step_inside(channel == owner, ready & bit)) {
+                awake_ |= reader.awake() << channel;
+                valid_ = reader.valid() ? valid_ | bit : valid_ & ~bit;
+                continue;
+            }
             const ReadCommand* cmd = nullptr;
             uint32_t ref = kNoInstruction, dep = kNeverWaits;
             if (reader.cmd_ready()) {

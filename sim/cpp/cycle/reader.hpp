@@ -32,19 +32,31 @@ public:
 
     // Something may move although no input does.
     bool awake() const {
-        if ((hold_ && !active_) || fifo_.settling()) return true;
+        if ((hold_ && !active_) || fifo_.settling() || commands_.settling()) return true;
         if (active_ && !request_ && credit_ >= burst()) return true;
         if (narrow_) return !framed_ ? framing_ || commands_.level() : !framing_ && commands_.level();
         return widen_ && fifo_.out && !full_;
     }
 
-    // A word is taken and nothing else happens: done, unless it was the last of its beat.
-    bool step_inside() {
-        if (!narrow_) return false;
+    // The cycle of a reader that is not awake, in the middle of a run of words: a beat arrives, a word is taken, or both.
+    // Returns false, and does nothing, if it is not that simple.
+    bool step_inside(bool data, bool ready) {
+        if (!framing_ || !framed_ || frame_first_ + frame_left_.value <= ratio_) return false;
         const uint32_t current = inside_ ? slot_ : first_;
-        if (current == last_) return false;
-        inside_ = true;
-        slot_ = (current + 1) & (ratio_ - 1);
+        const bool read = ready && fifo_.out && current == last_;
+        if (read) {
+            inside_ = false;
+            first_ = frame_first_;
+            last_ = ratio_ - 1;
+            frame_left_.value -= ratio_ - frame_first_;
+            frame_first_ = 0;
+            ++credit_;
+        } else if (ready && fifo_.out) {
+            inside_ = true;
+            slot_ = (current + 1) & (ratio_ - 1);
+            if (!data) return true;
+        }
+        fifo_.tick(data, read);
         return true;
     }
 
