@@ -22,6 +22,9 @@ SET: tuple[tuple[Arch, int, int, dict[str, int]], ...] = (
     (replace(_TINY, name="tiny, bus 16", bus_bytes=16, row_depth=16), 0, 40, {"repeat": 5}),
     (replace(_TINY, name="tiny, bus 64", bus_bytes=64), 0, 40, {"repeat": 5}),
     (replace(_TINY, name="8 x 8, bus 128", rows=8, lanes=8, bus_bytes=128, fifo_beats=64), 0, 40, {"repeat": 3}),
+    (PRESETS["ecp5"], 0, 20, {"ops": 4}),
+    (replace(_TINY, name="dense only", sparse=False), 0, 20, {"repeat": 3}),
+    (replace(PRESETS["gemv256"], lanes=16, bus_bytes=16, name="4 x 16"), 0, 30, {"repeat": 3}),
     (PRESETS["sta256"], 0, 20, {"max_channels": 600, "ops": 3}),
     (PRESETS["sta1024"], 0, 10, {"max_channels": 1000, "ops": 3}),
 )

@@ -11,7 +11,7 @@ from hw.isa import INSTRUCTION_BYTES, ErrorCode, Instruction, Opcode
 from hw.isa_check import check_instruction
 from sim.cycle import run_code, run_cycles
 from sim.cycle_check import check_code, code_fields
-from sim.engine import AcceleratorError, CycleLimitError
+from sim.engine import AcceleratorError, CycleLimitError, VerilatorEngine
 from sim.memory import MemoryModel
 from sim.simulate import simulate
 from tests.hw.malformed import malformed_instructions
@@ -19,12 +19,13 @@ from tests.sim.cycle_cases import compare, random_case, run_rtl
 from tests.sim.small_network import random_input, small_network
 
 TINY = PRESETS["tiny"]
+FLAT = replace(TINY, name="flat", lanes=16)
 WIDE = replace(TINY, name="wide", lane_depth=128, row_depth=64, psum_depth=64, bus_bytes=32, fifo_beats=64)
 HALT = Instruction(opcode=Opcode.HALT).encode()
 
 
-@pytest.mark.parametrize("arch", [TINY, WIDE], ids=lambda arch: arch.name)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("arch", [TINY, FLAT, WIDE], ids=lambda arch: arch.name)
+@pytest.mark.parametrize("seed", range(25))
 def test_equals_the_rtl(arch, seed):
     case = random_case(seed, arch, repeat=1 + seed % 4 * 3)
     rtl = run_rtl(case)
@@ -66,7 +67,18 @@ def test_program_without_halt():
     with pytest.raises(AcceleratorError) as stop:
         run_code(2 * table, TINY)
     assert (stop.value.code, stop.value.address) == (ErrorCode.END, 2 * INSTRUCTION_BYTES)
-    assert run_code(table + HALT + b"\xff" * INSTRUCTION_BYTES, TINY).cycles > 256
+
+
+@pytest.mark.parametrize("latency", [1, 40, 300])
+def test_end_while_reads_are_in_flight(latency):
+    """TABLE completes before its entries are read: the memory ports finish after HALT."""
+    memory = MemoryModel(latency=latency)
+    code = 2 * Instruction(opcode=Opcode.TABLE, p_addr=0x1000).encode() + HALT + 20 * b"\xff" * INSTRUCTION_BYTES
+    image = np.zeros(1 << 14, np.uint8)
+    image[: len(code)] = np.frombuffer(code, np.uint8)
+    with VerilatorEngine(TINY, image, model=memory) as engine:
+        rtl = engine.run(code_address=0, instructions=len(code) // INSTRUCTION_BYTES, max_cycles=100_000)
+    assert run_code(code, TINY, memory).counters == rtl.counters
 
 
 def test_bad_arguments():

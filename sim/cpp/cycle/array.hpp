@@ -61,8 +61,8 @@ public:
         Result result{};
         bool cmd_end = false, word_end = false;
         if (fire) {
-            const bool group_end = in_group_ + 1 == now_->array.n, tile_end = group_end && groups_.value == 1;
-            word_end = tile_end || in_word_ + 1 == now_->array.word_steps;
+            const bool group_end = in_group_ + 1u == now_->array.n, tile_end = group_end && groups_.value == 1;
+            word_end = tile_end || in_word_ + 1u == now_->array.word_steps;
             cmd_end = tile_end && columns_.value <= lanes;
             if (tile_end) result.tile_cols = columns_.value < lanes ? columns_.value : lanes;
             in_group_ = group_end ? 0 : in_group_ + 1;
@@ -107,7 +107,7 @@ public:
         if (!active_) return;
         v.reference(ref_);
         v.exact(in_group_);
-        v.exact(in_word_);
+        if (!now_->array.dense) v.exact(in_word_);
         v.countdown(groups_, 1);
         v.countdown(columns_, lanes_floor_);
     }
@@ -148,9 +148,9 @@ public:
             --left_;
             valid_ = true;
         }
-        if (copy) left_ = static_cast<uint8_t>(cols);
+        if (copy) left_ = static_cast<uint16_t>(cols);
         if (!advance) return;
-        stages_ = (stages_ << 8 | tile_cols) & kStageMask;
+        stages_ = (stages_ << kBits | tile_cols) & kStageMask;
         ring.freed = ended_before;
     }
 
@@ -164,13 +164,14 @@ public:
     }
 
 private:
-    static_assert(kArrayLatency < 8, "a byte per stage");
-    static constexpr uint64_t kStageMask = (1ull << 8 * kArrayLatency) - 1;
+    static constexpr unsigned kBits = 10;  // of a stage: up to 256 columns
+    static_assert(kArrayLatency * kBits < 64, "all stages in a word");
+    static constexpr uint64_t kStageMask = (1ull << kBits * kArrayLatency) - 1;
 
-    uint32_t total() const { return stages_ >> 8 * (kArrayLatency - 1) & 255; }
+    uint32_t total() const { return stages_ >> kBits * (kArrayLatency - 1) & ((1u << kBits) - 1); }
     bool free(bool ready) const { return left_ == 0 || (left_ == 1 && (!valid_ || ready)); }
 
-    uint64_t stages_ = 0;  // a byte per pipeline stage: columns of the tile that ends there, or 0
-    uint8_t left_ = 0;     // columns still to be drained
+    uint64_t stages_ = 0;  // a field per pipeline stage: columns of the tile that ends there, or 0
+    uint16_t left_ = 0;    // columns still to be drained
     bool valid_ = false;
 };

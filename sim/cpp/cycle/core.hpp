@@ -20,6 +20,7 @@ public:
 
     // issue : every queue has room. fetched : an instruction is offered.
     void step(const Program& program, bool issue, bool fetched) {
+        if ((state_ == kFetch && !fetched) || (state_ == kIssue && !issue)) return;
         const bool divided = division_ == 0;
         if (!divided) --division_;
         switch (state_) {
@@ -181,7 +182,6 @@ public:
         array_.visit(v);
         widen_.visit(v, queues_.head(unit::widen));
         post_.visit(v, queues_.head(unit::post));
-        skid_.visit(v);
         scales_.visit(v);
         row_.visit(v);
         if (const Commands* const route = queues_.head(unit::row_out)) v.progress(routed_, route->row_out.count);
@@ -249,20 +249,18 @@ private:
         const Commands *const store = queues_.head(unit::store), *const route = queues_.head(unit::row_out);
         const Commands* const widen = queues_.head(unit::widen);
         const bool row_valid = row_.valid(), to_lanes = route && route->row_out.lanes, word_ready = writer_.ready();
-        const bool post_valid = skid_.valid(post_), post_rows = skid_.rows(post_);
-        const bool post_column = post_valid && !post_rows;
+        const bool post_column = post_.out_valid() && !post_.out_rows();
         const bool column = store && (store->store.from_rows ? route && !to_lanes && row_valid : post_column);
         const Store::Result stored = store_.decide(store, column, word_ready);
         const bool stores_rows = stored.take && store->store.from_rows;
-        const bool post_ready = post_rows ? row_.ready() : stored.take && !stores_rows;
-        const bool to_rows = post_valid && post_rows && post_ready, skid_ready = skid_.ready();
-        const bool skid_moves = skid_.step(post_, post_ready);
+        const bool post_ready = post_.out_rows() ? row_.ready() : stored.take && !stores_rows;
+        const bool to_rows = post_.out_valid() && post_.out_rows() && post_ready;
 
         const bool residual = widen_.valid(widen, valid(reader::r));
         const Post::Operands offered{array_.valid(), load && load->load.bypass && valid(reader::a), valid(reader::p), residual,
                                      scales_.out};
         Post::Result posted{};
-        if (post || !post_.sleeping()) posted = post_.step(post, offered, skid_ready);
+        if (post || !post_.sleeping()) posted = post_.step(post, offered, post_ready);
         acc_ready_ = posted.take && post->post.source == source::ARRAY;
         const bool bypass_ready = posted.take && post->post.source == source::STREAM;
         const bool widened = posted.take && post->post.residual;
@@ -306,7 +304,7 @@ private:
         row_waits_ = row_busy;
         waits_ = posted.waits;
         blocked_ = posted.blocked;
-        return row_steps || skid_moves || !post_.still() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
+        return row_steps || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
                stored.word || store_.owes() || scales_.settling() || (ready & valid_ & 1u << reader::r);
     }
 
@@ -347,7 +345,7 @@ private:
 
         const bool ar = arbiter_.arvalid() && memory_.arready;
         const uint32_t ar_beats = arbiter_.beats();
-        if (requested || arbiter_.awake() || memory_.rvalid) {
+        if (requested || memory_.rvalid || arbiter_.awake()) {
             arbiter_.step(granted, granted_beats, memory_.arready, memory_.rvalid && memory_.rlast);
         }
         step_writer(pops);
@@ -368,16 +366,20 @@ private:
         static_assert(kReaderUnit[reader::a] == 0 && kReaderUnit[reader::g] == reader::g - 1, "units start with the readers");
         const uint32_t offered = queues_.offered() << 1 & ((1u << reader::kCount) - 1);
         uint32_t busy = awake_ | (offered & accepting_);
-        if (owner >= 0) busy |= 1u << owner;
         if (granted >= 0) busy |= 1u << granted;
         if (fetch) busy |= 1u << reader::fetch;
         uint32_t wake = busy | (ready & valid_);
+        if (owner >= 0) wake |= 1u << owner;
         const uint32_t completed = writer_.completed();
         for (; wake != 0; wake &= wake - 1) {
             const int channel = __builtin_ctz(wake);
             const uint32_t bit = 1u << channel;
             Reader& reader = readers_[channel];
-            if (!(busy & bit) && reader.step_inside()) continue;
+            if (!(busy & bit) && reader.step_inside(channel == owner, ready & bit)) {
+                awake_ |= reader.awake() << channel;
+                valid_ = reader.valid() ? valid_ | bit : valid_ & ~bit;
+                continue;
+            }
             const ReadCommand* cmd = nullptr;
             uint32_t ref = kNoInstruction, dep = kNeverWaits;
             if (reader.cmd_ready()) {
@@ -431,7 +433,6 @@ private:
     MacArray array_;
     Widen widen_;
     Post post_;
-    Skid skid_;
     Fifo scales_;
     RowUnit row_;
     Progress routed_;  // RowRoute

@@ -42,14 +42,16 @@ public:
         bool take, last, waits, blocked, params_taken, done;
     };
 
-    bool out_valid() const { return stages_ >> kLast & kValid; }
-    bool out_rows() const { return stages_ >> kLast & kRows; }
-    bool sleeping() const { return stages_ == 0 && flushed_ == 0; }
-    bool still() const { return stages_ == 0 && flushed_ == 0; }
+    // What leaves the skid behind the last stage.
+    bool out_valid() const { return kept_ || (stages_ >> kLast & kValid); }
+    bool out_rows() const { return kept_ ? kept_rows_ : stages_ >> kLast & kRows; }
+    bool sleeping() const { return stages_ == 0 && flushed_ == 0 && !kept_; }
 
-    // One cycle. out_ready : what follows takes the last stage's column.
+    // One cycle. out_ready : what follows takes the column that is offered.
     Result step(const Commands* c, const Operands& offered, bool out_ready) {
-        const bool advance = !out_valid() || out_ready;
+        const bool advance = !kept_ || !(stages_ >> kLast & kValid), keep = out_valid() && !out_ready;
+        kept_rows_ = out_rows();
+        kept_ = keep;
         Result result{};
         uint64_t enter = 0;
         bool loading = false;
@@ -67,7 +69,7 @@ public:
                     result.last = index_.last(post.cols);
                     result.params_taken = post.by_column;
                     result.done = result.last;
-                    enter = kValid | (post.psum_out ? kKeep : 0) | (post.rows ? kRows : 0);
+                    enter = kValid | post.psum_out * kKeep | post.rows * kRows;
                     index_.move(result.last);
                 }
             }
@@ -80,6 +82,7 @@ public:
     template <class Visitor>
     void visit(Visitor& v, const Commands* c) {
         v.exact(stages_);
+        v.exact(static_cast<uint8_t>(kept_ | (kept_ && kept_rows_) << 1));
         v.exact(entry_);
         v.exact(flushed_);
         if (!c || c->post.load_table) return;
@@ -88,7 +91,7 @@ public:
     }
 
 private:
-    enum Flag : uint64_t { kValid = 1, kKeep = 2, kRows = 4 };
+    static constexpr uint64_t kValid = 1, kKeep = 2, kRows = 4;
     static_assert(kPostStages <= 8, "a byte per stage");
     static constexpr unsigned kLast = 8 * (kPostStages - 1);
     static constexpr uint64_t kStageMask = kPostStages == 8 ? ~0ull : (1ull << 8 * (kPostStages % 8)) - 1;
@@ -113,38 +116,15 @@ private:
 
     // Partial sums end after the first stage: they are no output.
     void move(uint64_t enter) {
-        if (stages_ & kKeep) stages_ &= ~static_cast<uint64_t>(kValid);
+        if (stages_ & kKeep) stages_ &= ~kValid;
         stages_ = (stages_ << 8 | enter) & kStageMask;
     }
 
     uint64_t stages_ = 0;
+    bool kept_ = false, kept_rows_ = false;  // StreamSkid: a column kept aside, and where it goes
     uint16_t entry_ = 0;
     uint8_t flushed_ = 0;
     Progress index_;
-};
-
-// `StreamSkid` behind the post unit: keeps a column aside that what follows does not take.
-class Skid {
-public:
-    bool ready() const { return !full_; }
-    bool valid(const Post& post) const { return full_ || post.out_valid(); }
-    bool rows(const Post& post) const { return full_ ? rows_ : post.out_rows(); }
-
-    // One cycle, before the post unit's own. Returns whether anything changes.
-    bool step(const Post& post, bool taken) {
-        const bool full = valid(post) && !taken, changes = full != full_;
-        rows_ = rows(post);
-        full_ = full;
-        return changes;
-    }
-
-    template <class Visitor>
-    void visit(Visitor& v) {
-        v.exact(static_cast<uint8_t>(full_ | rows_ << 1));
-    }
-
-private:
-    bool full_ = false, rows_ = false;
 };
 
 // Store, with its Transposer.

@@ -32,19 +32,31 @@ public:
 
     // Something may move although no input does.
     bool awake() const {
-        if ((hold_ && !active_) || fifo_.settling()) return true;
+        if ((hold_ && !active_) || fifo_.settling() || commands_.settling()) return true;
         if (active_ && !request_ && credit_ >= burst()) return true;
         if (narrow_) return !framed_ ? framing_ || commands_.level() : !framing_ && commands_.level();
         return widen_ && fifo_.out && !full_;
     }
 
-    // A word is taken and nothing else happens: done, unless it was the last of its beat.
-    bool step_inside() {
-        if (!narrow_) return false;
+    // The cycle of a reader that is not awake, in the middle of a run of words: a beat arrives, a word is taken, or both.
+    // Returns false, and does nothing, if it is not that simple.
+    bool step_inside(bool data, bool ready) {
+        if (!framing_ || !framed_ || frame_first_ + frame_left_.value <= ratio_) return false;
         const uint32_t current = inside_ ? slot_ : first_;
-        if (current == last_) return false;
-        inside_ = true;
-        slot_ = (current + 1) & (ratio_ - 1);
+        const bool read = ready && fifo_.out && current == last_;
+        if (read) {
+            inside_ = false;
+            first_ = frame_first_;
+            last_ = ratio_ - 1;
+            frame_left_.value -= ratio_ - frame_first_;
+            frame_first_ = 0;
+            ++credit_;
+        } else if (ready && fifo_.out) {
+            inside_ = true;
+            slot_ = (current + 1) & (ratio_ - 1);
+            if (!data) return true;
+        }
+        fifo_.tick(data, read);
         return true;
     }
 
@@ -53,7 +65,7 @@ public:
     void step(const ReadCommand* cmd, uint32_t ref, uint32_t dep, bool data, bool ready, bool granted, uint32_t completed) {
         const bool read = narrow_ ? step_narrow(cmd, ref, ready) : widen_ ? step_wide(ready) : ready;
         const bool pop = fifo_.out && read;
-        issue(cmd, granted, completed, pop);
+        issue(granted, completed, pop);
         if (cmd) {
             hold_ = true;
             held_ = *cmd;
@@ -116,15 +128,13 @@ private:
         return left_.value <= edge ? left_.value : edge;
     }
 
-    void issue(const ReadCommand* cmd, bool granted, uint32_t completed, bool pop) {
+    void issue(bool granted, uint32_t completed, bool pop) {
         waits_ = false;
-        credit_ += pop;
-        if (!cmd && !granted && (!hold_ || active_) && (!active_ || request_)) return;
-        credit_ -= pop;
         const uint32_t count = burst();
         const bool final = left_.value <= count;
         const bool take = active_ && (!request_ || granted) && credit_ >= count;
         credit_ += pop;
+        if (!take && !granted && (!hold_ || active_)) return;
         if (granted) request_ = false;
         if (take) {
             credit_ -= count;
@@ -200,6 +210,7 @@ private:
             frame_first_ = 0;
             frame_left_.value = final ? 0 : end - ratio_;
         }
+        if (!push && framing_ && !(take && final) && !commands_.settling()) return;
         if (take && final && frame_repeats_.value != 1) {
             frame_first_ = frame_following_;
             frame_left_.load(frame_words_);
