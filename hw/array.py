@@ -80,7 +80,7 @@ class Drain(wiring.Component):
 
 
 class MacArray(wiring.Component):
-    """`lanes` x `rows` multiply-accumulates. One step per cycle; sums are ready `ARRAY_LATENCY` cycles after a tile's last step.
+    """`lanes` x `rows` multiply-accumulates. One step per cycle; sums are ready `array_latency` cycles after a tile's last step.
 
     Members
     -------
@@ -112,8 +112,9 @@ class MacArray(wiring.Component):
         wiring.connect(m, drain.o, wiring.flipped(self.o))
 
         stage = data.StructLayout({"valid": 1, "first": 1, "last": 1, "unsigned_a": 1, "cols": feeder.tile_cols.shape()})
-        issue, address, ram, product, total = (Signal(stage, name=name) for name in
-                                               ("issue", "address", "ram", "product", "total"))
+        issue, address, ram, held, product, total = (Signal(stage, name=name) for name in
+                                                     ("issue", "address", "ram", "held", "product", "total"))
+        operands = held if arch.lane_register else ram
         advance = Signal()
         m.d.comb += [
             issue.eq(stage.const(None)), issue.valid.eq(feeder.step), issue.first.eq(feeder.first),
@@ -126,15 +127,18 @@ class MacArray(wiring.Component):
         ]
         with m.If(advance):
             # columns are given back when their last step has read the RAM, which a freeze may delay
-            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(ram), total.eq(product), self.freed.eq(feeder.freed)]
+            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(operands), total.eq(product), self.freed.eq(feeder.freed)]
+            if arch.lane_register:
+                m.d.sync += held.eq(ram)
         for index in range(arch.lanes):
             lane = Lane(arch)
             place(m, platform, f"lane{index}", lane, module="lane")
             m.d.comb += [
                 lane.write_en.eq(self.write_en), lane.write_addr.eq(self.write_addr), lane.write_data.eq(self.write_data),
                 lane.addr.eq(feeder.addr[index]), lane.weight.eq(feeder.weight[index]),
-                lane.control.ram.eq(address.valid & advance), lane.control.mul.eq(ram.valid & advance),
-                lane.control.unsigned_a.eq(ram.unsigned_a), lane.control.acc.eq(product.valid & advance),
+                lane.control.ram.eq(address.valid & advance), lane.control.hold.eq(ram.valid & advance),
+                lane.control.mul.eq(operands.valid & advance), lane.control.unsigned_a.eq(operands.unsigned_a),
+                lane.control.acc.eq(product.valid & advance),
                 lane.control.first.eq(product.first), lane.control.copy.eq(drain.copy),
                 *(drain.shadow[index][i].eq(lane.shadow[i]) for i in range(sum_word(arch)[1])),
             ]
