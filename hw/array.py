@@ -14,6 +14,7 @@ from hw.commands import array_command, column_layout
 from hw.feeder import Feeder
 from hw.lane import Lane, column_bits, sum_word, unpack_sums
 from hw.shared import place
+from hw.stream_util import StreamSkid
 
 __all__ = ["Drain", "MacArray"]
 
@@ -58,23 +59,25 @@ class Drain(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         left, lane, take = Signal(range(self._arch.lanes + 1)), Signal(range(self._arch.lanes)), Signal()
+        # what follows has a long way to ready, and so has this to the feeder
+        m.submodules.skid = skid = StreamSkid(data.ArrayLayout(sum_word(self._arch)[0], self._words))
         m.d.comb += [
-            take.eq((left != 0) & (~self.o.valid | self.o.ready)),
+            take.eq((left != 0) & (~skid.i.valid | skid.i.ready)), self.o.valid.eq(skid.o.valid), skid.o.ready.eq(self.o.ready),
             self.free.eq((left == 0) | ((left == 1) & take)),
         ]
-        with m.If(self.o.ready):
-            m.d.sync += self.o.valid.eq(0)
+        with m.If(skid.i.ready):
+            m.d.sync += skid.i.valid.eq(0)
         with m.If(take):
-            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), self.o.valid.eq(1)]
+            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), skid.i.valid.eq(1)]
         with m.If(self.copy):
             m.d.sync += [left.eq(self.cols), lane.eq(0)]
-        words = []
         for index in range(self._words):
             selector = Selector(self._arch)
             place(m, platform, f"selector{index}", selector, module="selector")
             m.d.comb += [selector.lane.eq(lane), selector.take.eq(take),
                          *(selector.i[i].eq(self.shadow[i][index]) for i in range(self._arch.lanes))]
-            words.append(selector.o)
+            m.d.comb += skid.i.payload[index].eq(selector.o)
+        words = [skid.o.payload[index] for index in range(self._words)]
         m.d.comb += [self.o.payload[t].eq(value) for t, value in enumerate(unpack_sums(self._arch, words))]
         return m
 

@@ -39,8 +39,8 @@ class RowControl(wiring.Signature):
 
     Members
     -------
-    take : a column enters; with psum_addr, the stored sums are read. advance : the pipeline moves.
-    keep, keep_addr : the sum (stage 0) goes to the psum RAM. psum_in : add the stored sum. bias : column bias.
+    take : a column enters; with psum_addr, the stored sums are read, and bias is added. advance : the pipeline moves.
+    keep, keep_addr : the sum (stage 0) goes to the psum RAM. psum_in : add the stored sum.
     r_mult, r_shift : residual. add : add the residual. table : use the table.
     table_en, table_addr, table_data : load one entry.
     """
@@ -91,10 +91,10 @@ class PostRow(wiring.Component):
             self.o.eq(Mux(use_table, looked.data.as_signed(), plain)),
         ]
         with m.If(c.take):
-            m.d.sync += acc.eq(self.acc)
+            m.d.sync += acc.eq(self.acc + c.bias)  # here and not to the stored sum: that comes out of its RAM late
         with m.If(c.advance):
             m.d.sync += [
-                biased.eq(total + c.bias), residual.eq(self.residual),
+                biased.eq(total), residual.eq(self.residual),
                 product.eq(biased * self.mult), r_product.eq(product_of(residual, c.r_mult, spare=self._arch.spare_dsps)),
                 scaled.eq(saturate(round_shift(product, self.shift), 16)), r_scaled.eq(round_shift(r_product, c.r_shift)),
                 added.eq(Mux(c.add, saturate(scaled + r_scaled, 16), scaled)),
@@ -189,14 +189,14 @@ class Post(wiring.Component):
         cmd, rows = self.cmd.payload, self._arch.rows
         params = data.View(param_layout(), self.params.payload)
         control = RowControl(self._arch).create()
-        shared = data.StructLayout({"bias": signed(32), "mult": signed(16), "shift": 6, "r_mult": 16, "r_shift": 6})
+        shared = data.StructLayout({"mult": signed(16), "shift": 6, "r_mult": 16, "r_shift": 6})
         sum_, biased, product = (Signal(shared, name=f"shared_{name}") for name in ("sum", "biased", "product"))
         scale, scale_biased, scale_product = (Signal(row_scale_layout(rows), name=name)
                                               for name in ("scale", "scale_biased", "scale_product"))
         by_column = cmd.scale == Scale.COLUMN
         with m.If(take):
             m.d.sync += [
-                sum_.bias.eq(Mux(by_column, params.bias, 0)), sum_.mult.eq(Mux(by_column, params.mult, cmd.mult)),
+                sum_.mult.eq(Mux(by_column, params.mult, cmd.mult)),
                 sum_.shift.eq(Mux(by_column, params.shift, cmd.shift)),
                 sum_.r_mult.eq(cmd.r_mult), sum_.r_shift.eq(cmd.r_shift),
             ]
@@ -215,7 +215,7 @@ class Post(wiring.Component):
         m.d.comb += [
             control.take.eq(take), control.advance.eq(advance), control.psum_addr.eq(index),
             control.keep.eq(stages[0].valid & stages[0].keep & advance), control.keep_addr.eq(keep_addr),
-            control.psum_in.eq(stages[0].psum_in), control.bias.eq(sum_.bias),
+            control.psum_in.eq(stages[0].psum_in), control.bias.eq(Mux(by_column & ~cmd.psum_out, params.bias, 0)),
             control.r_mult.eq(biased.r_mult), control.r_shift.eq(product.r_shift),
             control.add.eq(stages[3].add), control.table.eq(stages[4].table),
         ]
