@@ -144,7 +144,7 @@ class Mac(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        product, total = Signal(signed(17)), Signal(signed(32))
+        product, total = Signal(signed(17)), Signal(signed(31))
         with m.If(self.mul):
             m.d.sync += product.eq(Cat(self.a, self.a[7] & ~self.unsigned_a).as_signed() * self.w)
         with m.If(self.acc):  # one adder, so that it goes into the DSP block
