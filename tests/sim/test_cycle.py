@@ -39,9 +39,9 @@ def test_equals_the_rtl(arch, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_skipping_changes_nothing(name, seed):
     """On machines that take minutes to build for Verilator: with and without skipping, on programs in which much recurs."""
-    case = random_case(seed, PRESETS[name], ops=10)
+    case = random_case(seed, PRESETS[name], ops=4, repeat=6)
     for memory in (MemoryModel(), MemoryModel(latency=300, bytes_per_cycle=PRESETS[name].bus_bytes // 2)):
-        fast, slow = (run_cycles(case.program, memory, skip=skip) for skip in (True, False))
+        fast, slow = (run_code(case.code, PRESETS[name], memory, skip=skip) for skip in (True, False))
         assert fast.counters == slow.counters
         assert np.array_equal(fast.completed, slow.completed)
 

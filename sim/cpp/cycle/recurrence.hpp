@@ -71,10 +71,13 @@ public:
             const uint64_t length = next.index - from.index;
             if (alike <= length) alike = common(from, to, 0, length + 1, kMany);
             if (alike <= length || !fetch_lasts(to.fetch, length * to.fetch.beats_per_word)) break;
-            if (next.resting && fetch_rests(next, from, to)) best = &next;
+            if (next.resting && fetch_lasts(to.fetch, taken(next, from))) best = &next;
         }
         return best;
     }
+
+    // Beats that the fetch channel loses between a snapshot and a checkpoint.
+    static uint32_t taken(const Checkpoint& next, const Snapshot& from) { return from.fetch.level - next.core.fetch().level(); }
 
 private:
     static constexpr uint64_t kMany = ~0u >> 1;
@@ -123,17 +126,6 @@ private:
         return fetch.level >= beats + 2 && fetch.credit + beats < fetch.burst;
     }
 
-    // Of the beats that the fetch channel loses on the way to `next`.
-    static bool fetch_rests(const Checkpoint& next, const Snapshot& from, const Snapshot& to) {
-        return fetch_lasts(to.fetch, taken(next, from));
-    }
-
-public:
-    static uint32_t taken(const Checkpoint& next, const Snapshot& from) {
-        return from.fetch.level - const_cast<Checkpoint&>(next).core.fetch().level();
-    }
-
-private:
     // The instructions in the machine are alike.
     bool same_behind(const Snapshot& from, const Snapshot& to) const {
         const uint64_t behind = to.oldest;
@@ -156,7 +148,8 @@ private:
     // The second instruction waits for the same, or neither waits at all: `base` stands for the first.
     bool same_wait(uint64_t first, uint64_t second, uint64_t base, uint64_t completed) const {
         const uint64_t dep = program_.dep(second);
-        return dep == program_.dep(first) || second + 1 <= completed + dep || (!waited_[base] && dep > program_.dep(first));
+        if (dep == program_.dep(first)) return true;
+        return !waited_[base] && (dep > program_.dep(first) || second + 1 <= completed + dep);
     }
 
     // So are as many that follow, with the one the dispatcher looks at.
