@@ -152,7 +152,7 @@ private:
     }
 
     void record() {
-        history_.push_back(std::make_unique<Checkpoint>(
+        history_.push_back(store_.keep(
             Checkpoint{core_, cycle_, stored_, now_.index, now_.fetch.bursts, now_.fetch.resting, core_.counts}));
     }
 
@@ -169,7 +169,7 @@ private:
     Core core_;
     const Comparison comparison_;
     SnapshotTable inner_, outer_;
-    std::vector<std::unique_ptr<Checkpoint>> history_;
+    std::vector<const Checkpoint*> history_;
     SnapshotStore store_;
     Present now_;
     uint64_t* const stores_;

@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from compiler.compile import compile_network
 from compiler.program import Program
 from hw.arch import Arch
-from hw.isa import INSTRUCTION_BYTES
+from hw.isa import FIELDS, INSTRUCTION_BYTES, Instruction, Opcode
 from sim.check import written_addresses
 from sim.cycle import CycleRun, run_code
 from sim.engine import VerilatorEngine
 from sim.memory import MemoryModel
 from tests.compiler.random_networks import random_inputs, random_network
 
-__all__ = ["Case", "RtlRun", "compare", "random_case", "random_memory", "run_rtl"]
+__all__ = ["Case", "RtlRun", "compare", "other_waits", "random_case", "random_memory", "run_rtl"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +55,33 @@ def random_memory(seed: int, bus_bytes: int) -> MemoryModel:
 def random_case(
     seed: int, arch: Arch, *, ops: int = 6, repeat: int = 1, max_channels: int | None = None, max_rows: int | None = None
 ) -> Case:
-    """The seed's program; its instructions `repeat` times, so that whole passes recur."""
+    """The seed's program; its instructions `repeat` times, so that whole passes recur, then with some other waits."""
     network = random_network(seed, arch, ops=ops, max_channels=max_channels, max_rows=max_rows)
     program = compile_network(network, arch)
     image = program.memory_image(random_inputs(np.random.default_rng(seed), network))
-    halt = program.code[-INSTRUCTION_BYTES:]
-    code = program.code[:-INSTRUCTION_BYTES] * repeat + halt
+    code = program.code[:-INSTRUCTION_BYTES] * repeat + program.code[-INSTRUCTION_BYTES:]
+    if repeat > 1 and seed % 2:
+        code = other_waits(code, seed)
     address = -(-len(image) // 4096) * 4096
     whole = np.zeros(address + -(-len(code) // arch.bus_bytes) * arch.bus_bytes, np.uint8)
     whole[: len(image)] = image
     whole[address : address + len(code)] = np.frombuffer(code, np.uint8)
     return Case(program, random_memory(seed, arch.bus_bytes), whole, code, address)
+
+
+def other_waits(code: bytes, seed: int) -> bytes:
+    """The same instructions, of which one in six waits for another one, or for none. Only the data suffer."""
+    rng = np.random.default_rng(seed)
+    field = next(field for field in FIELDS if field.name == "dep")
+    offset, mask = sum(other.bits for other in FIELDS[: FIELDS.index(field)]), (1 << field.bits) - 1
+    parts = [code[at : at + INSTRUCTION_BYTES] for at in range(0, len(code), INSTRUCTION_BYTES)]
+    for index in np.flatnonzero(rng.random(len(parts)) < 1 / 6).tolist():
+        word = int.from_bytes(parts[index], "little")
+        if Instruction.decode(parts[index]).opcode == Opcode.TILE:
+            dep = int(rng.choice([0, 1, rng.integers(1, 12), (word >> offset & mask) + rng.integers(-2, 3)]))
+            word = word & ~(mask << offset) | min(max(dep, 0), index) << offset
+        parts[index] = word.to_bytes(INSTRUCTION_BYTES, "little")
+    return b"".join(parts)
 
 
 def run_rtl(case: Case) -> RtlRun:

@@ -195,7 +195,7 @@ public:
         if (instructions != 0) queues_.shift(*program_, instructions);
     }
 
-    Reader& fetch() { return readers_[reader::fetch]; }
+    const Reader& fetch() const { return readers_[reader::fetch]; }
 
     // The state of `other`, where this one's fetch channel rests after it has lost `beats` more.
     void copy(const Core& other, uint32_t beats) {
@@ -206,9 +206,6 @@ public:
         readers_[reader::fetch] = fetch;
         fetches_ = fetches;
     }
-
-    uint32_t index() const { return dispatcher_.index(); }
-    uint32_t completed() const { return writer_.completed(); }
 
 private:
     // While the fetch channel rests, the rest of the machine does not depend on it.

@@ -15,8 +15,7 @@ public:
         narrow_ = bytes_ < bus_;
         widen_ = bytes_ > bus_;
         ratio_ = narrow_ ? bus_ / bytes_ : bytes_ / bus_;
-        depth_ = arch.fifo_beats[channel] + 1;
-        credit_ = arch.fifo_beats[channel];
+        credit_ = room_ = arch.fifo_beats[channel];
         span_ = bus_ * kBurstBeats - 1;
     }
 
@@ -78,7 +77,7 @@ public:
     // Words wait at the output and nothing is on its way: whoever takes the words cannot tell how many are left, until the
     // next burst is requested or there are none. Not for words narrower than the bus.
     bool resting() const {
-        return !narrow_ && !hold_ && !request_ && fifo_.out && (!widen_ || full_) && credit_ + fifo_.level() == depth_ - 1;
+        return !narrow_ && !hold_ && !request_ && fifo_.out && (!widen_ || full_) && credit_ + fifo_.level() == room_;
     }
 
     uint32_t level() const { return fifo_.level(); }
@@ -259,7 +258,7 @@ private:
         uint32_t ref;
     };
 
-    uint32_t bus_ = 0, bytes_ = 0, bus_shift_ = 0, byte_shift_ = 0, ratio_ = 0, depth_ = 0, span_ = 0;
+    uint32_t bus_ = 0, bytes_ = 0, bus_shift_ = 0, byte_shift_ = 0, ratio_ = 0, room_ = 0, span_ = 0;
     bool narrow_ = false, widen_ = false;
     // _Issuer
     bool hold_ = false, active_ = false, request_ = false, waits_ = false;

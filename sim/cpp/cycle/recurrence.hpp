@@ -5,7 +5,10 @@
 // followed is copied, up to a checkpoint recorded there, as long as the instructions are alike (`Comparison::reach`).
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <new>
 #include <vector>
@@ -59,7 +62,7 @@ public:
 
     // The last of the checkpoints recorded after `from` that `to` will come to, too; null if there is none.
     const Checkpoint* reach(const Snapshot& from, const Snapshot& to,
-                            const std::vector<std::unique_ptr<Checkpoint>>& history) const {
+                            const std::vector<const Checkpoint*>& history) const {
         const Checkpoint* best = nullptr;
         uint64_t alike = 0;
         for (uint64_t i = from.history; i < history.size(); ++i) {
@@ -68,10 +71,13 @@ public:
             const uint64_t length = next.index - from.index;
             if (alike <= length) alike = common(from, to, 0, length + 1, kMany);
             if (alike <= length || !fetch_lasts(to.fetch, length * to.fetch.beats_per_word)) break;
-            if (next.resting && fetch_rests(next, from, to)) best = &next;
+            if (next.resting && fetch_lasts(to.fetch, taken(next, from))) best = &next;
         }
         return best;
     }
+
+    // Beats that the fetch channel loses between a snapshot and a checkpoint.
+    static uint32_t taken(const Checkpoint& next, const Snapshot& from) { return from.fetch.level - next.core.fetch().level(); }
 
 private:
     static constexpr uint64_t kMany = ~0u >> 1;
@@ -120,17 +126,6 @@ private:
         return fetch.level >= beats + 2 && fetch.credit + beats < fetch.burst;
     }
 
-    // Of the beats that the fetch channel loses on the way to `next`.
-    static bool fetch_rests(const Checkpoint& next, const Snapshot& from, const Snapshot& to) {
-        return fetch_lasts(to.fetch, taken(next, from));
-    }
-
-public:
-    static uint32_t taken(const Checkpoint& next, const Snapshot& from) {
-        return from.fetch.level - const_cast<Checkpoint&>(next).core.fetch().level();
-    }
-
-private:
     // The instructions in the machine are alike.
     bool same_behind(const Snapshot& from, const Snapshot& to) const {
         const uint64_t behind = to.oldest;
@@ -153,7 +148,8 @@ private:
     // The second instruction waits for the same, or neither waits at all: `base` stands for the first.
     bool same_wait(uint64_t first, uint64_t second, uint64_t base, uint64_t completed) const {
         const uint64_t dep = program_.dep(second);
-        return dep == program_.dep(first) || second + 1 <= completed + dep || (!waited_[base] && dep > program_.dep(first));
+        if (dep == program_.dep(first)) return true;
+        return !waited_[base] && (dep > program_.dep(first) || second + 1 <= completed + dep);
     }
 
     // So are as many that follow, with the one the dispatcher looks at.
@@ -167,12 +163,14 @@ private:
     uint8_t* const waited_;
 };
 
-// Snapshots, each in as much memory as it needs. They go all at once.
+// Snapshots and checkpoints, each in as much memory as it needs. They go all at once.
 class SnapshotStore {
 public:
+    const Checkpoint* keep(const Checkpoint& moment) { return new (reserve(sizeof moment)) Checkpoint(moment); }
+
     const Snapshot* keep(const Snapshot& state) {
         const size_t counts = sizeof(Snapshot::Count) * state.count_size, size = sizeof state + counts + state.size;
-        uint8_t* const place = reserve((size + 7) / 8 * 8);
+        uint8_t* const place = reserve(size);
         auto* const kept = new (place) Snapshot(state);
         kept->count = reinterpret_cast<Snapshot::Count*>(place + sizeof state);
         kept->bytes = place + sizeof state + counts;
@@ -189,18 +187,26 @@ public:
     }
 
 private:
-    static constexpr size_t kChunk = 1 << 18, kMostChunks = 128;
+    static constexpr size_t kChunk = 1 << 21, kMostChunks = 32;
+
+    struct Free {
+        void operator()(uint8_t* chunk) const { std::free(chunk); }
+    };
 
     uint8_t* reserve(size_t size) {
+        size = (size + 7) / 8 * 8;
         if (used_ + size > kChunk) {
-            chunks_.emplace_back(new uint8_t[kChunk]);
+            auto* const chunk = static_cast<uint8_t*>(std::aligned_alloc(kChunk, kChunk));
+            if (chunk == nullptr) throw std::bad_alloc{};
+            madvise(chunk, kChunk, MADV_HUGEPAGE);  // one page fault instead of 512
+            chunks_.emplace_back(chunk);
             used_ = 0;
         }
         used_ += size;
         return chunks_.back().get() + used_ - size;
     }
 
-    std::vector<std::unique_ptr<uint8_t[]>> chunks_;
+    std::vector<std::unique_ptr<uint8_t, Free>> chunks_;
     size_t used_ = kChunk;
 };
 

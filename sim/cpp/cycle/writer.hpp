@@ -10,7 +10,6 @@ public:
         ratio_ = arch.bus_bytes / arch.write_bytes;
         word_shift_ = log2_of(arch.write_bytes);
         span_ = kBurstBeats * ratio_ - 1;
-        beats_depth_ = arch.writer_beats + 1;
         beats_room_ = arch.writer_beats - kRoomMargin;
     }
 
@@ -165,7 +164,7 @@ private:
         token_.pop_front();
     }
 
-    uint32_t ratio_ = 0, word_shift_ = 0, span_ = 0, beats_depth_ = 0, beats_room_ = 0;
+    uint32_t ratio_ = 0, word_shift_ = 0, span_ = 0, beats_room_ = 0;
     bool hold_ = false, active_ = false, full_ = false, end_ = false, last_ = false, ended_ = false, room_ = false;
     uint8_t beat_ = 0, open_beats_ = 0, sent_beats_ = 0;
     int16_t lead_ = 0;
