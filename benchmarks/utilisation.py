@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from algo.sparsify import finalize, sparsify
 from benchmarks import RESULTS, Table
 from benchmarks.workloads import WORKLOADS, Workload, compile_workload
 from compiler.program import Program
@@ -13,7 +14,7 @@ from hw.arch import get_arch
 from nmforge.api import compile
 from sim.cycle import run_cycles
 from sim.memory import MemoryModel
-from sim.plots import plot_utilisation, plot_waits
+from sim.plots import columns
 from sim.simulate import simulate
 
 __all__ = ["PATTERNS", "gemv_program", "mixed", "run"]
@@ -21,9 +22,10 @@ __all__ = ["PATTERNS", "gemv_program", "mixed", "run"]
 PATTERNS = (None, "2:4", "2:8", "1:4", "1:8")
 ODD = ("3:4", "5:7", "1:32")
 SQUARE = ("sta256", "sta1024", "sta4096")
-MIXED: Mapping[str, str | None] = {"*query": "2:4", "*key": "2:4", "*value": "1:4", "*output": None, "*up": "1:8", "*down": "2:8"}
-NOTE = ("Memory: latency 64 cycles; shared: reads and writes together move the width of the bus a cycle; each way: reads and writes "
-        "the width of the bus each, as the two data channels of AXI allow. Cycles from start to done, everything counted.")
+MIXED = {"*query": "2:4", "*key": "2:4", "*value": "1:4", "*up": "1:8", "*down": "2:8"}
+Key = tuple[str, str, str | None]
+NOTE = ("Memory: latency 64 cycles; shared: reads and writes together move the width of the bus a cycle; each way: reads and "
+        "writes the width of the bus each, as the two data channels of AXI allow. Cycles from start to done, everything counted.")
 
 
 def run() -> list[Table]:
@@ -39,15 +41,27 @@ def run() -> list[Table]:
         ideal = programs[preset, name, None][0].ideal_cycles / program.ideal_cycles
         rows.append((f"{preset}, {WORKLOADS[name].title}", pattern or "dense", shared, rtl, program.ideal_cycles / shared,
                      program.ideal_cycles / duplex, dense[0] / shared, dense[1] / duplex, ideal))
-    plot_utilisation({f"{preset} {pattern or 'dense'}": [programs[preset, name, pattern][0].ideal_cycles
-                                                         / cycles[preset, name, pattern][1] for name in WORKLOADS]
-                      for preset in SQUARE for pattern in (None, "2:4", "2:8", "1:8")},
-                     [w.title for w in WORKLOADS.values()], RESULTS / "utilisation.png")
-    plot_waits({f"{name} {pattern or 'dense'}": run_cycles(programs["sta1024", name, pattern][0], _memory("sta1024", 2)).counters
-                for name in WORKLOADS for pattern in (None, "2:4", "1:8")}, RESULTS / "waits.png")
-    columns = ("preset, one layer of", "pattern", "cycles, shared", "of them RTL", "utilisation, shared", "utilisation, each way",
-               "speed-up, shared", "speed-up, each way", "ideal")
-    return [Table("Whole encoder layers", columns, tuple(rows), NOTE), _whole_models(), _odd_patterns(), _gemv()]
+    _plot(programs, cycles)
+    names = ("preset, one layer of", "pattern", "cycles, shared", "RTL", "utilisation, shared", "utilisation, each way",
+             "speed-up, shared", "speed-up, each way", "ideal")
+    return [Table("Whole encoder layers", names, tuple(rows), NOTE), _whole_models(), _odd_patterns(), _gemv()]
+
+
+def _plot(programs: Mapping[Key, tuple[Program, object]], cycles: Mapping[Key, tuple[int, int]]) -> None:
+    """How utilisation falls as patterns thin out and arrays grow, and where the cycles of sta1024 go."""
+    patterns = (None, "2:4", "2:8", "1:8")
+    shares = {f"{preset}, {pattern or 'dense'}": [programs[key][0].ideal_cycles / cycles[key][1] for key in programs
+                                                  if (key[0], key[2]) == (preset, pattern)]
+              for preset in SQUARE for pattern in patterns}
+    picture = columns([w.title for w in WORKLOADS.values()], shares, label="utilisation (bus width each way)", limit=1.0)
+    (RESULTS / "utilisation.png").write_bytes(picture)
+    runs = {f"{name} {pattern or 'dense'}": run_cycles(programs["sta1024", name, pattern][0], _memory("sta1024", 2))
+            for name in WORKLOADS for pattern in patterns}
+    waits = {"array works": "array_busy", "waits for weights": "array_wait_weights", "waits for columns": "array_wait_columns",
+             "blocked by post-processing": "array_blocked"}
+    parts = {title: [run.counters[counter] / run.cycles for run in runs.values()] for title, counter in waits.items()}
+    parts["nothing to do"] = [1 - sum(run.counters[counter] for counter in waits.values()) / run.cycles for run in runs.values()]
+    (RESULTS / "waits.png").write_bytes(columns(list(runs), parts, label="cycles of the array, sta1024", stack=True, limit=1.0))
 
 
 def _memory(preset: str, factor: int) -> MemoryModel:
@@ -65,9 +79,10 @@ def _whole_models() -> Table:
         program, _ = compile_workload(whole, pattern, "sta1024")
         result = run_cycles(program)
         dense = dense or result.cycles
-        rows.append((pattern or "dense", result.cycles, program.ideal_cycles / result.cycles, dense / result.cycles, result.wall_s))
-    return Table("BERT-base, 12 layers, n = 128, sta1024", ("pattern", "cycles, shared", "utilisation", "speed-up", "simulated in s"),
-                 tuple(rows), NOTE)
+        share = program.ideal_cycles / result.cycles
+        rows.append((pattern or "dense", result.cycles, share, dense / result.cycles, result.wall_s))
+    names = ("pattern", "cycles, shared", "utilisation", "speed-up", "simulated in s")
+    return Table("BERT-base, 12 layers, n = 128, sta1024", names, tuple(rows), NOTE)
 
 
 def mixed(workload: Workload, preset: str) -> tuple[Program, float]:
@@ -91,8 +106,6 @@ def _odd_patterns() -> Table:
 
 def gemv_program(features: int, pattern: str | None) -> tuple[Program, torch.Tensor]:
     """One token through a square linear layer, as in decoding."""
-    from algo.sparsify import finalize, sparsify
-
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(features, features)).eval(), torch.randn(1, 1, features)
     if pattern is not None:
@@ -110,5 +123,6 @@ def _gemv() -> Table:
             rtl = simulate(program, x, check=False).cycles if features == 2048 else None
             beats = sum(count for name, count in result.counters.items() if "beats" in name)
             rows.append((f"{features} x {features}", pattern or "dense", result.cycles, rtl, beats / result.cycles))
-    return Table("Matrix times vector (n = 1) on gemv256", ("matrix", "pattern", "cycles", "of them RTL", "share of the bandwidth"),
-                 tuple(rows), "64 bytes a cycle, reads and writes together; latency 64 cycles.")
+    names = ("matrix", "pattern", "cycles", "RTL", "share of the bandwidth")
+    return Table("Matrix times vector (n = 1) on gemv256", names, tuple(rows),
+                 "64 bytes a cycle, reads and writes together; latency 64 cycles.")

@@ -76,7 +76,7 @@ def build(workload: Workload, *, seed: int = 0) -> tuple[nn.Module, dict[str, Te
 
 
 def compile_workload(
-    workload: Workload, pattern: str | Mapping[str, str | None] | None, arch: str | Arch, *, seed: int = 0
+    workload: Workload, pattern: str | Mapping[str, str] | None, arch: str | Arch, *, seed: int = 0
 ) -> tuple[Program, dict[str, Tensor]]:
     """Prune by magnitude to `pattern` (None: dense; a dict of name globs: mixed), compile; also the inputs."""
     model, inputs = build(workload, seed=seed)

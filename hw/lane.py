@@ -24,13 +24,12 @@ from hw.arch import Arch
 from hw.shared import place
 
 __all__ = [
-    "ARRAY_LATENCY", "MAX_ARRAY_LATENCY", "Lane", "LaneControl", "Mac", "PackedMac", "PackedModel", "array_latency", "column_bits", "lane_column",
-    "sum_bits", "sum_word", "unpack_sums", "wrap_bits",
+    "ARRAY_LATENCY", "MAX_ARRAY_LATENCY", "Lane", "LaneControl", "Mac", "PackedMac", "PackedModel", "array_latency",
+    "column_bits", "lane_column", "sum_bits", "sum_word", "unpack_sums", "wrap_bits",
 ]
 
 ARRAY_LATENCY = 4
 """Cycles from a step leaving the feeder to its product in the accumulator: address, RAM, product, sum."""
-
 
 MAX_ARRAY_LATENCY = ARRAY_LATENCY + 1
 """The largest `array_latency`."""
