@@ -14,7 +14,7 @@ from benchmarks import RESULTS, Table, save
 FAST: tuple[str, ...] = ("datapaths",)
 """Modules that take minutes at most."""
 
-SLOW: tuple[str, ...] = ("silicon", "cycle_set", "cycle_speed")
+SLOW: tuple[str, ...] = ("utilisation", "silicon", "cycle_set", "cycle_speed", "simulation_speed")
 """Modules that run only when named, or with ``--slow``."""
 
 

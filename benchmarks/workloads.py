@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algo.sparsify import finalize, sparsify
-from compiler.compile import compile_model
 from compiler.program import Program
 from hw.arch import Arch
 from models.bert import BertConfig, BertModel
+from nmforge.api import compile
 
 __all__ = ["WORKLOADS", "Workload", "build", "compile_workload"]
 
@@ -76,11 +76,11 @@ def build(workload: Workload, *, seed: int = 0) -> tuple[nn.Module, dict[str, Te
 
 
 def compile_workload(
-    workload: Workload, pattern: str | Mapping[str, str | None] | None, arch: str | Arch, *, seed: int = 0
+    workload: Workload, pattern: str | Mapping[str, str] | None, arch: str | Arch, *, seed: int = 0
 ) -> tuple[Program, dict[str, Tensor]]:
     """Prune by magnitude to `pattern` (None: dense; a dict of name globs: mixed), compile; also the inputs."""
     model, inputs = build(workload, seed=seed)
     if pattern is not None:
         sparsify(model, pattern, method="magnitude")
         finalize(model)
-    return compile_model(model, inputs, arch=arch, calibration=[inputs]), inputs
+    return compile(model, inputs, arch=arch, calibration=[inputs]), inputs

@@ -148,13 +148,11 @@ def compile_network(
     """
     target, report = get_arch(arch), progress or _silent
     report("lower", 0, 1)
-    candidates = ORDERS if measure is not None and order == "cost" else (order,)
-    programs = []
-    for done, name in enumerate(candidates):
-        lowered = lower(network, target, pipeline_depth=pipeline_depth, reuse=reuse, order=name)
-        programs.append(_program(network, target, lowered, inputs, outputs))
-        report("lower", done + 1, len(candidates))
-    return programs[0] if measure is None else min(programs, key=measure)
+    orders = ORDERS if measure is not None and order == "cost" else (order,)
+    lowered = lower(network, target, pipeline_depth=pipeline_depth, reuse=reuse, orders=orders)
+    programs = [_program(network, target, form, inputs, outputs) for form in lowered]
+    report("lower", 1, 1)
+    return programs[0] if measure is None or len(programs) == 1 else min(programs, key=measure)
 
 
 def _program(

@@ -29,8 +29,10 @@ from hw.row import norm_constants
 __all__ = ["Emitter", "Segment", "k_chunks", "mask_stride"]
 
 MAX_COLS = (1 << 16) - 1
-IDENTITY = {"mult": 2, "shift": 1}
-"""Requantisation that changes nothing: rshr(2 x, 1) = x."""
+NOTHING = {"source": Source.ZERO, "mult": 0, "shift": 1}
+"""Columns of zeros. A tensor without matmul comes as the residual, past the loader, which is then free for the next matmul."""
+IDENTITY = {"r_mult": 2, "r_shift": 1}
+"""Scaling that changes nothing: rshr(2 x, 1) = x."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +155,8 @@ class Emitter:
         fields, addresses, region = store
         return Step(
             op=index,
-            fields={"source": Source.STREAM, "cols": segment.stop - segment.start, **IDENTITY, **fields},
-            addresses={"a_addr": source, **addresses},
+            fields={**NOTHING, "residual": Residual.INT8, "cols": segment.stop - segment.start, **IDENTITY, **fields},
+            addresses={"r_addr": source, **addresses},
             reads=(read,),
             writes=(region,),
             note=f"copy {list(read)} columns {segment.start}..{segment.stop - 1} to {list(region)}",
@@ -338,16 +340,16 @@ class Emitter:
         for tile in range(self.placement(op.out).tiles):
             for segment in self.segments(op.out):
                 fields, addresses, reads, written = self.post(op, tile, segment)
-                fields |= {
-                    "source": Source.ZERO,
-                    "cols": segment.stop - segment.start,
-                    "mult": op.mult,
-                    "shift": op.shift,
-                }
+                fields |= {**NOTHING, "cols": segment.stop - segment.start}
                 if op.x is not None:
-                    fields["source"] = Source.STREAM
-                    addresses["a_addr"] = self.column(op.x, tile, segment.start)
+                    column = self.column(op.x, tile, segment.start)
                     reads += ((op.x, tile),)
+                    if op.residual is None:
+                        fields |= {"residual": Residual.INT8, "r_mult": op.mult, "r_shift": op.shift}
+                        addresses["r_addr"] = column
+                    else:
+                        fields |= {"source": Source.STREAM, "mult": op.mult, "shift": op.shift}
+                        addresses["a_addr"] = column
                 steps.append(
                     Step(
                         op=index,

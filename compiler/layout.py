@@ -104,6 +104,7 @@ class Layout:
             The two together are no product of atoms.
         """
         places = _places(inner.atoms)
+        _check_carry([atom for dim in self.dims for atom in dim], self.offset, places)
         dims = tuple(
             _joined([piece for atom in dim for piece in _through(atom, places)]) for dim in self.dims
         )
@@ -156,6 +157,18 @@ def _places(atoms: Dim) -> list[tuple[int, int, int]]:
         result.append((size, stride, low))
         low *= size
     return result
+
+
+def _check_carry(atoms: list[Atom], offset: int, places: list[tuple[int, int, int]]) -> None:
+    """Steps of a view must not run from one index of an outer place into the next: from an offset within a place, all its
+    steps there must end in it."""
+    for size, _, low in places:
+        reach = offset // low % size
+        for count, step in atoms:
+            if low <= step < low * size:
+                reach += min(count - 1, size * low // step - 1) * (step // low)
+        if reach >= size:
+            raise LayoutError(f"a slice from {offset} runs over the end of an atom of {size} at place {low}")
 
 
 def _through(atom: Atom, places: list[tuple[int, int, int]]) -> list[Atom]:

@@ -51,9 +51,14 @@ class Lowered:
 
 
 def lower(
-    network: QuantNetwork, arch: Arch, *, pipeline_depth: int = 1, reuse: bool = True, order: Order = "cost"
-) -> Lowered:
-    """Lower a network.
+    network: QuantNetwork,
+    arch: Arch,
+    *,
+    pipeline_depth: int = 1,
+    reuse: bool = True,
+    orders: Sequence[Order] = ("cost",),
+) -> list[Lowered]:
+    """Lower a network, once for each of the wanted orders of instructions.
 
     Parameters
     ----------
@@ -65,8 +70,8 @@ def lower(
         Attention: how many heads' scores are ahead of the outputs, 0 to 2.
     reuse
         Share memory between tensors of different times. False keeps every tensor to the end of the run.
-    order
-        Order of the instructions, see `compiler.schedule`.
+    orders
+        See `compiler.schedule`.
 
     Raises
     ------
@@ -83,10 +88,13 @@ def lower(
     check_network(network, arch)
     emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
     tasks = [task for index in order_operators(network) for task in _emit(emitter, network, index)]
-    steps = schedule(tasks, arch, depth=_safe_depth(network, arch, pipeline_depth), order=order)
-    steps = assign_dependences(insert_tables(steps))
-    steps.append(Step(op=-1, opcode=Opcode.HALT, note="end"))
-    return _assemble(emitter, network, steps, reuse)
+    depth = _safe_depth(network, arch, pipeline_depth)
+    return [_assemble(emitter, network, _finish(schedule(tasks, arch, depth=depth, order=order)), reuse) for order in orders]
+
+
+def _finish(steps: list[Step]) -> list[Step]:
+    """With tables, dependences and the end."""
+    return [*assign_dependences(insert_tables(steps)), Step(op=-1, opcode=Opcode.HALT, note="end")]
 
 
 def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:

@@ -163,10 +163,10 @@ class _Machine:
             first, last = self._matmul(step, cost, ready)
         else:
             self.bus = max(self.bus, self.post - AHEAD, ready) + cost.fetch
-            if source == Source.STREAM:
-                self.load = max(self.load, ready) + cost.load
-                first = self.load - cost.load
             last = self.bus
+            if source == Source.STREAM:  # through the loader, at the pace of the post unit
+                first = max(first, self.load)
+                self.load = max(self.post, first) + cost.load
         columns = self.columns(step, cost)
         stores = f.get("out", Out.NONE) in (Out.STORE8, Out.STORE16, Out.STORE8T)
         if stores and not f.get("row_op"):  # results leave in order

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 __all__ = ["PRESETS", "Arch", "get_arch"]
 
 
-_FLAGS = ("sparse", "packing", "spare_dsps")
+_FLAGS = ("sparse", "packing", "spare_dsps", "lane_register")
 
 
 def _is_power_of_two(value: int) -> bool:
@@ -43,6 +43,7 @@ class Arch:
     clock_mhz: int = 200  #: assumed clock for reports in seconds; no vendor tool was run
     sparse: bool = True  #: N:M weights; without, sparse instructions are malformed and there is no position reader or decoder
     spare_dsps: bool = False  #: squares and residual products of look-up tables, for devices with few multipliers
+    lane_register: bool = False  #: registers behind the lanes' RAMs, a cycle more, for devices whose block RAM is slow
     packing: bool = False  #: two token rows share a multiplier of 27 x 18 bits (DSP48E2), see hw/lane.py
 
     def __post_init__(self) -> None:
@@ -93,7 +94,7 @@ PRESETS: dict[str, Arch] = {
     for arch in (
         Arch(name="tiny", rows=4, lanes=4, lane_depth=64, row_depth=32, psum_depth=32, bus_bytes=8, fifo_beats=32),
         Arch(name="ecp5", rows=8, lanes=8, lane_depth=1024, row_depth=512, psum_depth=512, bus_bytes=16, fifo_beats=32,
-             clock_mhz=100, spare_dsps=True),
+             clock_mhz=100, spare_dsps=True, lane_register=True),
         Arch(name="sta256", rows=16, lanes=16, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=32,
              packing=True),
         Arch(name="sta1024", rows=32, lanes=32, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),

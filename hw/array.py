@@ -14,6 +14,7 @@ from hw.commands import array_command, column_layout
 from hw.feeder import Feeder
 from hw.lane import Lane, column_bits, sum_word, unpack_sums
 from hw.shared import place
+from hw.stream_util import StreamSkid
 
 __all__ = ["Drain", "MacArray"]
 
@@ -58,29 +59,31 @@ class Drain(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         left, lane, take = Signal(range(self._arch.lanes + 1)), Signal(range(self._arch.lanes)), Signal()
+        # what follows has a long way to ready, and so has this to the feeder
+        m.submodules.skid = skid = StreamSkid(data.ArrayLayout(sum_word(self._arch)[0], self._words))
         m.d.comb += [
-            take.eq((left != 0) & (~self.o.valid | self.o.ready)),
+            take.eq((left != 0) & (~skid.i.valid | skid.i.ready)), self.o.valid.eq(skid.o.valid), skid.o.ready.eq(self.o.ready),
             self.free.eq((left == 0) | ((left == 1) & take)),
         ]
-        with m.If(self.o.ready):
-            m.d.sync += self.o.valid.eq(0)
+        with m.If(skid.i.ready):
+            m.d.sync += skid.i.valid.eq(0)
         with m.If(take):
-            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), self.o.valid.eq(1)]
+            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), skid.i.valid.eq(1)]
         with m.If(self.copy):
             m.d.sync += [left.eq(self.cols), lane.eq(0)]
-        words = []
         for index in range(self._words):
             selector = Selector(self._arch)
             place(m, platform, f"selector{index}", selector, module="selector")
             m.d.comb += [selector.lane.eq(lane), selector.take.eq(take),
                          *(selector.i[i].eq(self.shadow[i][index]) for i in range(self._arch.lanes))]
-            words.append(selector.o)
+            m.d.comb += skid.i.payload[index].eq(selector.o)
+        words = [skid.o.payload[index] for index in range(self._words)]
         m.d.comb += [self.o.payload[t].eq(value) for t, value in enumerate(unpack_sums(self._arch, words))]
         return m
 
 
 class MacArray(wiring.Component):
-    """`lanes` x `rows` multiply-accumulates. One step per cycle; sums are ready `ARRAY_LATENCY` cycles after a tile's last step.
+    """`lanes` x `rows` multiply-accumulates. One step per cycle; sums are ready `array_latency` cycles after a tile's last step.
 
     Members
     -------
@@ -112,8 +115,9 @@ class MacArray(wiring.Component):
         wiring.connect(m, drain.o, wiring.flipped(self.o))
 
         stage = data.StructLayout({"valid": 1, "first": 1, "last": 1, "unsigned_a": 1, "cols": feeder.tile_cols.shape()})
-        issue, address, ram, product, total = (Signal(stage, name=name) for name in
-                                               ("issue", "address", "ram", "product", "total"))
+        issue, address, ram, held, product, total = (Signal(stage, name=name) for name in
+                                                     ("issue", "address", "ram", "held", "product", "total"))
+        operands = held if arch.lane_register else ram
         advance = Signal()
         m.d.comb += [
             issue.eq(stage.const(None)), issue.valid.eq(feeder.step), issue.first.eq(feeder.first),
@@ -126,15 +130,18 @@ class MacArray(wiring.Component):
         ]
         with m.If(advance):
             # columns are given back when their last step has read the RAM, which a freeze may delay
-            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(ram), total.eq(product), self.freed.eq(feeder.freed)]
+            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(operands), total.eq(product), self.freed.eq(feeder.freed)]
+            if arch.lane_register:
+                m.d.sync += held.eq(ram)
         for index in range(arch.lanes):
             lane = Lane(arch)
             place(m, platform, f"lane{index}", lane, module="lane")
             m.d.comb += [
                 lane.write_en.eq(self.write_en), lane.write_addr.eq(self.write_addr), lane.write_data.eq(self.write_data),
                 lane.addr.eq(feeder.addr[index]), lane.weight.eq(feeder.weight[index]),
-                lane.control.ram.eq(address.valid & advance), lane.control.mul.eq(ram.valid & advance),
-                lane.control.unsigned_a.eq(ram.unsigned_a), lane.control.acc.eq(product.valid & advance),
+                lane.control.ram.eq(address.valid & advance), lane.control.hold.eq(ram.valid & advance),
+                lane.control.mul.eq(operands.valid & advance), lane.control.unsigned_a.eq(operands.unsigned_a),
+                lane.control.acc.eq(product.valid & advance),
                 lane.control.first.eq(product.first), lane.control.copy.eq(drain.copy),
                 *(drain.shadow[index][i].eq(lane.shadow[i]) for i in range(sum_word(arch)[1])),
             ]

@@ -24,12 +24,21 @@ from hw.arch import Arch
 from hw.shared import place
 
 __all__ = [
-    "ARRAY_LATENCY", "Lane", "LaneControl", "Mac", "PackedMac", "PackedModel", "column_bits", "lane_column", "sum_bits",
-    "sum_word", "unpack_sums", "wrap_bits",
+    "ARRAY_LATENCY", "MAX_ARRAY_LATENCY", "Lane", "LaneControl", "Mac", "PackedMac", "PackedModel", "array_latency",
+    "column_bits", "lane_column", "sum_bits", "sum_word", "unpack_sums", "wrap_bits",
 ]
 
 ARRAY_LATENCY = 4
-"""Cycles from a step leaving the feeder to its product in the accumulator: address, RAM, product, sum. For every Arch."""
+"""Cycles from a step leaving the feeder to its product in the accumulator: address, RAM, product, sum."""
+
+MAX_ARRAY_LATENCY = ARRAY_LATENCY + 1
+"""The largest `array_latency`."""
+
+
+def array_latency(arch: Arch) -> int:
+    """`ARRAY_LATENCY`, and one more with `lane_register`."""
+    return ARRAY_LATENCY + arch.lane_register
+
 
 FIELD = 18
 """Bits of the low product's field: what is left of the 27-bit multiplier input beside a 9-bit activation."""
@@ -110,15 +119,15 @@ class LaneControl(wiring.Signature):
 
     Members
     -------
-    ram : a step's address is at the RAM.
-    mul : a step's activations left the RAM.
+    ram : a step's address is at the RAM. hold : its activations left the RAM for the register, if there is one.
+    mul : a step's activations left the RAM, or the register.
     unsigned_a : activations of that step are 0..255 (with packing, the RAM holds them with their sign).
     acc : a product is ready; `first` starts a new sum.
     copy : the sums are complete: copy them to the shadow registers.
     """
 
     def __init__(self) -> None:
-        super().__init__({name: Out(1) for name in ("ram", "mul", "unsigned_a", "acc", "first", "copy")})
+        super().__init__({name: Out(1) for name in ("ram", "hold", "mul", "unsigned_a", "acc", "first", "copy")})
 
 
 class Mac(wiring.Component):
@@ -138,7 +147,7 @@ class Mac(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        product, total = Signal(signed(17)), Signal(signed(32))
+        product, total = Signal(signed(17)), Signal(signed(31))
         with m.If(self.mul):
             m.d.sync += product.eq(Cat(self.a, self.a[7] & ~self.unsigned_a).as_signed() * self.w)
         with m.If(self.acc):  # one adder, so that it goes into the DSP block
@@ -188,7 +197,7 @@ class PackedMac(wiring.Component):
 
 
 class Lane(wiring.Component):
-    """RAM and `rows` multiply-accumulates. Latency: `ARRAY_LATENCY`, one step per cycle.
+    """RAM and `rows` multiply-accumulates. Latency: `array_latency`, one step per cycle.
 
     Members
     -------
@@ -222,7 +231,13 @@ class Lane(wiring.Component):
         with m.If(self.control.ram):
             m.d.sync += weight.eq(self.weight)
         add = self._add_packed if self._arch.packing else self._add_plain
-        add(m, platform, read.data, weight)
+        column = read.data
+        if self._arch.lane_register:
+            column, held = Signal(column_bits(self._arch), name="column"), Signal(signed(8))
+            with m.If(self.control.hold):
+                m.d.sync += [column.eq(read.data), held.eq(weight)]
+            weight = held
+        add(m, platform, column, weight)
         return m
 
     def _add_plain(self, m: Module, platform: object, column: Value, weight: Signal) -> None:

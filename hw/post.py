@@ -16,8 +16,8 @@ from hw.stream_util import StreamSkid
 
 __all__ = ["STAGES", "TABLE_FLUSH", "TABLE_WORDS", "Post", "PostRow", "RowControl"]
 
-STAGES = ("sum", "product", "scaled", "added", "looked")
-"""Pipeline registers a column passes: after the psum read, the multiply, the shift, the residual add, the table."""
+STAGES = ("sum", "biased", "product", "scaled", "added", "looked")
+"""Pipeline registers a column passes: after the psum read, the adders, the multiply, the shift, the residual add, the table."""
 
 TABLE_WORDS = 32
 """Parameter words of a TABLE, eight entries each."""
@@ -45,8 +45,8 @@ class RowControl(wiring.Signature):
 
     Members
     -------
-    take : a column enters; with psum_addr, the stored sums are read. advance : the pipeline moves.
-    keep, keep_addr : the sum (stage 0) goes to the psum RAM. psum_in : add the stored sum. bias : column bias.
+    take : a column enters; with psum_addr, the stored sums are read, and bias is added. advance : the pipeline moves.
+    keep, keep_addr : the sum (stage 0) goes to the psum RAM. psum_in : add the stored sum.
     r_mult, r_shift : residual. add : add the residual. table : use the table.
     table_en, table_addr, table_data : load one entry.
     """
@@ -65,7 +65,7 @@ class PostRow(wiring.Component):
 
     Members
     -------
-    control : see `RowControl`. acc : int32 sum. mult, shift : multiplier and shift, aligned with stages `sum` and `product`.
+    control : see `RowControl`. acc : int32 sum. mult, shift : multiplier and shift, aligned with stages `biased` and `product`.
     residual : aligned with stage `sum`. o : int16 result.
     """
 
@@ -84,6 +84,7 @@ class PostRow(wiring.Component):
         m.submodules.table = table = memory.Memory(shape=8, depth=256, init=[])
         keep, stored, entry, looked = psum.write_port(), psum.read_port(), table.write_port(), table.read_port()
         acc, total, biased = Signal(signed(32)), Signal(signed(32)), Signal(signed(32))
+        residual = Signal(signed(16))
         product, scaled, added = Signal(signed(48)), Signal(signed(16)), Signal(signed(16))
         r_product, r_scaled, plain = Signal(signed(33)), Signal(signed(33)), Signal(signed(16))
         use_table = Signal()
@@ -91,16 +92,16 @@ class PostRow(wiring.Component):
             stored.en.eq(c.take), stored.addr.eq(c.psum_addr),
             total.eq(acc + Mux(c.psum_in, stored.data, 0)),
             keep.en.eq(c.keep), keep.addr.eq(c.keep_addr), keep.data.eq(total),
-            biased.eq(total + c.bias),
             entry.en.eq(c.table_en), entry.addr.eq(c.table_addr), entry.data.eq(c.table_data),
             looked.en.eq(c.advance & c.table), looked.addr.eq(saturate(added, 8) ^ 0x80),
             self.o.eq(Mux(use_table, looked.data.as_signed(), plain)),
         ]
         with m.If(c.take):
-            m.d.sync += acc.eq(self.acc)
+            m.d.sync += acc.eq(self.acc + c.bias)  # here and not to the stored sum: that comes out of its RAM late
         with m.If(c.advance):
             m.d.sync += [
-                product.eq(biased * self.mult), r_product.eq(product_of(self.residual, c.r_mult, spare=self._arch.spare_dsps)),
+                biased.eq(total), residual.eq(self.residual),
+                product.eq(biased * self.mult), r_product.eq(product_of(residual, c.r_mult, spare=self._arch.spare_dsps)),
                 scaled.eq(saturate(round_shift(product, self.shift), 16)), r_scaled.eq(round_shift(r_product, c.r_shift)),
                 added.eq(Mux(c.add, saturate(scaled + r_scaled, 16), scaled)),
                 plain.eq(added), use_table.eq(c.table),
@@ -194,22 +195,25 @@ class Post(wiring.Component):
         cmd, rows = self.cmd.payload, self._arch.rows
         params = data.View(param_layout(), self.params.payload)
         control = RowControl(self._arch).create()
-        shared = data.StructLayout({"bias": signed(32), "mult": signed(16), "shift": 6, "r_mult": 16, "r_shift": 6})
-        sum_, product, scaled = (Signal(shared, name=f"shared_{name}") for name in ("sum", "product", "scaled"))
-        scale, scale_next = Signal(row_scale_layout(rows)), Signal(row_scale_layout(rows))
+        shared = data.StructLayout({"mult": signed(16), "shift": 6, "r_mult": 16, "r_shift": 6})
+        sum_, biased, product = (Signal(shared, name=f"shared_{name}") for name in ("sum", "biased", "product"))
+        scale, scale_biased, scale_product = (Signal(row_scale_layout(rows), name=name)
+                                              for name in ("scale", "scale_biased", "scale_product"))
         by_column = cmd.scale == Scale.COLUMN
         with m.If(take):
             m.d.sync += [
-                sum_.bias.eq(Mux(by_column, params.bias, 0)), sum_.mult.eq(Mux(by_column, params.mult, cmd.mult)),
+                sum_.mult.eq(Mux(by_column, params.mult, cmd.mult)),
                 sum_.shift.eq(Mux(by_column, params.shift, cmd.shift)),
                 sum_.r_mult.eq(cmd.r_mult), sum_.r_shift.eq(cmd.r_shift),
             ]
             with m.If(cmd.scale == Scale.ROW):
                 m.d.sync += scale.eq(self.scale.payload)
         with m.If(advance):
-            m.d.sync += [product.eq(sum_), scaled.eq(product)]
+            m.d.sync += [biased.eq(sum_), product.eq(biased)]
             with m.If(stages[0].by_row):
-                m.d.sync += scale_next.eq(scale)
+                m.d.sync += scale_biased.eq(scale)
+            with m.If(stages[1].by_row):
+                m.d.sync += scale_product.eq(scale_biased)
         keep_addr = Signal.like(index)
         residual = Signal(column_layout(rows, 16))
         with m.If(take):
@@ -217,9 +221,9 @@ class Post(wiring.Component):
         m.d.comb += [
             control.take.eq(take), control.advance.eq(advance), control.psum_addr.eq(index),
             control.keep.eq(stages[0].valid & stages[0].keep & advance), control.keep_addr.eq(keep_addr),
-            control.psum_in.eq(stages[0].psum_in), control.bias.eq(sum_.bias),
-            control.r_mult.eq(sum_.r_mult), control.r_shift.eq(product.r_shift),
-            control.add.eq(stages[2].add), control.table.eq(stages[3].table),
+            control.psum_in.eq(stages[0].psum_in), control.bias.eq(Mux(by_column & ~cmd.psum_out, params.bias, 0)),
+            control.r_mult.eq(biased.r_mult), control.r_shift.eq(product.r_shift),
+            control.add.eq(stages[3].add), control.table.eq(stages[4].table),
         ]
         for t in range(rows):
             row = PostRow(self._arch)
@@ -230,8 +234,8 @@ class Post(wiring.Component):
                       Mux(cmd.source == Source.STREAM, self.bypass.payload.word_select(t, 8).as_signed(), 0))
             m.d.comb += [
                 row.acc.eq(acc), row.residual.eq(residual[t]),
-                row.mult.eq(Mux(stages[0].by_row, scale.mult[t], sum_.mult)),
-                row.shift.eq(Mux(stages[1].by_row, scale_next.shift[t], product.shift)),
+                row.mult.eq(Mux(stages[1].by_row, scale_biased.mult[t], biased.mult)),
+                row.shift.eq(Mux(stages[2].by_row, scale_product.shift[t], product.shift)),
                 self._result[t].eq(row.o),
             ]
         return control

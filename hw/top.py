@@ -22,6 +22,7 @@ from hw.regs import Registers
 from hw.residual import Widen
 from hw.row import RowUnit
 from hw.store import RowRoute, Store
+from hw.stream_util import StreamSkid
 from hw.writer import Writer
 
 __all__ = ["COUNTERS", "EVENTS", "QUEUE_DEPTH", "READERS", "SCALES_DEPTH", "Accelerator", "Core", "reader_sizes", "writer_beats"]
@@ -139,6 +140,7 @@ class Core(wiring.Component):
         m.submodules.row = row = RowUnit(arch)
         m.submodules.route = route = RowRoute(arch)
         m.submodules.store = store = Store(arch)
+        m.submodules.skid = skid = StreamSkid(row.o.payload.shape())  # a long ready chain ends here
         m.submodules.scales = scales = Queue(row.scale.payload.shape(), depth=SCALES_DEPTH)
         read = {name: reader.o for name, reader in self._readers.items()}
         for source, sink in (
@@ -148,7 +150,7 @@ class Core(wiring.Component):
             (cmds["post"], post.cmd), (array.o, post.acc), (loader.bypass, post.bypass), (read["p"], post.params),
             (widen.o, post.residual), (scales.o, post.scale),
             (cmds["row"], row.cmd), (post.to_rows, row.i), (read["g"], row.params), (row.scale, scales.i),
-            (cmds["row_out"], route.cmd), (row.o, route.i),
+            (cmds["row_out"], route.cmd), (row.o, skid.i), (skid.o, route.i),
             (cmds["store"], store.cmd), (post.to_store, store.post), (route.store, store.row_unit), (store.o, self.words),
         ):
             join(m, source, sink)

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from algo.nm import NM
     from algo.sparsify import finalize, sparsify, sparsity_report
-    from compiler.compile import compile_model as compile
     from compiler.program import Program, load
     from hw.arch import PRESETS, Arch, get_arch
     from hw.verilog import verilog
     from models import create_model, list_models
-    from nmforge.api import verify
+    from nmforge.api import compile, verify
     from sim.handle import Dut
     from sim.memory import MemoryModel
     from sim.simulate import Run, simulate
@@ -61,7 +60,7 @@ _HOMES = {
     "Program": "compiler.program:Program",
     "Run": "sim.simulate:Run",
     "Trace": "sim.trace:Trace",
-    "compile": "compiler.compile:compile_model",
+    "compile": "nmforge.api:compile",
     "create_model": "models:create_model",
     "finalize": "algo.sparsify:finalize",
     "get_arch": "hw.arch:get_arch",

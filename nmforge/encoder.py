@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from compiler.compile import Progress, compile_model
+from compiler.compile import Progress
 from compiler.ops import QuantNetwork
 from compiler.program import Program
 from hw.arch import Arch
 from models.bert import BertClassifier, BertModel
+from nmforge.api import compile
 from nmforge.sentiment import Encoded, collate
 from sim.reference import dequantise, quantise_inputs, run_reference
 
@@ -72,7 +73,7 @@ def compile_encoder(
     """Compile a model's encoder for `batch` sequences of `length` tokens with a padding mask."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
     example = encoder_inputs(bert, (ids, torch.ones_like(ids)))
-    return compile_model(bert.encoder, example, arch=arch, calibration=calibration, progress=progress)
+    return compile(bert.encoder, example, arch=arch, calibration=calibration, progress=progress)
 
 
 def int8_logits(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from compiler.program import Program
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES
+from hw.lane import array_latency
 from hw.top import EVENTS, READERS, reader_sizes, writer_beats
 from hw.verilog import cache_dir
 from sim.counters import COUNTER_NAMES
@@ -46,7 +47,7 @@ class _Arch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("rows", "lanes", "lane_depth", "row_depth", "bus_bytes")),
         ("out_bytes", ctypes.c_uint32 * len(READERS)), ("fifo_beats", ctypes.c_uint32 * len(READERS)),
-        ("write_bytes", ctypes.c_uint32), ("writer_beats", ctypes.c_uint32),
+        ("write_bytes", ctypes.c_uint32), ("writer_beats", ctypes.c_uint32), ("array_latency", ctypes.c_uint32),
     ]  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def _arch(arch: Arch) -> _Arch:
     return _Arch(
         arch.rows, arch.lanes, arch.lane_depth, arch.row_depth, arch.bus_bytes,
         numbers(*(size for size, _ in sizes.values())), numbers(*(beats for _, beats in sizes.values())),
-        arch.rows, writer_beats(arch),
+        arch.rows, writer_beats(arch), array_latency(arch),
     )  # fmt: skip
 
 

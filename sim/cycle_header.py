@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from hw import dispatch, exp2, isa, post, reader, rownorm, rowscale, top, writer
 from hw.axi import BURST_BEATS
-from hw.lane import ARRAY_LATENCY
+from hw.lane import MAX_ARRAY_LATENCY
 
 __all__ = ["machine_header"]
 
@@ -23,7 +23,7 @@ _NUMBERS: dict[str, int] = {
     "kWriteBursts": writer.OUTSTANDING,
     "kRoomMargin": writer.ROOM_MARGIN,
     "kDividendBits": dispatch.DIVIDEND_BITS,
-    "kArrayLatency": ARRAY_LATENCY,
+    "kMaxArrayLatency": MAX_ARRAY_LATENCY,
     "kPostStages": len(post.STAGES),
     "kTableWords": post.TABLE_WORDS,
     "kTableFlush": post.TABLE_FLUSH,

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-__all__ = ["DENSE", "KINDS", "SPARSE", "bars", "grouped", "points", "short", "stacked", "to_svg"]
+__all__ = ["DENSE", "KINDS", "SPARSE", "bars", "columns", "grouped", "points", "short", "stacked", "to_svg"]
 
 SPARSE, DENSE = "#0f766e", "#94a3b8"
 """Colours of the two networks, everywhere."""
@@ -152,6 +152,35 @@ def points(places: Sequence[float], series: Mapping[str, Sequence[float]], *, la
             axes.grid(True, color=_GRID, linewidth=0.8)
             axes.set_axisbelow(True)
             axes.margins(0.16, 0.2)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def columns(
+    groups: Sequence[str], series: Mapping[str, Sequence[float]], *, label: str, stack: bool = False, limit: float | None = None
+) -> bytes:
+    """Vertical bars in groups, one colour a series; with `stack` on top of each other. A PNG file."""
+    colours = plt.get_cmap("tab20").colors if len(series) > len(KINDS) else KINDS  # type: ignore[attr-defined]
+    with plt.rc_context(_STYLE):
+        wide = max(6.4, 0.5 * len(groups) * (1 if stack else len(series) / 3))
+        figure, axes = plt.subplots(figsize=(wide, 4.0), layout="constrained")
+        width, bottom = (0.7 if stack else 0.86 / len(series)), [0.0] * len(groups)
+        for number, ((name, values), colour) in enumerate(zip(series.items(), colours)):
+            shift = 0 if stack else (number - (len(series) - 1) / 2) * width
+            axes.bar([i + shift for i in range(len(groups))], values, width * 0.94, bottom=bottom if stack else 0, color=colour,
+                     label=name)
+            bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+        axes.set_xticks(range(len(groups)), groups)
+        if len(groups) > 6:
+            axes.tick_params(axis="x", labelrotation=40)
+        axes.set_ylabel(label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(0, limit)
+        axes.yaxis.grid(True, color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside upper center", ncols=6)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
         plt.close(figure)

@@ -41,7 +41,7 @@ def test_random_program_with_fewer_rows_than_lanes(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("options", [{"packing": True}, {"sparse": False}], ids=str)
+@pytest.mark.parametrize("options", [{"packing": True}, {"sparse": False}, {"spare_dsps": True, "lane_register": True}], ids=str)
 def test_random_program_on_a_variant(options, seed):
     """Two products per multiplier; dense weights only, where sparse layers are compiled with their zeros."""
     arch = replace(TINY, **options)

@@ -276,7 +276,7 @@ def test_values_with_a_second_use_are_copied_once() -> None:
     network = replace(network, tensors=tensors, ops=(*network.ops, second), outputs=("out", "out2"))
     program = _run_and_compare(network, TINY)
     assert [t.name for t in program.tensors if t.of == "k"] == ["k", "k@transposed3"]
-    assert sum(i.source == Source.STREAM for i in program.instructions) == 2  # row tiles
+    assert sum(i.out == Out.STORE8T for i in program.instructions) == 2  # row tiles
 
 
 def test_layout_of_values() -> None:

@@ -102,14 +102,14 @@ def test_columns_are_not_overwritten_while_frozen():
     assert got == expected
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"lane_register": True}], ids=str)
 @pytest.mark.parametrize("stall", [0.0, 0.3])
 @pytest.mark.parametrize("seed", range(4))
-def test_array_equals_matrix_product(stall, seed, packing):
+def test_array_equals_matrix_product(stall, seed, options):
     rng = np.random.default_rng(seed)
     patterns = [(Format.DENSE, 1, 1), (Format.INDEX, 2, 4), (Format.BITMAP, 2, 4), (Format.INDEX, 1, 32), (Format.INDEX, 3, 7),
                 (Format.BITMAP, 31, 32), (Format.BITMAP, 3, 5), (Format.INDEX, 1, 2), (Format.BITMAP, 1, 1)]
     chosen = [patterns[(i + seed) % len(patterns)] if i % 3 else patterns[0] for i in range(12)]
     got, expected = run_tiles(rng, [(*p, int(rng.integers(1, 40)), int(rng.integers(1, 14))) for p in chosen], stall, seed,
-                              replace(TINY, packing=packing))
+                              replace(TINY, **options))
     assert got == expected

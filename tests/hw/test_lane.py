@@ -9,7 +9,19 @@ from amaranth import Const, Module, Signal
 from amaranth.sim import Simulator
 
 from hw.arch import PRESETS
-from hw.lane import FIELD, Lane, Mac, PackedMac, PackedModel, lane_column, sum_bits, sum_word, unpack_sums, wrap_bits
+from hw.lane import (
+    FIELD,
+    Lane,
+    Mac,
+    PackedMac,
+    PackedModel,
+    array_latency,
+    lane_column,
+    sum_bits,
+    sum_word,
+    unpack_sums,
+    wrap_bits,
+)
 
 PLAIN = PRESETS["tiny"]
 PACKED = replace(PLAIN, packing=True)
@@ -183,7 +195,7 @@ def test_packed_mac(arch, is_unsigned, freeze):
     assert run_mac(dut, arch, tiles, put, control, 2, freeze) == expected(tiles, 2)
 
 
-@pytest.mark.parametrize("arch", [PLAIN, PACKED], ids=["plain", "packed"])
+@pytest.mark.parametrize("arch", [PLAIN, PACKED, replace(PACKED, lane_register=True)], ids=["plain", "packed", "register"])
 def test_lane_sums_what_its_ram_holds(arch):
     """A lane by itself: columns written, read in any order, a step a cycle."""
     rng = random.Random(3)
@@ -199,13 +211,14 @@ def test_lane_sums_what_its_ram_holds(arch):
             ctx.set(dut.write_data, evaluate(lane_column(arch, packed, Const(0, 1)), ()))
             await ctx.tick()
         ctx.set(dut.write_en, 0)
-        for cycle in range(len(steps) + 4):
+        latency = array_latency(arch)
+        for cycle in range(len(steps) + latency):
             if cycle < len(steps):
                 ctx.set(dut.addr, steps[cycle][0])
                 ctx.set(dut.weight, steps[cycle][1])
-            for name, stage in (("ram", 0), ("mul", 1), ("acc", 2), ("copy", 3)):
+            for name, stage in (("ram", 0), ("hold", 1), ("mul", latency - 3), ("acc", latency - 2), ("copy", latency - 1)):
                 ctx.set(getattr(dut.control, name), stage <= cycle < len(steps) + stage)
-            ctx.set(dut.control.first, cycle == 2)
+            ctx.set(dut.control.first, cycle == latency - 2)
             await ctx.tick()
         words = [Const(ctx.get(word), sum_word(arch)[0]) for word in dut.shadow]
         found.extend(evaluate(value, ()) for value in unpack_sums(arch, words))

@@ -135,43 +135,46 @@ private:
 // MacArray without its feeder: the pipeline's tile ends, and the drain.
 class MacArray {
 public:
-    bool valid() const { return valid_; }
+    void configure(uint32_t latency) { latency_ = latency; }
 
-    // Combinational. ready : the post unit takes a column.
-    bool advance(bool ready) const { return total() == 0 || free(ready); }
+    bool valid() const { return valid_ || kept_; }
+
+    bool advance() const { return total() == 0 || free(); }
 
     void step(bool advance, bool ready, uint32_t tile_cols, LaneRing& ring, uint32_t ended_before) {
         const uint32_t cols = total();
-        const bool take = left_ != 0 && (!valid_ || ready), copy = cols != 0 && advance;
-        if (ready) valid_ = false;
+        const bool take = takes(), copy = cols != 0 && advance, keeps = valid() && !ready;
+        if (!kept_) valid_ = false;
+        kept_ = keeps;
         if (take) {
             --left_;
             valid_ = true;
         }
         if (copy) left_ = static_cast<uint16_t>(cols);
         if (!advance) return;
-        stages_ = (stages_ << kBits | tile_cols) & kStageMask;
+        stages_ = (stages_ << kBits | tile_cols) & ((1ull << kBits * latency_) - 1);
         ring.freed = ended_before;
     }
 
-    bool sleeping() const { return left_ == 0 && !valid_ && stages_ == 0; }
+    bool sleeping() const { return left_ == 0 && !valid() && stages_ == 0; }
 
     template <class Visitor>
     void visit(Visitor& v) {
         v.exact(stages_);
         v.exact(left_);
-        v.exact(static_cast<uint8_t>(valid_));
+        v.exact(static_cast<uint8_t>(valid_ | kept_ << 1));
     }
 
 private:
     static constexpr unsigned kBits = 10;  // of a stage: up to 256 columns
-    static_assert(kArrayLatency * kBits < 64, "all stages in a word");
-    static constexpr uint64_t kStageMask = (1ull << kBits * kArrayLatency) - 1;
+    static_assert(kMaxArrayLatency * kBits < 64, "all stages in a word");
 
-    uint32_t total() const { return stages_ >> kBits * (kArrayLatency - 1) & ((1u << kBits) - 1); }
-    bool free(bool ready) const { return left_ == 0 || (left_ == 1 && (!valid_ || ready)); }
+    uint32_t total() const { return stages_ >> kBits * (latency_ - 1) & ((1u << kBits) - 1); }
+    bool takes() const { return left_ != 0 && (!valid_ || !kept_); }
+    bool free() const { return left_ == 0 || (left_ == 1 && takes()); }
 
     uint64_t stages_ = 0;  // a field per pipeline stage: columns of the tile that ends there, or 0
     uint16_t left_ = 0;    // columns still to be drained
-    bool valid_ = false;
+    uint32_t latency_ = 1;
+    bool valid_ = false, kept_ = false;  // a drained column, and one that the skid keeps aside
 };

@@ -135,6 +135,7 @@ public:
         : arch_{arch}, program_{&program}, waited_{waited}, memory_{memory, arch.bus_bytes} {
         for (unsigned channel = 0; channel < reader::kCount; ++channel) readers_[channel].configure(arch_, channel);
         feeder_.configure(arch_.lanes);
+        array_.configure(arch_.array_latency);
         store_.configure(arch_);
         row_.configure(arch_);
         writer_.configure(arch_);
@@ -184,6 +185,7 @@ public:
         post_.visit(v, queues_.head(unit::post));
         scales_.visit(v);
         row_.visit(v);
+        v.exact(static_cast<uint8_t>(row_kept_));
         if (const Commands* const route = queues_.head(unit::row_out)) v.progress(routed_, route->row_out.count);
         store_.visit(v, queues_.head(unit::store));
     }
@@ -245,7 +247,8 @@ private:
         const Commands *const load = queues_.head(unit::load), *const post = queues_.head(unit::post);
         const Commands *const store = queues_.head(unit::store), *const route = queues_.head(unit::row_out);
         const Commands* const widen = queues_.head(unit::widen);
-        const bool row_valid = row_.valid(), to_lanes = route && route->row_out.lanes, word_ready = writer_.ready();
+        // behind the row unit is a skid
+        const bool row_offered = row_.valid(), row_valid = row_offered || row_kept_, to_lanes = route && route->row_out.lanes, word_ready = writer_.ready();
         const bool post_column = post_.out_valid() && !post_.out_rows();
         const bool column = store && (store->store.from_rows ? route && !to_lanes && row_valid : post_column);
         const Store::Result stored = store_.decide(store, column, word_ready);
@@ -266,14 +269,16 @@ private:
         moved_ = loader_.decide(load, valid(reader::a), to_lanes && row_valid, bypass_ready, ring_, arch_.lane_depth);
         const bool from_rows = moved_.column && load->load.from_rows;
         const bool row_ready = route && (to_lanes ? from_rows : stores_rows), scale_ready = scales_.writable(kScalesDepth);
+        const bool row_kept = row_kept_, row_keeps = row_valid && !row_ready;
+        row_kept_ = row_keeps;
         const bool row_busy = row_.busy(), scale = row_.scale_valid(), routed = row_valid && row_ready;
         RowUnit::Result rowed{};
         const bool row_steps = to_rows || (row_busy && !row_.collecting()) || (!row_busy && queues_.head(unit::row)) ||
                                row_.settling();
-        count(event::row_stalled, (row_valid && !row_ready) || (scale && !scale_ready));
+        count(event::row_stalled, (row_offered && row_kept) || (scale && !scale_ready));
         if (row_steps) {
             const Commands* const row = queues_.head(unit::row);
-            rowed = row_.step(row, row ? queues_.ref(unit::row) : 0, to_rows, valid(reader::g), row_ready, scale_ready);
+            rowed = row_.step(row, row ? queues_.ref(unit::row) : 0, to_rows, valid(reader::g), !row_kept, scale_ready);
         }
         if (scale || scales_.level()) scales_.tick(scale && scale_ready, scale_taken);
         if (routed && routed_.last(route->row_out.count)) pops |= 1u << unit::row_out;
@@ -301,12 +306,12 @@ private:
         row_waits_ = row_busy;
         waits_ = posted.waits;
         blocked_ = posted.blocked;
-        return row_steps || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
+        return row_steps || row_keeps != row_kept || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
                stored.word || store_.owes() || scales_.settling() || (ready & valid_ & 1u << reader::r);
     }
 
     void step_array(uint32_t& pops, uint32_t& ready) {
-        const bool advance = array_.advance(acc_ready_), values = valid(reader::w);
+        const bool advance = array_.advance(), values = valid(reader::w);
         const bool fire = feeder_.ready_to_fire(values) && advance;
         count(event::array_busy, fire);
         count(event::array_blocked, !advance);
@@ -430,6 +435,7 @@ private:
     MacArray array_;
     Widen widen_;
     Post post_;
+    bool row_kept_ = false;
     Fifo scales_;
     RowUnit row_;
     Progress routed_;  // RowRoute

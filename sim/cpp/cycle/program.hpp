@@ -14,6 +14,7 @@ struct ArchConfig {
     uint32_t rows, lanes, lane_depth, row_depth, bus_bytes;
     uint32_t out_bytes[reader::kCount], fifo_beats[reader::kCount];  // of the read channels
     uint32_t write_bytes, writer_beats;                              // bytes of a word to the writer, depth of its FIFO
+    uint32_t array_latency;                                          // cycles of a step in the lanes
 };
 
 // Addresses are taken modulo the longest burst: no unit sees more of them. wait : for the instruction's `dep`.
