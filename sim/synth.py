@@ -297,7 +297,7 @@ def map_units(verilog_text: str, *, top: str, target: str, timeout_s: float | No
     missing = [job for job in jobs.values() if not job.path.is_file()]
     if missing:
         _run(missing, TARGETS[target], timeout_s, progress)
-    return {name: _read(job.path) for name, job in jobs.items()}
+    return {name: job.read() for name, job in jobs.items()}
 
 
 class _Job:
@@ -305,15 +305,39 @@ class _Job:
 
     def __init__(self, unit: Unit, modules: Mapping[str, VerilogModule], target: str, version: str) -> None:
         self.name = unit.name
-        self.text = "\n".join([*(_stub(modules[child].text) for child in unit.children), unit.text])
+        text = "\n".join([*(_stub(modules[child].text) for child in unit.children), unit.text])
+        self.text, self._numbers = _renumber(text)
         self.commands = tuple(command.format(top=unit.name) for command in TARGETS[target].commands)
         key = hashlib.sha256("\0".join((version, repr(TARGETS[target]), *self.commands, self.text)).encode()).hexdigest()[:24]
         short = re.sub(r"[^\w.]", "_", unit.name)
         self.path = cache_dir() / "synth" / f"{short}-{target}-{key}.json.gz"
 
+    def read(self) -> dict[str, Any]:
+        """The mapped netlist, with the names of this design."""
+        try:
+            text = gzip.decompress(self.path.read_bytes()).decode()
+            found: dict[str, Any] = json.loads(_LOCAL.sub(lambda match: f"${self._numbers[int(match[1])]}", text))
+        except (OSError, EOFError, ValueError):
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            raise SynthesisError(f"the cached result {self.path} was damaged and is removed: run again") from None
+        return found
+
     def script(self, index: int) -> list[str]:
         return [f"read_verilog unit{index}.v", f"hierarchy -check -top {self.name}", *self.commands, "check -assert",
                 f"select -module {self.name}", f"write_json -selected unit{index}.json"]
+
+
+_GLOBAL, _LOCAL = re.compile(r"\$(\d+)"), re.compile(r"\$n(\d+)n")
+
+
+def _renumber(text: str) -> tuple[str, list[str]]:
+    """A text without the numbers that names get from the design around it, and these in the order of the new ones.
+
+    So the same module has the same text, and is mapped once, in all variants of a design.
+    """
+    numbers: dict[str, int] = {}
+    return _GLOBAL.sub(lambda match: f"$n{numbers.setdefault(match[1], len(numbers))}n", text), list(numbers)
 
 
 _PORT = re.compile(r"^\s*(?:input|output|inout)\b[^;()]*;", re.MULTILINE)
@@ -386,15 +410,6 @@ def _keep(job: _Job, file: Path, seconds: float) -> None:
     with tempfile.NamedTemporaryFile("wb", dir=job.path.parent, delete=False) as whole:
         whole.write(gzip.compress(json.dumps(content).encode(), compresslevel=1, mtime=0))
     os.replace(whole.name, job.path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError):
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise SynthesisError(f"the cached result {path} was damaged and is removed: run again") from None
 
 
 def _cell_types(netlist: Mapping[str, Any]) -> list[str]:

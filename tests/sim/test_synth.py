@@ -10,7 +10,7 @@ from amaranth.back.verilog import convert as verilog_of
 from hw.arch import PRESETS, get_arch
 from hw.lane import Mac, PackedMac, sum_bits, sum_word, wrap_bits
 from hw.verilog import TOP_NAME, cache_dir, verilog
-from sim.synth import TARGETS, SynthesisError, _stub, synthesise, yosys_version
+from sim.synth import TARGETS, SynthesisError, _stub, map_units, synthesise, yosys_version
 from sim.verilator import ToolMissingError
 
 REGISTER = "module leaf(input clk, input [7:0] d, output reg [7:0] q); always @(posedge clk) q <= ~d; endmodule\n"
@@ -61,6 +61,13 @@ def test_accumulators_are_in_the_dsp_block(packing: bool, products: int) -> None
     found = synthesise(verilog_of(mac, name="mac", emit_src=False, strip_internal_attrs=True), top="mac", target="xcup")
     assert found.dsps == 1 and found.luts <= (8 if packing else 1) * products
     assert found.ffs == sum_word(arch)[0] + (wrap_bits(arch) + 3 if packing else 0)
+
+
+def test_numbers_of_the_design_around_make_no_difference(fresh_cache: Path) -> None:
+    text = "module top(\\a$7 , q);\n  input \\a$7 ;\n  output q;\n  assign q = ~\\a$7 ;\nendmodule\n"
+    (first,) = map_units(text, top="top", target="ecp5").values()
+    (second,) = map_units(text.replace("$7", "$123"), top="top", target="ecp5").values()
+    assert "a$7" in first["ports"] and "a$123" in second["ports"] and len(list(fresh_cache.iterdir())) == 1
 
 
 def test_stub() -> None:
