@@ -124,7 +124,7 @@ def _scale_sim() -> Table:
              ("whole layer, nmforge", None, None, ours, ideal / ours)]
     names = ("product", "count", "cycles of one", "cycles", "utilisation")
     return Table(f"SCALE-Sim 3.0, {arch.rows} x {arch.lanes}, output stationary, dense", names, tuple(rows),
-                 "SCALE-Sim counts matrix products alone; nmforge's figure has softmax, norms, GELU and all memory traffic in it.")
+                 "SCALE-Sim counts matrix products alone; nmforge's figure has softmax, norms, GELU and all traffic in it.")
 
 
 def _environment() -> Path:
