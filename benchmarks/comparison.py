@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from benchmarks import Table
+from benchmarks import DOCS, Table, write_page
 from benchmarks.workloads import WORKLOADS, build, compile_workload
 from hw.arch import get_arch
 from hw.verilog import cache_dir
@@ -61,7 +61,9 @@ UseRamulatorTrace: False
 
 def run() -> list[Table]:
     """Time on the CPU, and cycles of a systolic array."""
-    return [_cpu(), _scale_sim()]
+    tables = [_cpu(), _scale_sim()]
+    write_page(DOCS / "performance.md", "comparison", tables)
+    return tables
 
 
 def _cpu() -> Table:

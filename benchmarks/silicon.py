@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from sys import stderr
 
-from benchmarks import Table
+from benchmarks import Table, write_page
 from hw.arch import PRESETS, Arch
 from hw.devices import SPARE, device_of
 from hw.verilog import TOP_NAME, verilog
@@ -24,7 +24,6 @@ FAMILIES = ("xc7", "intel", "ecp5")
 PLOT = Path(__file__).parent.parent / "docs" / "silicon.png"
 
 PAGE = PLOT.with_suffix(".md")
-BEGIN, END = "<!-- tables: written by python -m benchmarks silicon -->", "<!-- end of tables -->"
 
 _HEAD = ("LUT", "of them RAM", "FF", "DSP", "block RAM")
 
@@ -107,25 +106,6 @@ def _plot(found: dict[str, Resources]) -> None:
     PLOT.write_bytes(points([PRESETS[name].macs for name in names], series, label="multiply-accumulates per cycle"))
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.2f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _write_page(tables: list[Table]) -> None:
-    """Replace the tables of docs/silicon.md by these."""
-    parts = []
-    for table in tables:
-        rows = [table.columns, tuple("---" for _ in table.columns), *table.rows]
-        lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-        parts.append("\n".join([f"### {table.title}", "", *lines, *(["", table.note] if table.note else [])]))
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    temporary = PAGE.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{rest.partition(END)[2]}")
-    temporary.replace(PAGE)
-
-
 def run() -> list[Table]:
     """All tables."""
     presets, found = _presets()
@@ -137,5 +117,5 @@ def run() -> list[Table]:
         _options("Products per DSP block", lambda arch: replace(arch, packing=not arch.packing), "the other kind", large),
         _families(), _modules(found, "sta1024"), *_placed(),
     ]
-    _write_page(tables)
+    write_page(PAGE, "silicon", tables)
     return tables

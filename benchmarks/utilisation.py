@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from algo.sparsify import finalize, sparsify
-from benchmarks import RESULTS, Table
+from benchmarks import DOCS, Table, write_page
 from benchmarks.workloads import WORKLOADS, Workload, compile_workload
 from compiler.program import Program
 from hw.arch import get_arch
@@ -44,7 +44,9 @@ def run() -> list[Table]:
     _plot(programs, cycles)
     names = ("preset, one layer of", "pattern", "cycles, shared", "RTL", "utilisation, shared", "utilisation, each way",
              "speed-up, shared", "speed-up, each way", "ideal")
-    return [Table("Whole encoder layers", names, tuple(rows), NOTE), _whole_models(), _odd_patterns(), _gemv()]
+    tables = [Table("Whole encoder layers", names, tuple(rows), NOTE), _whole_models(), _odd_patterns(), _gemv()]
+    write_page(DOCS / "performance.md", "utilisation", tables)
+    return tables
 
 
 def _plot(programs: Mapping[Key, tuple[Program, object]], cycles: Mapping[Key, tuple[int, int]]) -> None:
@@ -54,14 +56,14 @@ def _plot(programs: Mapping[Key, tuple[Program, object]], cycles: Mapping[Key, t
                                                   if (key[0], key[2]) == (preset, pattern)]
               for preset in SQUARE for pattern in patterns}
     picture = columns([w.title for w in WORKLOADS.values()], shares, label="utilisation (bus width each way)", limit=1.0)
-    (RESULTS / "utilisation.png").write_bytes(picture)
+    (DOCS / "utilisation.png").write_bytes(picture)
     runs = {f"{name} {pattern or 'dense'}": run_cycles(programs["sta1024", name, pattern][0], _memory("sta1024", 2))
             for name in WORKLOADS for pattern in patterns}
     waits = {"array works": "array_busy", "waits for weights": "array_wait_weights", "waits for columns": "array_wait_columns",
              "blocked by post-processing": "array_blocked"}
     parts = {title: [run.counters[counter] / run.cycles for run in runs.values()] for title, counter in waits.items()}
     parts["nothing to do"] = [1 - sum(run.counters[counter] for counter in waits.values()) / run.cycles for run in runs.values()]
-    (RESULTS / "waits.png").write_bytes(columns(list(runs), parts, label="cycles of the array, sta1024", stack=True, limit=1.0))
+    (DOCS / "waits.png").write_bytes(columns(list(runs), parts, label="cycles of the array, sta1024", stack=True, limit=1.0))
 
 
 def _memory(preset: str, factor: int) -> MemoryModel:
