@@ -147,6 +147,7 @@ class Mac(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
+        # 31 bits hold 8192 products with room, and the adder's carry then fits the simulator's 32-bit words
         product, total = Signal(signed(17)), Signal(signed(31))
         with m.If(self.mul):
             m.d.sync += product.eq(Cat(self.a, self.a[7] & ~self.unsigned_a).as_signed() * self.w)

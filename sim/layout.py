@@ -11,10 +11,10 @@ __all__ = ["arrange"]
 
 _MEMBER = re.compile(r" +([CSIQ]Data|VlWide<\d+>)/\*\d+:0\*/ (\w+);")
 _DELAYED = "__Vdly__"  # a register's next value, where Verilator needs one
-_UNIQUE = re.compile(r"(?<!__024signal)__024\d+")  # appended to names that are taken; it differs between like instances
+_UNIQUE = re.compile(r"__024\d+")  # appended to names that are taken; it differs between like instances
 _INDEX = re.compile(r"(?<=[a-z])\d+(?=__DOT__|$)|(?<=___05F)\d+(?=___05F|$)")  # of an instance, or of an array's element
 
-Key = tuple[str, tuple[int, ...], str, int, int, str]
+Key = tuple[str, tuple[int, ...], str, tuple[int, int], str]
 
 
 def arrange(header: str) -> str:
@@ -39,9 +39,11 @@ def arrange(header: str) -> str:
 
 
 def _key(name: str) -> Key:
+    """Outer instance, kind of variable, and the place among the inner instances."""
     plain = _UNIQUE.sub("", name.removeprefix(_DELAYED))
-    found = list(_INDEX.finditer(plain))
-    *outer, inner = (int(match[0]) for match in found) if found else (0,)
-    cut = found[-2].end() if len(found) > 1 else 0
-    kind = _INDEX.sub("#", plain[cut:]) + (_DELAYED if name.startswith(_DELAYED) else "")
-    return _INDEX.sub("#", plain[:cut]), tuple(outer), kind, inner % 4, inner // 4, name
+    delayed = _DELAYED if name.startswith(_DELAYED) else ""
+    found = [*_INDEX.finditer(plain)]
+    *outer, inner = [0, *(int(match[0]) for match in found)]
+    cut = found[-2].end() if len(found) > 1 else len(plain)
+    return (_INDEX.sub("#", plain[:cut]), tuple(outer[1:]), _INDEX.sub("#", plain[cut:]) + delayed,
+            (inner % 4, inner // 4), name)
