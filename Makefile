@@ -12,7 +12,7 @@ help:
 	@echo "make demo    real MiniLM-L6, sparse, on the simulated accelerator, checked byte for byte (about 15 minutes)"
 	@echo "make test    all tests"
 	@echo "make lint    style and types"
-	@echo "make bench   measurements behind the tables of the README"
+	@echo "make bench   all measurements, an hour or more; ARGS=utilisation for one"
 	@echo "make clean   remove generated files (not .venv)"
 
 setup: $(SETUP)
@@ -32,7 +32,7 @@ lint: $(SETUP)
 	$(BIN)/mypy
 
 bench: $(SETUP)
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks $(or $(ARGS),--slow)
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,10 +11,10 @@ from rich.table import Table as RichTable
 
 from benchmarks import RESULTS, Table, save
 
-FAST: tuple[str, ...] = ("datapaths",)
-"""Modules that take minutes at most."""
+FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "datapaths")
+"""Modules that take a few minutes each."""
 
-SLOW: tuple[str, ...] = ("utilisation", "comparison", "silicon", "cycle_set", "cycle_speed", "simulation_speed")
+SLOW: tuple[str, ...] = ("comparison", "cycle_set", "silicon")
 """Modules that run only when named, or with ``--slow``."""
 
 
