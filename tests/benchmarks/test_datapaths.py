@@ -91,4 +91,4 @@ def test_unknown_benchmark(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["nothing"])
     assert stopped.value.code == 2
-    assert "unknown benchmark 'nothing'; known: datapaths" in capsys.readouterr().err
+    assert "unknown benchmark 'nothing'; known: utilisation" in capsys.readouterr().err

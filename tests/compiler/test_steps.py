@@ -28,7 +28,7 @@ def test_constants_are_aligned_and_stored_once() -> None:
     first = constants.add(np.arange(10, dtype=np.int8))
     second = constants.add(np.arange(65, dtype=np.int8))
     assert constants.add(np.arange(10, dtype=np.uint8)) == first  # the same bytes
-    assert constants.offsets == {first: 0, second: 64}
+    assert constants.offsets == {first: 0, second: 128}  # a burst of 16 beats
     assert len(constants.image) == 64 + 128
     assert constants.image[64 + 64] == 64
 
