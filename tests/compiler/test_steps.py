@@ -29,8 +29,8 @@ def test_constants_are_aligned_and_stored_once() -> None:
     second = constants.add(np.arange(65, dtype=np.int8))
     assert constants.add(np.arange(10, dtype=np.uint8)) == first  # the same bytes
     assert constants.offsets == {first: 0, second: 128}  # a burst of 16 beats
-    assert len(constants.image) == 64 + 128
-    assert constants.image[64 + 64] == 64
+    assert len(constants.image) == 128 + 128
+    assert constants.image[128 + 64] == 64
 
 
 def test_dependence_is_the_distance_to_the_last_producer() -> None:
