@@ -15,6 +15,7 @@ from hw.feeder import index_bits
 from hw.isa import ErrorCode, Format, Opcode, Operand, Residual, RowOp, Scale, Source
 from hw.isa import Out as Destination
 from hw.isa_check import MAX_M, MAX_PENDING_ROWS, RULES, constant_alignment, k_limits
+from hw.soft import product
 
 __all__ = ["UNITS", "Checker", "Dispatcher", "Divider"]
 
@@ -218,7 +219,7 @@ class Dispatcher(wiring.Component):
             m.next = "STEPS"
         with m.State("STEPS"):
             with m.If(divider.done):
-                m.d.sync += [words.eq(divider.quotient), steps.eq(divider.quotient[:16] * raw.n)]
+                m.d.sync += [words.eq(divider.quotient), steps.eq(product(divider.quotient[:16], raw.n, spare=True))]
                 m.next = "WORDS"
         with m.State("WORDS"):
             m.d.comb += [divider.dividend.eq(Mux(bitmap, words, steps)), divider.divisor.eq(per_word), divider.start.eq(1)]
