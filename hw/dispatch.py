@@ -16,6 +16,7 @@ from hw.isa import ErrorCode, Format, Opcode, Operand, Residual, RowOp, Scale, S
 from hw.isa import Out as Destination
 from hw.isa_check import MAX_M, MAX_PENDING_ROWS, RULES, constant_alignment, k_limits
 from hw.post import TABLE_WORDS
+from hw.soft import product
 
 __all__ = ["DIVIDEND_BITS", "UNITS", "Checker", "Dispatcher", "Divider"]
 
@@ -222,7 +223,7 @@ class Dispatcher(wiring.Component):
             m.next = "STEPS"
         with m.State("STEPS"):
             with m.If(divider.done):
-                m.d.sync += [words.eq(divider.quotient), steps.eq(divider.quotient[:16] * raw.n)]
+                m.d.sync += [words.eq(divider.quotient), steps.eq(product(divider.quotient[:16], raw.n, spare=True))]
                 m.next = "WORDS"
         with m.State("WORDS"):
             m.d.comb += [divider.dividend.eq(Mux(bitmap, words, steps)), divider.divisor.eq(per_word), divider.start.eq(1)]
