@@ -36,7 +36,8 @@ DEVICES: dict[str, Device] = {
     )
 }
 
-_PRESETS = {"tiny": "LFE5U-85F", "ecp5": "LFE5U-85F", "sta256": "XCZU3EG", "sta1024": "XCZU9EG", "sta4096": "XCU250"}
+_PRESETS = {"tiny": "LFE5U-85F", "ecp5": "LFE5U-85F", "sta256": "XCZU3EG", "sta1024": "XCZU9EG", "gemv256": "XCZU9EG",
+            "sta4096": "XCU250"}
 
 
 def device_of(preset: str) -> Device | None:

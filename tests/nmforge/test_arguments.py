@@ -36,5 +36,5 @@ def test_archs() -> None:
     assert parse_arch("sta1024").macs == 1024
     with pytest.raises(BadInputError, match=r"unknown arch preset 'sta1000': did you mean sta1024 or "):
         parse_arch("sta1000")
-    with pytest.raises(BadInputError, match=r"unknown arch preset 'q': known: tiny, sta256, sta1024, sta4096"):
+    with pytest.raises(BadInputError, match=r"unknown arch preset 'q': known: tiny, ecp5, sta256, sta1024, gemv256, sta4096"):
         parse_arch("q")
