@@ -110,13 +110,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Describe the first key in which two sets of JSON facts differ, or None: ``"lr was 0.1, is now
-    0.2"``."""
-    new = json.loads(json.dumps(new))  # tuples become lists, as they did in the file
+    """Describe the first key in which two sets of JSON facts differ, or None: ``"train.lr was 0.1, is now 0.2"``."""
+    new = _flat(json.loads(json.dumps(new)))  # tuples become lists, as they did in the file
+    old = _flat(old)
     for key in sorted(set(old) | set(new)):
         if old.get(key) != new.get(key):
             return f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
     return None
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots; a list is a value."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
 
 
 def load_state(model: nn.Module | Loadable, tensors: Mapping[str, Tensor], where: str) -> None:

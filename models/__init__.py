@@ -3,11 +3,14 @@
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
 from models.registry import create_model, list_models, register_model
 from models.tokenizer import load_tokenizer
+from models.vit import ViT, ViTConfig
 
 __all__ = [
     "BertClassifier",
     "BertConfig",
     "BertModel",
+    "ViT",
+    "ViTConfig",
     "create_model",
     "list_models",
     "load_tokenizer",
