@@ -22,7 +22,7 @@ from torch import nn
 from algo.checkpoint import difference, read_json, read_tensors, write_json, write_tensors
 from algo.nm import NM
 from algo.sparsify import Pattern, freeze_masks, match_patterns, set_pattern, sparsify
-from algo.train import Batches, LossFn, TrainConfig, TrainResult, train
+from algo.train import Batches, LossFn, RunOptions, TrainConfig, TrainResult, train
 
 __all__ = ["IDPConfig", "Level", "idp_levels", "idp_schedule", "run_idp"]
 
@@ -122,6 +122,7 @@ def run_idp(
     facts: Mapping[str, Any] | None = None,
     on_level: Callable[[Level], Mapping[str, Any] | None] | None = None,
     progress: Progress | None = None,
+    run: RunOptions | None = None,
 ) -> list[Level]:
     """Prune a dense model in place; it is left parametrised at the last level: `finalize` it.
 
@@ -140,6 +141,8 @@ def run_idp(
         Anything else that decides the result (JSON values): compared on reuse.
     on_level
         Called after each level, finished now or before.
+    run
+        See `algo.train.RunOptions`.
 
     Raises
     ------
@@ -167,6 +170,7 @@ def run_idp(
             folder,
             dict(facts or {}),
             progress,
+            run,
         )
         done.append(level)
         if on_level is not None:
@@ -187,6 +191,7 @@ def _run_level(
     folder: Path | None,
     facts: Mapping[str, Any],
     progress: Progress | None,
+    run: RunOptions | None,
 ) -> Level:
     identity = {
         "patterns": {name: str(nm) for name, nm in patterns.items()},
@@ -210,6 +215,7 @@ def _run_level(
         checkpoint=None if folder is None else folder / "epoch.safetensors",
         facts=identity,
         before_step=freeze if config.freeze else None,
+        run=run,
         progress=progress,
         label=f"prune to {_name(patterns)}",
     )
