@@ -253,9 +253,9 @@ class Spread:
         for name, value in self.work.state_dict().items():
             value.copy_(placed_like(tensors[name], value))
         for module in self.work.modules():  # attributes that mirror buffers
-            sync = getattr(module, "sync", None)
+            sync: Any = getattr(module, "sync", None)
             if sync is not None:
-                cast(Any, sync)()
+                sync()
 
     def settle(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Bring the caller's model up to date; give it. Every process must call this."""

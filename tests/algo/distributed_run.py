@@ -104,12 +104,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with processes():
         place, what = Path(sys.argv[1]), sys.argv[2]
-        if what == "mismatch":
-            mismatch(place)
-        elif what == "not_finite":
-            not_finite(place)
-        else:
-            for mode in what.split(","):
+        for mode in what.split(","):
+            if mode == "mismatch":
+                mismatch(place)
+            elif mode == "not_finite":
+                not_finite(place)
+            else:
                 try:
                     run(place / mode.removesuffix("-stop").removesuffix("-resume"), mode)
                 except KeyboardInterrupt:
