@@ -228,8 +228,9 @@ class Spread:
         """Whole weights in ``work`` while a hook looks at them; what it does to weights is lost if they are sharded."""
         if self.sharded:
             for module in self.work.modules():
-                if hasattr(module, "unshard"):
-                    module.unshard()
+                unshard: Any = getattr(module, "unshard", None)
+                if unshard is not None:
+                    unshard()
         return nullcontext()
 
     def last_of_group(self, last: bool) -> AbstractContextManager[object]:

@@ -19,13 +19,18 @@ def test_each_optimizer_takes_a_step() -> None:
 
 
 def test_sgd_is_nesterovs_if_it_has_momentum() -> None:
-    groups = [make_optimizer(nn.Linear(1, 1).parameters(), TrainConfig(optimizer="sgd", momentum=m)).param_groups[0] for m in (0, 0.9)]
-    assert [group["nesterov"] for group in groups] == [False, True]
+    configs = [TrainConfig(optimizer="sgd", momentum=momentum) for momentum in (0.0, 0.9)]
+    made = [make_optimizer(nn.Linear(1, 1).parameters(), config) for config in configs]
+    assert [optimizer.param_groups[0]["nesterov"] for optimizer in made] == [False, True]
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]), ("cosine", [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]), ("constant", [1 / 3, 2 / 3] + [1] * 4)],
+    [
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.853553, 0.5, 0.146447]),
+        ("constant", [1 / 3, 2 / 3] + [1] * 4),
+    ],
 )
 def test_warm_up_then_schedule(name: str, expected: list[float]) -> None:
     factor = schedule(TrainConfig(schedule=name, warmup=1 / 3), 6)
