@@ -25,7 +25,7 @@ from algo.settings import section, setting
 from algo.tasks import DataConfig
 from algo.train import RunOptions, TrainConfig
 
-__all__ = ["Config", "ConfigError", "MethodOptions", "RunConfig", "dump", "flat", "keys", "load"]
+__all__ = ["Config", "ConfigError", "MethodOptions", "RunConfig", "dump", "flat", "keys", "load", "reference"]
 
 
 class ConfigError(ValueError):
@@ -134,6 +134,27 @@ def keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]
             yield prefix + item.name, shown.strip(), item.metadata["help"]
         else:
             yield from keys(section, f"{prefix}{item.name}.")
+
+
+def reference() -> str:
+    """Text of ``docs/configuration.md``."""
+    titles = {
+        "": "The training", "data": "`data`: what the task reads", "options": "`options`: numbers of the method",
+        "dense": "`dense` and `train`: the two stages, each with these keys", "distill": "`distill`: learning from the dense model",
+        "run": "`run`: where and how; no part of the result",
+    }  # fmt: skip
+    lines = [
+        "# Configuration of a training",
+        "",
+        "Generated from the declarations (`python -m algo.config > docs/configuration.md`). How to use it is in",
+        "[training.md](training.md). A default of `null` means: not given. The sections `dense` and `distill` are `null` by",
+        "default, and have the defaults below once a key of theirs is given.",
+    ]
+    for section, title in titles.items():
+        rows = [(key, default, meaning) for key, default, meaning in keys() if key.rpartition(".")[0] == section]
+        lines += ["", f"## {title}", "| key | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{key.rpartition('.')[2]}` | `{default}` | {meaning} |" for key, default, meaning in rows]
+    return "\n".join(lines) + "\n"
 
 
 class _Loader(yaml.SafeLoader):
@@ -247,3 +268,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

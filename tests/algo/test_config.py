@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from algo.config import Config, ConfigError, dump, flat, keys, load
+from algo.config import Config, ConfigError, dump, flat, keys, load, reference
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -81,3 +81,9 @@ def test_every_key_has_a_meaning_and_its_default_loads() -> None:
     assert ("train.lr", "5.0e-05", "highest learning rate") in rows
     overrides = [f"{key}={default}" for key, default, _ in rows if not key.startswith(("dense.", "distill."))]
     assert load([], overrides) == Config()
+
+
+def test_the_page_is_generated() -> None:
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert page.read_text() == reference(), "run python -m algo.config > docs/configuration.md"
+    assert all(f"| `{key.rpartition('.')[2]}` | `{default}` | {meaning} |" in page.read_text() for key, default, meaning in keys())
