@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from algo.layers import weight_names
 from algo.mask import rows
 from algo.nm import NM
 
@@ -82,6 +83,7 @@ def verify(model: nn.Module, patterns: Mapping[str, NM]) -> None:
     """
     modules = dict(model.named_modules())
     for name, pattern in patterns.items():
-        if name not in modules or not isinstance(getattr(modules[name], "weight", None), Tensor):
+        if name not in modules or not isinstance(getattr(modules[name], weight_names(modules[name])[0], None), Tensor):
             raise ValueError(f"the model has no layer with a weight named {name!r}")
-        verify_weight(modules[name].weight.detach(), NM(pattern), layer=name)
+        for weight in weight_names(modules[name]):
+            verify_weight(getattr(modules[name], weight).detach(), NM(pattern), layer=name)
