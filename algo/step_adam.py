@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class StepAdamW(torch.optim.Optimizer):
         if not state:
             state["step"], state["second_steps"] = 0, 0
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        gradient, moved = parameter.grad, 0.0
+        gradient, moved = cast(Tensor, parameter.grad), 0.0
         state["step"] += 1
         state["exp_avg"].lerp_(gradient, 1 - beta1)
         if not keep or not state["second_steps"]:  # masks from the first step on: there is no second moment yet
