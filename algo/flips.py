@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from algo.plots import save_curves
 from algo.sparsify import parametrizations
 
-__all__ = ["FlipTracker", "Flips"]
+__all__ = ["FlipTracker", "Flips", "flips_plot"]
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,13 @@ class FlipTracker:
             if new:
                 writer.writerow(("step", "layer", "sad", "weights", "rate"))
             writer.writerows((row.step, row.layer, row.sad, row.weights, f"{row.rate:.3e}") for row in rows)
+
+
+def flips_plot(rows: Sequence[Flips], path: Path) -> None:
+    """Draw each layer's flip rate against the step, as a PNG."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        xs, ys = curves.setdefault(row.layer, ([], []))
+        xs.append(row.step)
+        ys.append(row.rate)
+    save_curves(path, curves, x="step", y="mask bits changed, per weight and step")

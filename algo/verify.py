@@ -110,7 +110,7 @@ class WeightCheck:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint: a ``.safetensors`` file, a ``.pt``, ``.pth`` or ``.bin`` file (a state dict; nothing but tensors is
+    """Tensors of a checkpoint: a ``.safetensors`` file, a ``.pt``, ``.pth`` or ``.bin`` file (a state dict; only tensors are
     unpickled), or a folder with such files (shards).
 
     Raises

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from algo.flips import FlipTracker
+from algo.flips import Flips, FlipTracker, flips_plot
 from algo.sparsify import freeze_masks, sparsify
 
 
@@ -29,3 +29,8 @@ def test_counts_mask_bits_and_writes_them(tmp_path):
     assert [row["sad"] for row in rows] == ["2", "0", "0", "0"] and len(tracker.rows) == 4
     with pytest.raises(ValueError, match="steps must rise"):
         tracker.update(6)
+
+
+def test_plot(tmp_path):
+    flips_plot([Flips(step, layer, step, 100, step / 100) for step in range(5) for layer in "ab"], tmp_path / "flips.png")
+    assert (tmp_path / "flips.png").read_bytes()[:4] == b"\x89PNG"
