@@ -26,7 +26,11 @@ __all__ = ["CONFIGS", "RegNet", "RegNetConfig", "stage_shapes"]
 
 @dataclass(frozen=True, kw_only=True)
 class RegNetConfig:
-    """The line of a RegNet: block j is ``initial + slope * j`` wide, rounded to ``initial * ratio ** k``."""
+    """The line of a RegNet: block j is ``initial + slope * j`` wide, rounded to ``initial * ratio ** k``.
+
+    ``half_up`` says where a width half-way between two multiples of the group width goes: to the even multiple
+    as in the paper, or up as in torchvision. Only the 400MF network has such a width (392: 384 or 400).
+    """
 
     depth: int
     initial: int
@@ -34,6 +38,7 @@ class RegNetConfig:
     ratio: float
     group_width: int
     stem: int = 32
+    half_up: bool = False
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
@@ -48,6 +53,9 @@ class RegNetConfig:
 CONFIGS = {
     "regnet_x_200mf": RegNetConfig(depth=13, initial=24, slope=36.44, ratio=2.49, group_width=8),
     "regnet_x_400mf": RegNetConfig(depth=22, initial=24, slope=24.48, ratio=2.54, group_width=16),
+    "regnet_x_400mf_tv": RegNetConfig(
+        depth=22, initial=24, slope=24.48, ratio=2.54, group_width=16, half_up=True
+    ),
     "regnet_x_600mf": RegNetConfig(depth=16, initial=48, slope=36.97, ratio=2.24, group_width=24),
     "regnet_x_800mf": RegNetConfig(depth=16, initial=56, slope=35.73, ratio=2.28, group_width=16),
     "regnet_x_1_6gf": RegNetConfig(depth=18, initial=80, slope=34.01, ratio=2.25, group_width=24),
@@ -64,7 +72,9 @@ def stage_shapes(config: RegNetConfig) -> list[tuple[int, int, int]]:
     stages = []
     for width, blocks in zip(*np.unique(quantised, return_counts=True)):
         group = min(config.group_width, int(width))
-        stages.append((int(round(int(width) / group) * group), int(blocks), group))
+        multiples = int(width) / group
+        whole = int(multiples + 0.5) if config.half_up else round(multiples)
+        stages.append((whole * group, int(blocks), group))
     return stages
 
 
@@ -141,8 +151,14 @@ def regnet_x_200mf(*, pretrained: bool | str | Path = False, **overrides: Any) -
 
 @register_model
 def regnet_x_400mf(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RegNetX of 0.4 G MACs, 5.5 M parameters."""
+    """RegNetX of 0.4 G MACs, 5.2 M parameters."""
     return _build("regnet_x_400mf", pretrained, overrides)
+
+
+@register_model
+def regnet_x_400mf_tv(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
+    """RegNetX of 0.4 G MACs as torchvision has it: the last stage 400 wide, not 384; 5.5 M parameters."""
+    return _build("regnet_x_400mf_tv", pretrained, overrides)
 
 
 @register_model
