@@ -98,12 +98,15 @@ class ChannelGraph:
         Shapes of all parameters and buffers when they were traced, by name; tied ones once.
     parameters
         The names in ``shapes`` that are parameters.
+    batch
+        Samples in the example inputs.
     """
 
     groups: tuple[ChannelGroup, ...]
     layers: Mapping[str, Layer]
     shapes: Mapping[str, tuple[int, ...]]
     parameters: frozenset[str]
+    batch: int
 
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:
@@ -164,7 +167,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     layers = _layers(walk.calls, batch)
     groups = _groups(walk, classes, list(layers))
     parameters = {name for name in shapes if _is_parameter(model, name)}
-    return ChannelGraph(groups, layers, shapes, frozenset(parameters))
+    return ChannelGraph(groups, layers, shapes, frozenset(parameters), batch)
 
 
 def _refuse_sparse(model: nn.Module) -> None:
@@ -217,11 +220,14 @@ def _sources(
 
 def _keep_odd_rows(walk: Propagation, batch: int) -> None:
     """Keep what a layer reads if its rows cannot be assigned to samples."""
+    first = {call.layer: call.rows for call in reversed(walk.calls)}
     for call in walk.calls:
         if call.rows % batch:
-            walk.coupling.keep(
-                call.inputs, f"{call.layer} reads {call.rows} rows, no multiple of {batch} samples"
-            )
+            reason = f"{call.layer} reads {call.rows} rows, no multiple of {batch} samples"
+            walk.coupling.keep(call.inputs, reason)
+        if call.rows != first[call.layer]:
+            reason = f"{call.layer} reads {first[call.layer]} rows at first and {call.rows} later"
+            walk.coupling.keep(call.inputs, reason)
 
 
 def _layers(calls: Iterable[Call], batch: int) -> dict[str, Layer]:
