@@ -1,13 +1,22 @@
 """Model definitions, one readable file each, and the registry of their names."""
 
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
+from models.mobilenet import MobileNetConfig, MobileNetV2
 from models.registry import create_model, list_models, register_model
+from models.regnet import RegNet, RegNetConfig
+from models.resnet import ResNet, ResNetConfig
 from models.tokenizer import load_tokenizer
 
 __all__ = [
     "BertClassifier",
     "BertConfig",
     "BertModel",
+    "MobileNetConfig",
+    "MobileNetV2",
+    "RegNet",
+    "RegNetConfig",
+    "ResNet",
+    "ResNetConfig",
     "create_model",
     "list_models",
     "load_tokenizer",
