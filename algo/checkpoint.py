@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,14 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from algo.distributed import is_main
 from algo.layers import sparse_layers, weight_names
 from algo.nm import NM
 from algo.sparsify import model_patterns
 from algo.verify import verify
 
 __all__ = [
+    "StateDictError",
     "difference",
     "load_model",
+    "load_state",
     "read_json",
     "read_tensors",
     "save_model",
@@ -30,10 +33,28 @@ __all__ = [
 ]
 
 _FACTS = "nmforge"
+_SHOWN = 8
+
+
+class StateDictError(ValueError):
+    """Weights that do not fit a model; the message lists missing keys, keys too many, and shapes that differ."""
+
+
+class Loadable(Protocol):
+    """A module, or what stands for one."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
-    """Write tensors and JSON facts to one safetensors file: to a temporary name first, then renamed."""
+    """Write tensors and JSON facts to one safetensors file: to a temporary name first, then renamed.
+
+    Of several processes only the main one writes.
+    """
+    if not is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     # A clone each: safetensors refuses tensors that share memory, and views would store more than they show.
@@ -68,7 +89,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write JSON, sorted and indented: to a temporary name first, then renamed."""
+    """Write JSON, sorted and indented: to a temporary name first, then renamed. Of several processes only the main
+    one writes."""
+    if not is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -87,13 +111,60 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Describe the first key in which two sets of JSON facts differ, or None: ``"lr was 0.1, is now
-    0.2"``."""
-    new = json.loads(json.dumps(new))  # tuples become lists, as they did in the file
+    """Describe the first key in which two sets of JSON facts differ, or None: ``"train.lr was 0.1, is now 0.2"``."""
+    new = _flat(json.loads(json.dumps(new)))  # tuples become lists, as they did in the file
+    old = _flat(old)
     for key in sorted(set(old) | set(new)):
         if old.get(key) != new.get(key):
             return f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"
     return None
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots; a list is a value."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def load_state(model: nn.Module | Loadable, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict, every key of it and no other.
+
+    Parameters
+    ----------
+    where
+        Where the tensors come from, for the message.
+
+    Raises
+    ------
+    StateDictError
+        Missing keys, keys too many, or shapes that differ: all are listed.
+    """
+    own = model.state_dict() if isinstance(model, nn.Module) else model.state()
+    missing = [name for name in own if name not in tensors]
+    extra = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, the model's {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if missing or extra or shapes:
+        lists = (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
+        found = "; ".join(f"{what}: {_few(names)}" for what, names in lists if names)
+        raise StateDictError(f"{where} holds another model. Keys {found}")
+    if isinstance(model, nn.Module):
+        model.load_state_dict(dict(tensors))
+    else:
+        model.load(tensors)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def save_model(model: nn.Module, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -139,10 +210,7 @@ def load_model(model: nn.Module, folder: Path) -> dict[str, Any]:
     described = read_json(folder / "model.json")
     tensors, _ = read_tensors(folder / "model.safetensors")
     patterns = {name: NM(nm) for name, nm in described.get("patterns", {}).items()}
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} holds another model: {error}") from None
+    load_state(model, tensors, str(folder))
     verify(model, patterns)
     layers = dict(sparse_layers(model))
     for name, nm in patterns.items():

@@ -25,7 +25,7 @@ from algo.compress import choose_format, row_bits
 from algo.layers import sparse_layers, weight_names
 from algo.nm import NM
 from algo.sparsify import Pattern, freeze_masks, match_patterns, set_pattern, sparsify
-from algo.train import Batches, LossFn, TrainConfig, TrainResult, train
+from algo.train import Batches, LossFn, RunOptions, TrainConfig, TrainResult, train
 
 __all__ = [
     "FamilyRow",
@@ -162,6 +162,7 @@ def run_idp(
     evaluate: Callable[[nn.Module], float] | None = None,
     on_level: Callable[[Level], Mapping[str, Any] | None] | None = None,
     progress: Progress | None = None,
+    run: RunOptions | None = None,
 ) -> list[Level]:
     """Prune a dense model in place; it is left parametrised at the last level: `finalize` it.
 
@@ -183,6 +184,8 @@ def run_idp(
         Model in eval mode -> accuracy in [0, 1], kept with each level.
     on_level
         Called after each level, finished now or before.
+    run
+        See `algo.train.RunOptions`.
 
     Returns
     -------
@@ -217,6 +220,7 @@ def run_idp(
             folder,
             dict(facts or {}),
             progress,
+            run,
         )
         epochs += own.train.epochs
         if evaluate is not None:
@@ -297,6 +301,7 @@ def _run_level(
     folder: Path | None,
     facts: Mapping[str, Any],
     progress: Progress | None,
+    run: RunOptions | None,
 ) -> Level:
     identity = {
         "patterns": {name: str(nm) for name, nm in patterns.items()},
@@ -320,6 +325,7 @@ def _run_level(
         checkpoint=None if folder is None else folder / "epoch.safetensors",
         facts=identity,
         before_step=freeze if config.freeze else None,
+        run=run,
         progress=progress,
         label=f"prune to {_name(patterns)}",
     )

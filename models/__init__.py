@@ -6,6 +6,7 @@ from models.registry import create_model, list_models, register_model
 from models.regnet import RegNet, RegNetConfig
 from models.resnet import ResNet, ResNetConfig
 from models.tokenizer import load_tokenizer
+from models.vit import ViT, ViTConfig
 
 __all__ = [
     "BertClassifier",
@@ -17,6 +18,8 @@ __all__ = [
     "RegNetConfig",
     "ResNet",
     "ResNetConfig",
+    "ViT",
+    "ViTConfig",
     "create_model",
     "list_models",
     "load_tokenizer",

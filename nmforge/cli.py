@@ -138,19 +138,43 @@ def models(as_json: Json = False) -> dict[str, Any]:
     return {"models": rows}
 
 
-TrainFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the checkpoints.")]
+TrainFolder = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder of the checkpoints; by default out/train or what the config says.")
+]
 DenseEpochs = Annotated[int | None, typer.Option("--dense-epochs", min=1, help="Epochs of dense fine-tuning.")]
 Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs of each pruning level.")]
 PerEpoch = Annotated[int | None, typer.Option("--sentences", min=1, help="Sentences per epoch.")]
+TrainPattern = Annotated[
+    str | None, typer.Option("--pattern", "-p", metavar="N:M", help="N:M of every layer, or a mix by layer name; 2:4 if nothing says else.")
+]
+ConfigFiles = Annotated[
+    list[str] | None,
+    typer.Option("--config", "-c", metavar="YAML", help="File, or name of a ready one; several are laid over each other."),
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the config.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, by the config that it keeps.")]
+ListConfigs = Annotated[bool, typer.Option("--list", help="List the ready configs, tasks and methods, and stop.")]
 
 
 @app.command(
-    epilog=_examples("train --pattern 2:4 --out out/train", "train -p 1:8 --epochs 2", "train --quick --fresh --json")
+    epilog=_examples(
+        "train --pattern 2:4 --out out/train",
+        "train -p 1:8 --epochs 2",
+        "train --config mnist5k --out out/mnist",
+        "train --config r8 --config methods/idp --pattern 1:4 --set train.lr=1e-4",
+        "train --config my.yaml --set run.save_every=50 --json",
+        "train --resume --out out/mnist",
+        "train --list",
+    )
+    + "\n\nSeveral processes: [cyan]torchrun --nproc-per-node 2 -m nmforge train --config mnist5k[/]"
 )
 @guarded
 def train(
-    pattern: PatternText = "2:4",
-    folder: TrainFolder = Path("out/train"),
+    config: ConfigFiles = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    pattern: TrainPattern = None,
+    folder: TrainFolder = None,
     dense_epochs: DenseEpochs = None,
     epochs: Epochs = None,
     sentences: PerEpoch = None,
@@ -158,28 +182,69 @@ def train(
     seed: Seed = 0,
     quick: Quick = False,
     fresh: Fresh = False,
+    listing: ListConfigs = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """Fine-tune MiniLM-L6 on the sentiment of movie sentences and prune it to N:M, level by level.
+    """Train a network N:M sparse.
 
-    Checkpoints are kept after every epoch and level: the same command goes on
-    where it stopped. The sparse model is in OUT/PATTERN/sparse; nmforge compile
-    takes the folder.
+    With --config: any task and method, see docs/training.md. Without: MiniLM-L6
+    on the sentiment of movie sentences, pruned level by level, as in the demo.
+
+    A run that was stopped or killed goes on by the same command. The sparse
+    model is in OUT/.../sparse; nmforge compile takes the folder of movies.
     """
+    if listing:
+        return _list_training(as_json)
+    if config or resume or overrides:
+        from nmforge.errors import BadInputError
+
+        other = {"--dense-epochs": dense_epochs, "--epochs": epochs, "--sentences": sentences, "--quick": quick or None}
+        other |= {"--held-out": None if held_out == 2000 else held_out, "--seed": seed or None}
+        given = [name for name, value in other.items() if value is not None]
+        if given:
+            raise BadInputError(f"{given[0]} does not go with --config: use --set, such as --set train.epochs=3 or --set seed=1")
+        if not (config or resume):
+            raise BadInputError("--set overrides a config: name one with --config (nmforge train --list shows the ready ones)")
+        return _train_config(config or [], overrides or [], resume, pattern, folder, fresh, as_json)
     from nmforge.arguments import parse_pattern
 
-    table = parse_pattern(pattern)
+    table = parse_pattern(pattern or "2:4")
     from nmforge.commands import run_training
 
     result = run_training(
-        table, folder, dense_epochs=dense_epochs, epochs=epochs, sentences=1000 if quick else sentences,
-        held_out=held_out, seed=seed, fresh=fresh,
+        table, folder or Path("out/train"), dense_epochs=dense_epochs, epochs=epochs,
+        sentences=1000 if quick else sentences, held_out=held_out, seed=seed, fresh=fresh,
     )  # fmt: skip
     if not as_json:
         for stage in result["stages"]:
             out().print(f"{stage['name']:<12} accuracy {stage['accuracy']:.1%}   {stage['folder']}", soft_wrap=True)
         out().print(f"sparse model: {result['sparse']}", soft_wrap=True)
     return result
+
+
+def _train_config(
+    sources: list[str], overrides: list[str], resume: bool, pattern: str | None, folder: Path | None, fresh: bool, as_json: bool
+) -> dict[str, Any]:
+    from nmforge.training import configuration, run_config
+
+    chosen = configuration(sources, overrides, pattern=pattern, out=folder, resume=resume)
+    result = run_config(chosen, fresh=fresh)
+    if not as_json:
+        for stage, accuracy in result["accuracy"].items():
+            out().print(f"{stage:<12} accuracy {accuracy:.1%}", soft_wrap=True)
+        out().print(f"model: {result['sparse']}\ncurves: {result['log']}", soft_wrap=True)
+    return result
+
+
+def _list_training(as_json: bool) -> dict[str, Any]:
+    from nmforge.tasks import list_tasks
+    from nmforge.training import methods, ready_configs
+
+    found = {"configs": ready_configs(), "tasks": list_tasks(), "methods": methods()}
+    if not as_json:
+        for what, names in found.items():
+            out().print(f"[bold]{what:<8}[/] {', '.join(names)}")
+    return found
 
 
 # -- compile ----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_reuse_fresh_and_other_patterns(tmp_path):
 def test_changed_settings_are_named(tmp_path):
     run(tmp_path, facts={"data": 1})
     with pytest.raises(
-        ValueError, match=r"cannot reuse .*dense: facts was \{'data': 1\}, is now \{'data': 2\}"
+        ValueError, match=r"cannot reuse .*dense: facts.data was 1, is now 2"
     ):
         run(tmp_path, facts={"data": 2})
 

@@ -1,0 +1,206 @@
+"""Vision transformers, pre-LayerNorm, as DeiT and ViT are built.
+
+Ref: A. Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; H. Touvron et al., DeiT, arXiv 2012.12877. Key names
+are timm's, so that its weights load.
+
+Shapes: B images, P patches, S = P + 1 tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.registry import register_model
+from models.weights import read_weights
+
+__all__ = ["CONFIGS", "ViT", "ViTConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Sizes of a vision transformer; see `CONFIGS` for the published ones. ``dropout`` is of both residual branches."""
+
+    layers: int = 12
+    hidden: int = 192
+    heads: int = 3
+    mlp: int = 4
+    image: int = 224
+    patch: int = 16
+    channels: int = 3
+    dropout: float = 0.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name} must be an integer >= 1, not {value!r}")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden must be a multiple of heads, not {self.hidden} with {self.heads} heads")
+        if self.image % self.patch:
+            raise ValueError(f"image must be a multiple of patch, not {self.image} with patches of {self.patch}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image // self.patch) ** 2
+
+
+CONFIGS = {
+    "deit_tiny": ViTConfig(),
+    "deit_small": ViTConfig(hidden=384, heads=6),
+    "deit_base": ViTConfig(hidden=768, heads=12),
+    "vit_mnist": ViTConfig(layers=4, hidden=96, heads=4, mlp=2, image=28, patch=4, channels=1),
+}
+
+
+class PatchEmbed(nn.Module):
+    """(B, channels, H, W) -> (B, P, C)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.channels, config.hidden, config.patch, stride=config.patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, S, C) -> (B, S, C)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
+        self.proj = nn.Linear(config.hidden, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, hidden = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, hidden // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU between: (B, S, C) -> (B, S, C)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden, config.mlp * config.hidden)
+        self.fc2 = nn.Linear(config.mlp * config.hidden, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One layer, normalised before attention and MLP: (B, S, C) -> (B, S, C)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+        self.mlp = Mlp(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Patches, a class token, positions, blocks, and a linear head on the class token: (B, channels, H, W) -> logits.
+
+    Members
+    -------
+    blocks
+        The stack of layers, the part that an accelerator runs; `embed` gives its input.
+    """
+
+    def __init__(self, config: ViTConfig, *, num_classes: int = 1000) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be >= 1, not {num_classes!r}")
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.patches + 1, config.hidden))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden, num_classes)
+        for token in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(token, std=0.02)
+        self.apply(_initialise)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Image (B, channels, H, W) -> tokens (B, S, C) before the first block."""
+        config = self.config
+        if tuple(x.shape[1:]) != (config.channels, config.image, config.image):
+            raise ValueError(f"images must be (B, {config.channels}, {config.image}, {config.image}), not {tuple(x.shape)}")
+        patches = self.patch_embed(x)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1) + self.pos_embed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+def _initialise(module: nn.Module) -> None:
+    """As DeiT's authors: truncated normal with deviation 0.02, biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _build(name: str, pretrained: bool | str | Path, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:
+    known = {field.name for field in fields(ViTConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(f"{name} has no option {unknown[0]!r}: it has num_classes, {', '.join(sorted(known))}")
+    settings = {field: getattr(CONFIGS[name], field) for field in known} | overrides
+    classes = num_classes if num_classes is not None else 10 if name == "vit_mnist" else 1000
+    model = ViT(ViTConfig(**settings), num_classes=classes)
+    if pretrained is True:
+        raise ValueError(f"no installable package carries weights of {name}: give pretrained= a path")
+    if pretrained is not False:
+        _load(model, Path(pretrained))
+    return model
+
+
+def _load(model: ViT, path: Path) -> None:
+    """Load timm's or our own file; a head for other classes is left as it is."""
+    state = read_weights(path)
+    for key in ("head.weight", "head.bias"):
+        if key in state and state[key].shape != model.state_dict()[key].shape:
+            state[key] = model.state_dict()[key]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit ViT: {error}") from None
+
+
+def _register(name: str, summary: str) -> Callable[..., nn.Module]:
+    def builder(*, pretrained: bool | str | Path = False, num_classes: int | None = None, **overrides: Any) -> nn.Module:
+        return _build(name, pretrained, num_classes, overrides)
+
+    builder.__name__, builder.__doc__ = name, summary
+    return register_model(builder)
+
+
+deit_tiny = _register("deit_tiny", "DeiT-T/16, 5.7 M parameters.")
+deit_small = _register("deit_small", "DeiT-S/16, 22.1 M parameters.")
+deit_base = _register("deit_base", "DeiT-B/16 or ViT-B/16, 86.6 M parameters.")
+vit_mnist = _register("vit_mnist", "4 layers of 96 channels for 28 x 28 digits, 0.3 M parameters.")
