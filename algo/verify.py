@@ -19,7 +19,16 @@ from algo.layers import weight_names
 from algo.mask import rows
 from algo.nm import NM
 
-__all__ = ["PatternViolation", "WeightCheck", "check_checkpoint", "read_weights", "verify", "verify_weight", "violations"]
+__all__ = [
+    "PatternViolation",
+    "WeightCheck",
+    "check_checkpoint",
+    "check_weights",
+    "read_weights",
+    "verify",
+    "verify_weight",
+    "violations",
+]
 
 
 class PatternViolation(ValueError):
@@ -151,10 +160,15 @@ def check_checkpoint(path: Path, patterns: Mapping[str, str | NM]) -> list[Weigh
     FileNotFoundError, ValueError
         See `read_weights`; or a glob matches no weight.
     """
+    return check_weights(read_weights(path), patterns, str(path))
+
+
+def check_weights(weights: Mapping[str, Tensor], patterns: Mapping[str, str | NM], where: str) -> list[WeightCheck]:
+    """The same for tensors in memory; ``where`` names them in errors."""
     table = {glob: NM(pattern) for glob, pattern in patterns.items()}
-    weights = {name: value for name, value in read_weights(path).items() if 2 <= value.ndim <= 4}
+    weights = {name: value for name, value in weights.items() if 2 <= value.ndim <= 4}
     if unused := [glob for glob in table if not any(fnmatchcase(name, glob) for name in weights)]:
-        raise ValueError(f"no weight in {path} matches {unused[0]!r}: it has {', '.join(list(weights)[:4]) or 'none'}, ...")
+        raise ValueError(f"no weight in {where} matches {unused[0]!r}: it has {', '.join(list(weights)[:4]) or 'none'}, ...")
     found = []
     for name, weight in weights.items():
         pattern = next((table[glob] for glob in table if fnmatchcase(name, glob)), None)
