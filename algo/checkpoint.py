@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from algo.distributed import is_main
+from algo.layers import sparse_layers, weight_names
 from algo.nm import NM
-from algo.sparsify import model_patterns, sparse_layers
+from algo.sparsify import model_patterns
 from algo.verify import verify
 
 __all__ = [
@@ -177,7 +178,8 @@ def save_model(model: nn.Module, folder: Path, facts: Mapping[str, Any] | None =
     ValueError
         A layer is still in training (call `algo.sparsify.finalize`), or breaks its pattern.
     """
-    training = [name for name, layer in sparse_layers(model) if parametrize.is_parametrized(layer)]
+    training = [name for name, layer in sparse_layers(model)
+                if any(parametrize.is_parametrized(layer, weight) for weight in weight_names(layer))]
     if training:
         raise ValueError(f"layer {training[0]!r} is still in training: call finalize() before saving")
     patterns = model_patterns(model)

@@ -13,24 +13,42 @@ format     positions                                                       bits 
 ``dense``  none: every element is stored (only for N = M)                  M * value_bits
 ``index``  each slot's position in its group, ceil(log2 M) bits            N * (value_bits + ceil(log2 M))
 ``bitmap`` one bit per element, set where a slot stands                    N * value_bits + M
+``rank``   number of the set of slots among all of N out of M,             N * value_bits
+           ceil(log2 C(M, N)) bits (`algo.group_codes`)                    + ceil(log2 C(M, N))
 =========  ==============================================================  =====================
 
-Positions are packed per row, least significant bit first, and padded to a whole byte at the end of each row.
+Positions are packed per row, least significant bit first, and padded to a whole byte at the end of each row. No format can
+take fewer position bits than log2 C(M, N) a group on average if all sets are equally likely: `entropy_bits`.
+
+The accelerator reads index and bitmap words in a layout of its own: `compiler.pack`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import comb, log2
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from algo.group_codes import (
+    Codes,
+    bits_of,
+    codes_of,
+    codes_of_positions,
+    codes_of_ranks,
+    numbers_of,
+    positions_of,
+    rank_bits,
+    ranks_of,
+)
 from algo.nm import NM
 
-__all__ = ["Format", "Packed", "choose_format", "index_bits", "pack", "row_bits", "unpack"]
+__all__ = ["Format", "Packed", "choose_format", "entropy_bits", "index_bits", "pack", "row_bits", "unpack"]
 
-Format = Literal["dense", "index", "bitmap"]
+Format = Literal["dense", "index", "bitmap", "rank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,30 +85,63 @@ class Packed:
         return len(self.values) * row_bits(self.pattern, self.shape[-1], self.format, value_bits=value_bits)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The full groups of a row, or its remainder: ``groups`` of ``size`` elements and ``slots`` each, from element ``start``."""
+
+    start: int
+    groups: int
+    size: int
+    slots: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.groups * self.size
+
+
+def _parts(pattern: NM, width: int) -> Iterator[_Part]:
+    full, tail = divmod(width, pattern.m)
+    if full:
+        yield _Part(0, full, pattern.m, pattern.n)
+    if tail:
+        yield _Part(full * pattern.m, 1, tail, min(pattern.n, tail))
+
+
 def index_bits(pattern: NM) -> int:
     """Bits that one position within a group of M takes: ceil(log2 M)."""
     return (pattern.m - 1).bit_length()
 
 
+def _group_bits(pattern: NM, part: _Part, format: Format) -> int:
+    """Position bits of one group."""
+    if format == "dense":
+        return 0
+    if format == "index":
+        return part.slots * index_bits(pattern)
+    return part.size if format == "bitmap" else rank_bits(part.size, part.slots)
+
+
 def row_bits(pattern: NM, width: int, format: Format, *, value_bits: int = 8) -> int:
     """Bits that a row of ``width`` elements takes in a format."""
     _check_format(pattern, format)
-    slots = _slots(pattern, width)
-    where = {"dense": 0, "index": slots * index_bits(pattern), "bitmap": width}[format]
-    return slots * value_bits + where
+    parts = list(_parts(pattern, width))
+    slots = sum(part.groups * part.slots for part in parts)
+    return slots * value_bits + sum(part.groups * _group_bits(pattern, part, format) for part in parts)
 
 
-def choose_format(pattern: NM, value_bits: int = 8) -> Format:
-    """Name the format with the fewest bits per group; ``index`` if equal, because it needs no decoder.
+def entropy_bits(pattern: NM, width: int, *, value_bits: int = 8) -> float:
+    """The floor of `row_bits`: values, and log2 of the number of sets of slots that a row can have."""
+    return sum(part.groups * (part.slots * value_bits + log2(comb(part.size, part.slots))) for part in _parts(pattern, width))
 
-    ``value_bits`` is accepted because a future format may store values otherwise; today it does not matter.
-    """
+
+def choose_format(pattern: NM, value_bits: int = 8, *, width: int | None = None) -> Format:
+    """Name the format with the fewest bytes for a row of ``width`` elements (by default bits of one full group); of equals the
+    simplest to decode: index, bitmap, rank."""
     if pattern.is_dense:
         return "dense"
-    sizes: dict[Format, int] = {
-        f: row_bits(pattern, pattern.m, f, value_bits=value_bits) for f in ("index", "bitmap")
-    }
-    return min(sizes, key=lambda name: sizes[name])
+    formats: tuple[Format, ...] = ("index", "bitmap", "rank")
+    sizes = {f: row_bits(pattern, width or pattern.m, f, value_bits=value_bits) for f in formats}
+    return min(formats, key=lambda f: -(-sizes[f] // 8) if width else sizes[f])
 
 
 def pack(matrix: NDArray[np.generic], pattern: NM, format: Format | None = None) -> Packed:
@@ -99,11 +150,12 @@ def pack(matrix: NDArray[np.generic], pattern: NM, format: Format | None = None)
     Parameters
     ----------
     matrix
-        ``(..., K)``, any numeric dtype, K >= 1.
+        ``(..., K)``, any numeric dtype, K >= 1. A minus zero is kept if its group has a slot for it, else it is a zero like any
+        other.
     pattern
         At most N non-zeros in each group of M, remainder groups included.
     format
-        By default the smaller, see `choose_format`.
+        By default the smallest, see `choose_format`.
 
     Raises
     ------
@@ -117,14 +169,17 @@ def pack(matrix: NDArray[np.generic], pattern: NM, format: Format | None = None)
         raise TypeError(f"pack takes a NumPy array of numbers, not {kind}")
     if matrix.ndim < 1 or matrix.shape[-1] < 1:
         raise ValueError(f"pack takes an array (..., K) with K >= 1, not of shape {matrix.shape}")
-    chosen = choose_format(pattern, 8 * matrix.dtype.itemsize) if format is None else format
+    width = matrix.shape[-1]
+    chosen = choose_format(pattern, 8 * matrix.dtype.itemsize, width=width) if format is None else format
     _check_format(pattern, chosen)
-    flat = matrix.reshape(-1, matrix.shape[-1])
+    flat = matrix.reshape(-1, width)
     if chosen == "dense":
         return Packed(pattern, chosen, matrix.shape, flat.copy(), np.zeros((len(flat), 0), np.uint8))
-    taken = _slot_bitmap(flat, pattern)
+    parts = [(part, _slots(flat, pattern, part)) for part in _parts(pattern, width)]
+    taken = _taken(parts)
+    bits = taken.view(np.uint8) if chosen == "bitmap" else np.concatenate(
+        [_encode(codes, pattern, part, chosen) for part, codes in parts], axis=1)
     values = flat[taken].reshape(len(flat), -1)
-    bits = taken if chosen == "bitmap" else _to_bits(_positions(taken, pattern), index_bits(pattern))
     return Packed(pattern, chosen, matrix.shape, values, np.packbits(bits, axis=1, bitorder="little"))
 
 
@@ -142,9 +197,13 @@ def unpack(packed: Packed) -> NDArray[np.generic]:
     _check_sizes(packed, count, width)
     if packed.format == "dense":
         return packed.values.reshape(packed.shape).copy()
-    taken = _read_bitmap(packed, width) if packed.format == "bitmap" else _read_index(packed, width)
+    parts = list(_parts(packed.pattern, width))
+    sizes = [part.groups * _group_bits(packed.pattern, part, packed.format) for part in parts]
+    bits = np.unpackbits(packed.positions, axis=1, count=sum(sizes), bitorder="little")
+    pieces = np.split(bits, np.cumsum(sizes)[:-1], axis=1)
+    found = [(part, _decode(piece, packed, part)) for part, piece in zip(parts, pieces, strict=True)]
     matrix = np.zeros((count, width), packed.values.dtype)
-    matrix[taken] = packed.values.reshape(-1)
+    matrix[_taken(found)] = packed.values.reshape(-1)
     return matrix.reshape(packed.shape)
 
 
@@ -155,86 +214,81 @@ def _check_format(pattern: NM, format: str) -> None:
         raise ValueError(f'the "dense" format stores every element and is for N = M, not for {pattern}')
 
 
-def _group_sizes(pattern: NM, width: int) -> list[int]:
-    tail = width % pattern.m
-    return [pattern.m] * (width // pattern.m) + ([tail] if tail else [])
-
-
-def _slots(pattern: NM, width: int) -> int:
-    return width // pattern.m * pattern.n + min(pattern.n, width % pattern.m)
-
-
-def _slot_bitmap(flat: NDArray[np.generic], pattern: NM) -> NDArray[np.bool_]:
-    """Mark, in (rows, K), the elements that take a slot: all non-zeros, then the first zeros up to the
-    group's size."""
-    count, width = flat.shape
-    # Minus zero counts as a non-zero, so that floating-point round trips are exact.
-    stored = (flat != 0) | np.signbit(flat) if flat.dtype.kind == "f" else flat != 0
-    padded = np.zeros((count, -(-width // pattern.m) * pattern.m), np.bool_)
-    padded[:, :width] = stored
-    groups = padded.reshape(count, -1, pattern.m)
-    found = groups.sum(2)
-    if (found > pattern.n).any():
-        row, group = (int(i) for i in np.argwhere(found > pattern.n)[0])
+def _slots(flat: NDArray[np.generic], pattern: NM, part: _Part) -> Codes:
+    """Codes (rows, groups) of the elements that take a slot: non-zeros, minus zeros, then the first zeros up to the size."""
+    groups = flat[:, part.start:part.stop].reshape(len(flat), part.groups, part.size)
+    codes = codes_of(groups != 0)
+    found = np.bitwise_count(codes)
+    if (found > part.slots).any():
+        row, group = (int(i) for i in np.argwhere(found > part.slots)[0])
+        first = part.start + group * part.size
         raise ValueError(
-            f"not {pattern}: row {row}, group {group} (elements {group * pattern.m} to "
-            f"{min(width, (group + 1) * pattern.m) - 1}) has {found[row, group]} non-zeros, "
-            f"at most {pattern.n} allowed"
+            f"not {pattern}: row {row}, group {first // pattern.m} (elements {first} to {first + part.size - 1}) has "
+            f"{found[row, group]} non-zeros, at most {part.slots} allowed"
         )
-    # The k-th zero of a group takes a slot while non-zeros + k <= slots: the tail's end before its padding.
-    slots = np.minimum(pattern.n, np.array(_group_sizes(pattern, width)))
-    spare = (slots[None, :] - found)[:, :, None]
-    filled = groups | (np.cumsum(~groups, axis=2) <= spare)
-    taken: NDArray[np.bool_] = filled.reshape(count, -1)[:, :width]
-    return taken
+    short = np.nonzero(found < part.slots)
+    if len(short[0]):
+        codes[short] = _filled(codes[short], groups[short], part)
+    return codes
 
 
-def _positions(taken: NDArray[np.bool_], pattern: NM) -> NDArray[np.uint8]:
-    """Position within its group of each slot: (rows, slots)."""
-    where = np.nonzero(taken)[1] % pattern.m
-    return where.reshape(len(taken), -1).astype(np.uint8)
+def _filled(codes: Codes, groups: NDArray[np.generic], part: _Part) -> Codes:
+    """Fill the slots of groups with too few non-zeros."""
+    if groups.dtype.kind == "f":
+        signed = codes | codes_of(np.signbit(groups))
+        codes = np.where(np.bitwise_count(signed) <= part.slots, signed, codes)
+    while (open_ := np.bitwise_count(codes) < part.slots).any():
+        codes = np.where(open_, codes | (codes + np.uint32(1)), codes)  # sets the lowest zero bit
+    return codes
 
 
-def _to_bits(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Spell (rows, n) numbers as (rows, n * bits) single bits, least significant first."""
-    each = (numbers[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
-    return each.reshape(len(numbers), -1).astype(np.uint8)
+def _taken(parts: list[tuple[_Part, Codes]]) -> NDArray[np.bool_]:
+    """Codes to one flag per element, (rows, K)."""
+    flags = [bits_of(codes, part.size).reshape(len(codes), -1) for part, codes in parts]
+    return (flags[0] if len(flags) == 1 else np.concatenate(flags, axis=1)).view(np.bool_)
+
+
+def _encode(codes: Codes, pattern: NM, part: _Part, format: Format) -> NDArray[np.uint8]:
+    """Codes to position bits, (rows, groups * bits)."""
+    if format == "index":
+        numbers, bits = positions_of(codes, part.slots), index_bits(pattern)
+        each = np.unpackbits(numbers[..., None], axis=-1, count=bits, bitorder="little")
+    else:
+        each = bits_of(ranks_of(codes, part.size, part.slots), rank_bits(part.size, part.slots))
+    return each.reshape(len(codes), -1)
+
+
+def _decode(bits: NDArray[np.uint8], packed: Packed, part: _Part) -> Codes:
+    """Undo `_encode`, checking every group."""
+    each = bits.reshape(len(bits), part.groups, -1)
+    if packed.format == "bitmap":
+        codes = numbers_of(each)
+        _refuse(np.bitwise_count(codes) != part.slots, "a bitmap marks the wrong number of slots")
+    elif packed.format == "rank":
+        ranks = numbers_of(each)
+        _refuse(ranks >= comb(part.size, part.slots), "a rank names no set of slots")
+        codes = codes_of_ranks(ranks, part.size, part.slots)
+    else:
+        split = each.reshape(len(bits), part.groups, part.slots, index_bits(packed.pattern))
+        one = split.shape[-1] == 0  # groups of one element need no index
+        where = np.zeros(split.shape[:-1], np.uint8) if one else np.packbits(split, axis=-1, bitorder="little")[..., 0]
+        _refuse(where >= part.size, "an index points outside its group")
+        _refuse(where[..., 1:] <= where[..., :-1], "the indices of a group are not ascending")
+        codes = codes_of_positions(where)
+    return codes
 
 
 def _check_sizes(packed: Packed, count: int, width: int) -> None:
     value_bits = 8 * packed.values.dtype.itemsize
-    where = row_bits(packed.pattern, width, packed.format, value_bits=value_bits)
-    slots = width if packed.format == "dense" else _slots(packed.pattern, width)
-    expected = {"values": (count, slots), "positions": (count, -(-(where - slots * value_bits) // 8))}
+    slots = sum(part.groups * part.slots for part in _parts(packed.pattern, width))
+    where = row_bits(packed.pattern, width, packed.format, value_bits=value_bits) - slots * value_bits
+    expected = {"values": (count, slots), "positions": (count, -(-where // 8))}
     for name, shape in expected.items():
         if getattr(packed, name).shape != shape:
             raise ValueError(
                 f"the packed matrix is damaged: {name} is {getattr(packed, name).shape}, "
                 f"but {packed.shape} at {packed.pattern} in {packed.format} needs {shape}"
             )
-
-
-def _read_bitmap(packed: Packed, width: int) -> NDArray[np.bool_]:
-    taken = np.unpackbits(packed.positions, axis=1, count=width, bitorder="little").astype(np.bool_)
-    starts = np.arange(0, width, packed.pattern.m)
-    found = np.add.reduceat(taken, starts, axis=1, dtype=np.int64)
-    slots = np.minimum(packed.pattern.n, np.array(_group_sizes(packed.pattern, width)))
-    _refuse(found != slots, "a bitmap marks the wrong number of slots")
-    return taken
-
-
-def _read_index(packed: Packed, width: int) -> NDArray[np.bool_]:
-    pattern, bits, slots = packed.pattern, index_bits(packed.pattern), _slots(packed.pattern, width)
-    each = np.unpackbits(packed.positions, axis=1, count=slots * bits, bitorder="little")
-    weights = (1 << np.arange(bits)).astype(np.int64)
-    where = each.reshape(len(each), slots, bits) @ weights
-    group = np.arange(slots) // pattern.n
-    _refuse(where >= np.array(_group_sizes(pattern, width))[group], "an index points outside its group")
-    column = group * pattern.m + where
-    _refuse(np.diff(column, axis=1) <= 0, "the indices of a group are not ascending")
-    taken = np.zeros((len(each), width), np.bool_)
-    np.put_along_axis(taken, column, True, axis=1)
-    return taken
 
 
 def _refuse(bad: NDArray[np.bool_], what: str) -> None:

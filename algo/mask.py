@@ -3,8 +3,8 @@
 Groups lie along the dimension that a matrix multiplication sums over:
 
 - Linear weight ``(O, I)``: along ``I``;
-- Conv2d weight ``(O, I, kh, kw)``: along the input channels, in NHWC order, that is along the last dimension
-  of ``(O, kh, kw, I)``.
+- Conv1d and Conv2d weights ``(O, I, k)`` and ``(O, I, kh, kw)``: along the input channels (of one group of a grouped
+  convolution), in NHWC order, that is along the last dimension of ``(O, kh, kw, I)``.
 
 A dimension that is not a multiple of M ends in a shorter remainder group; see `NM.kept` for what it keeps.
 
@@ -20,25 +20,23 @@ from torch import Tensor
 
 from algo.nm import NM
 
-__all__ = ["from_rows", "magnitude_mask", "rows"]
-
-_PAIRWISE_MAX_M = 16
-"""Above this a stable sort is faster than comparing all pairs of a group."""
+__all__ = ["from_rows", "magnitude_mask", "magnitude_threshold", "rows"]
 
 
 def rows(weight: Tensor) -> Tensor:
     """View a weight as a matrix whose rows are grouped along the last dimension.
 
-    Linear ``(O, I)`` stays; Conv2d ``(O, I, kh, kw)`` becomes ``(O, kh * kw, I)``: channels last.
+    Linear ``(O, I)`` stays; ``(O, I, k)`` becomes ``(O, k, I)``, ``(O, I, kh, kw)`` becomes ``(O, kh * kw, I)``: channels
+    last.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"a weight must be a torch.Tensor, not {type(weight).__name__}")
     if weight.ndim == 2:
         return weight
-    if weight.ndim == 4:
+    if weight.ndim in (3, 4):
         return weight.flatten(2).transpose(1, 2)
     raise ValueError(
-        "a weight must be (out, in) or (out, in, height, width) to have N:M groups, "
+        "a weight must be (out, in), (out, in, width) or (out, in, height, width) to have N:M groups, "
         f"not {tuple(weight.shape)}"
     )
 
@@ -57,7 +55,8 @@ def magnitude_mask(weight: Tensor, pattern: NM) -> Tensor:
     Parameters
     ----------
     weight
-        ``(O, I)`` or ``(O, I, kh, kw)``, floating point, without NaN.
+        ``(O, I)``, ``(O, I, k)`` or ``(O, I, kh, kw)``, floating point, without NaN. Any score will do: what counts is its
+        magnitude.
     pattern
         The N:M pattern.
 
@@ -80,20 +79,39 @@ def magnitude_mask(weight: Tensor, pattern: NM) -> Tensor:
     return from_rows(mask, weight.shape).contiguous()
 
 
+@torch.no_grad()
+def magnitude_threshold(weight: Tensor, pattern: NM) -> Tensor:
+    """The largest magnitude that is pruned in the group of each weight, of the weight's shape; 0 where none is."""
+    matrix = rows(weight).abs()
+    width = matrix.shape[-1]
+    full = width - width % pattern.m
+    parts = [_group_threshold(matrix[..., :full], pattern.m, pattern.n)] if full else []
+    if full < width:
+        parts.append(_group_threshold(matrix[..., full:], width - full, pattern.kept(width - full)))
+    return from_rows(torch.cat(parts, dim=-1), weight.shape)
+
+
+def _group_threshold(matrix: Tensor, m: int, n: int) -> Tensor:
+    if n == m:
+        return torch.zeros_like(matrix)
+    groups = matrix.reshape(-1, m)
+    # amax of what the mask leaves out: faster than a sort, and the same
+    largest = groups.masked_fill(_group_mask(groups, m, n), 0).amax(dim=1, keepdim=True)
+    return largest.expand(-1, m).reshape(matrix.shape)
+
+
 def _group_mask(matrix: Tensor, m: int, n: int) -> Tensor:
     """Mask of ``matrix`` (..., k * m) that keeps ``n`` of each ``m``."""
     if n == m:
         return torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device)
     groups = matrix.abs().reshape(-1, m)
-    keep = _keep_by_pairs(groups, n) if m <= _PAIRWISE_MAX_M else _keep_by_sort(groups, n)
-    return keep.reshape(matrix.shape)
+    return _keep_by_pairs(groups, n).reshape(matrix.shape)
 
 
 def _keep_by_pairs(groups: Tensor, n: int) -> Tensor:
     """Keep an element when fewer than ``n`` others of its group beat it.
 
-    Works on columns, so that each comparison runs over contiguous memory: about 10x faster than a sort at M =
-    4.
+    Works on columns, so that each comparison runs over contiguous memory: 8x faster than a sort at M = 4, 1.7x at M = 32.
     """
     columns = groups.t().contiguous()
     m = columns.shape[0]
@@ -107,8 +125,3 @@ def _keep_by_pairs(groups: Tensor, n: int) -> Tensor:
             beaten[high] += wins
             beaten[low] -= wins
     return (beaten < n).t()
-
-
-def _keep_by_sort(groups: Tensor, n: int) -> Tensor:
-    order = groups.sort(dim=-1, descending=True, stable=True).indices[:, :n]
-    return torch.zeros(groups.shape, dtype=torch.bool, device=groups.device).scatter_(1, order, True)

@@ -1,7 +1,10 @@
 """Model definitions, one readable file each, and the registry of their names."""
 
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
+from models.mobilenet import MobileNetConfig, MobileNetV2
 from models.registry import create_model, list_models, register_model
+from models.regnet import RegNet, RegNetConfig
+from models.resnet import ResNet, ResNetConfig
 from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 
@@ -9,6 +12,12 @@ __all__ = [
     "BertClassifier",
     "BertConfig",
     "BertModel",
+    "MobileNetConfig",
+    "MobileNetV2",
+    "RegNet",
+    "RegNetConfig",
+    "ResNet",
+    "ResNetConfig",
     "ViT",
     "ViTConfig",
     "create_model",

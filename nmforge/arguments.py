@@ -6,7 +6,7 @@ from algo.nm import MAX_M, NM
 from hw.arch import PRESETS, Arch
 from nmforge.errors import BadInputError, unknown
 
-__all__ = ["ENCODER", "parse_arch", "parse_pattern", "pattern_text"]
+__all__ = ["ENCODER", "parse_arch", "parse_pattern", "parse_table", "pattern_text"]
 
 ENCODER = "bert.encoder."
 """Where the layers that a pattern names lie in a sentence classifier."""
@@ -22,17 +22,21 @@ def parse_pattern(text: str) -> dict[str, NM]:
     BadInputError
         Not a pattern; the message says what one looks like or what was probably meant.
     """
+    return {glob if glob.startswith(ENCODER) else ENCODER + glob: nm for glob, nm in parse_table(text).items()}
+
+
+def parse_table(text: str) -> dict[str, NM]:
+    """Read the same as globs of any names; ``"2:4"`` is ``{"*": 2:4}``."""
     if "=" not in text:
-        return {f"{ENCODER}*": _pattern(text)}
+        return {"*": _pattern(text)}
     table: dict[str, NM] = {}
     for part in text.split(","):
         glob, equals, pattern = (piece.strip() for piece in part.partition("="))
         if not (glob and equals and pattern):
             raise BadInputError(f'a mix of patterns is written like "*.attention.*=2:4,*.up=1:8", not {text!r}')
-        name = glob if glob.startswith(ENCODER) else ENCODER + glob
-        if name in table:
+        if glob in table:
             raise BadInputError(f"the mix of patterns names {glob!r} twice: {text!r}")
-        table[name] = _pattern(pattern)
+        table[glob] = _pattern(pattern)
     return table
 
 

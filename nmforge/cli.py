@@ -248,6 +248,40 @@ def _list_training(as_json: bool) -> dict[str, Any]:
     return found
 
 
+# -- verify ----------------------------------------------------------------------------------------------------------
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A .safetensors, .pt, .pth or .bin file, a folder of shards, or a folder of nmforge.")
+]
+CheckPattern = Annotated[
+    str | None,
+    typer.Option("--pattern", "-p", metavar="N:M", help="Of all weights but embeddings and heads, or globs; else as recorded."),
+]
+
+
+@app.command(
+    epilog=_examples(
+        "verify out/demo/sparse", "verify model.safetensors -p 2:4", 'verify shards/ -p "*.mlp.*=1:8,*=dense" --json'
+    )
+)
+@guarded
+def verify(checkpoint: Checkpoint, pattern: CheckPattern = None, as_json: Json = False) -> dict[str, Any]:
+    """Check the weights of any checkpoint against N:M patterns: violations by weight, row and group.
+
+    Exit code 1 if there are any. Embeddings and output heads are left out unless
+    a glob names them.
+    """
+    from nmforge.checking import check, print_check
+    from nmforge.errors import CheckFailedError
+
+    result = check(checkpoint, pattern)
+    if not as_json:
+        print_check(result)
+    if not result["ok"]:
+        raise CheckFailedError(f"{result['violations']} groups in {checkpoint} break their pattern", result)
+    return result
+
+
 # -- compile ----------------------------------------------------------------------------------------------------------
 
 SourceName = Annotated[str, typer.Argument(help="Folder that train or demo left, or the name of a registered model.")]

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from algo.idp import IDPConfig, idp_levels, idp_schedule, run_idp
+from algo.idp import IDPConfig, family_plot, family_table, idp_levels, idp_schedule, run_idp
 from algo.nm import NM
 from algo.sparsify import finalize
 from algo.train import TrainConfig
@@ -139,3 +139,37 @@ def test_wrong_config():
         IDPConfig(schedule={"1:8": (4, 2)})
     with pytest.raises(ValueError, match="N must be <= M"):
         IDPConfig(schedule={"1:8": (9, 1)})
+
+
+def accuracy(model):
+    x, y = data(99)[0]
+    return 1 / (1 + F.mse_loss(model(x), y).item())
+
+
+def test_a_family_in_one_run(tmp_path):
+    model = net()
+    config = IDPConfig(train=TrainConfig(epochs=1, lr=0.01), levels="all", budget={"1:4": 3})
+    levels = run_idp(model, "1:4", data, loss_fn, config, out_dir=tmp_path, evaluate=accuracy)
+    assert [level.name for level in levels] == ["3:4", "2:4", "1:4"] and all(0 < level.accuracy <= 1 for level in levels)
+    assert [len(level.training.losses) for level in levels] == [1, 1, 3]
+    assert all((level.folder / "model.safetensors").exists() for level in levels)
+    rows = family_table(model, levels)
+    assert [row.ideal_speedup for row in rows] == pytest.approx([4 / 3, 2, 4]) and rows[0].dense_bytes == 16 * 24 + 24 * 2
+    assert rows[0].packed_bytes == (12 + 1) * 24 + (18 + 2) * 2  # four groups of 2 bits in a row of 16, six in one of 24
+    family_plot(rows, tmp_path / "family.png", dense_accuracy=0.9)
+    assert (tmp_path / "family.png").read_bytes()[:4] == b"\x89PNG"
+    again = run_idp(net(), "1:4", data, loss_fn, config, out_dir=tmp_path, evaluate=lambda model: 1 / 0)
+    assert [level.accuracy for level in again] == [level.accuracy for level in levels]
+
+
+def test_stops_below_the_floor():
+    scores = iter([0.9, 0.8, 0.7, 0.6])
+    config = IDPConfig(train=TrainConfig(epochs=1), levels="all", floor=0.75)
+    levels = run_idp(net(), "1:8", data, loss_fn, config, evaluate=lambda model: next(scores))
+    assert [(level.name, level.accuracy) for level in levels] == [("7:8", 0.9), ("6:8", 0.8), ("5:8", 0.7)]
+    with pytest.raises(ValueError, match="floor of 0.75 needs evaluate="):
+        run_idp(net(), "1:8", data, loss_fn, config)
+    with pytest.raises(ValueError, match="levels must be"):
+        IDPConfig(levels="some")
+    with pytest.raises(ValueError, match="budget of 1:8"):
+        IDPConfig(budget={"1:8": 0})

@@ -23,7 +23,7 @@ from sim.verilator import ToolMissingError
 from tests.nmforge.tiny_demo import config, data, model
 from tests.sim.small_network import small_network
 
-COMMANDS = ["demo", "models", "train", "compile", "simulate", "report", "verilog", "synth"]
+COMMANDS = ["demo", "models", "train", "verify", "compile", "simulate", "report", "verilog", "synth"]
 
 
 def nmforge_command(*arguments: object) -> Result:

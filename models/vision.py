@@ -1,0 +1,75 @@
+"""What the image networks share: building from a table of configurations, initial weights, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from models.weights import read_weights
+
+__all__ = ["build_vision_model", "check_positive", "initialise_convolutions"]
+
+Config = TypeVar("Config")
+
+
+def check_positive(config: Any) -> None:
+    """Refuse a whole number, or a tuple of them, below 1 in a configuration; None and other kinds pass.
+
+    Raises
+    ------
+    ValueError
+        Names the field.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        whole = "int" in str(field.type)
+        for item in value if isinstance(value, tuple) else (value,):
+            if whole and item is not None and (not isinstance(item, int) or item < 1):
+                raise ValueError(f"{field.name} must hold integers >= 1, not {value!r}")
+        if value == ():
+            raise ValueError(f"{field.name} must not be empty")
+
+
+def initialise_convolutions(model: nn.Module) -> None:
+    """Normal weights that keep the variance of gradients (fan out) in convolutions; ones and zeros in norms.
+
+    Ref: K. He et al., arXiv 1502.01852, eq. 14.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def build_vision_model(
+    name: str,
+    kind: Callable[[Config], nn.Module],
+    config: Config,
+    pretrained: bool | str | Path,
+    overrides: dict[str, Any],
+) -> nn.Module:
+    """Build ``kind(config)`` with some fields changed, and load weights from a path.
+
+    Raises
+    ------
+    ValueError
+        Unknown override, weights that do not fit, or ``pretrained=True``: no package carries weights.
+    """
+    known = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(f"{name} has no option {unknown[0]!r}: it has {', '.join(known)}")
+    if pretrained is True:
+        raise ValueError(f"no installable package carries weights of {name}: give pretrained= a path")
+    model = kind(replace(config, **overrides))  # type: ignore[type-var]
+    if pretrained is not False:
+        try:
+            model.load_state_dict(read_weights(pretrained))
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {pretrained} do not fit {name}: {error}") from None
+    return model
