@@ -186,8 +186,8 @@ class _Stages:
             self.seconds[level.name] = round(level.training.seconds, 2) if level.training else 0.0
 
         run_idp(
-            model, self._pattern(), self.task.batches, loss, levels, exclude=config.exclude or None, out_dir=folder, facts=self.facts,
-            on_level=on_level, progress=self.progress, run=self.run,
+            model, self._pattern(), self.task.batches, loss, levels, exclude=config.exclude or None, out_dir=folder,
+            facts=self.facts, on_level=on_level, progress=self.progress, run=self.run,
         )  # fmt: skip
 
     def _train(
