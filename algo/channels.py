@@ -145,7 +145,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     Returns
     -------
     ChannelGraph
-        With every convolution's and linear layer's outputs in some group.
+        Every channel that a convolution or linear layer gives is in some group.
 
     Raises
     ------

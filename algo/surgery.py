@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from algo.capture import UntraceableError
+from algo.capture import UntraceableError, refusal
 from algo.channel_gates import ChannelGates
 from algo.channels import ChannelGraph, ChannelGroup
 from algo.checkpoint import load_model, read_tensors
@@ -199,10 +199,7 @@ def check_surgery(
     try:
         found = _outputs(trial, example_inputs)
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).splitlines()[0]
-        raise UntraceableError(
-            f"{type(model).__name__} cannot run with fewer channels, its code fixes a size: {reason}"
-        ) from error
+        raise refusal(trial, error, what="fixes a size and cannot run with fewer channels") from error
     for ours, theirs in zip(found, expected, strict=True):
         if ours.shape != theirs.shape or not _close(ours, theirs, tolerance):
             raise UntraceableError(
