@@ -126,7 +126,7 @@ class ChannelGraph:
         if len(found) != 1:
             known = ", ".join(group.name for group in self.groups[:6])
             raise ValueError(
-                f"{len(found) or 'no'} group{'s' * (len(found) != 1)} named {name!r}: there are {known}"
+                f"{'several groups are' if found else 'no group is'} named {name!r}: there are {known}"
             )
         return found[0]
 
