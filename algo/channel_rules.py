@@ -52,11 +52,13 @@ class Call:
 
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
-_SAME = {
-    "alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "feature_alpha_dropout", "alpha_dropout", "to",
-    "type_as", "_to_copy", "lift_fresh_copy", "copy", "float", "half", "double", "where", "clamp", "zeros_like", "ones_like",
-    "rand_like", "randn_like", "full_like", "empty_like",
+_ELEMENTWISE = {
+    "_to_copy", "absolute", "alias", "alpha_dropout", "bernoulli", "clone", "contiguous", "copy", "detach", "divide", "dropout",
+    "empty_like", "feature_alpha_dropout", "feature_dropout", "fill", "floor_divide", "full_like", "greater", "greater_equal",
+    "hardswish", "less", "less_equal", "lift_fresh", "lift_fresh_copy", "log_sigmoid", "multiply", "negative", "not_equal",
+    "ones_like", "rand_like", "randn_like", "rsub", "subtract", "to", "type_as", "zero", "zeros_like",
 }  # fmt: skip
+"""Those that torch does not tag as such."""
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
 _MOVES = {"permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT"}
 _REDUCTIONS = {
@@ -544,7 +546,7 @@ def cut(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_SAME, pointwise),
+    **dict.fromkeys(_ELEMENTWISE, pointwise),
     **dict.fromkeys(_RESHAPES, reshape),
     **dict.fromkeys(_MOVES, move),
     **dict.fromkeys(_REDUCTIONS, reduction),
@@ -554,7 +556,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("batch_norm", "instance_norm"), batch_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
-    **dict.fromkeys(("expand", "expand_as", "repeat"), expand),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat"), expand),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), concatenate),
     **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "narrow", "unbind", "tensor_split"), cut),
     "group_norm": group_norm,

@@ -126,7 +126,7 @@ class ChannelGraph:
         if len(found) != 1:
             known = ", ".join(group.name for group in self.groups[:6])
             raise ValueError(
-                f"{len(found) or 'no'} group{'s' * (len(found) != 1)} named {name!r}: there are {known}"
+                f"{'several groups are' if found else 'no group is'} named {name!r}: there are {known}"
             )
         return found[0]
 
@@ -145,7 +145,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     Returns
     -------
     ChannelGraph
-        With every convolution's and linear layer's outputs in some group.
+        Every channel that a convolution or linear layer gives is in some group.
 
     Raises
     ------

@@ -15,8 +15,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from algo.capture import UntraceableError
+    from algo.channels import ChannelGraph, channel_groups
+    from algo.count import count
+    from algo.fisher import FisherPruner
     from algo.nm import NM
     from algo.sparsify import finalize, sparsify, sparsity_report
+    from algo.surgery import load_pruned, prune_channels
     from compiler.program import Program, load
     from hw.arch import PRESETS, Arch, get_arch
     from hw.verilog import verilog
@@ -33,17 +38,24 @@ __all__ = [
     "NM",
     "PRESETS",
     "Arch",
+    "ChannelGraph",
     "Dut",
+    "FisherPruner",
     "MemoryModel",
     "Program",
     "Run",
     "Trace",
+    "UntraceableError",
+    "channel_groups",
     "compile",
+    "count",
     "create_model",
     "finalize",
     "get_arch",
     "list_models",
     "load",
+    "load_pruned",
+    "prune_channels",
     "simulate",
     "sparsify",
     "sparsity_report",
@@ -55,17 +67,24 @@ _HOMES = {
     "NM": "algo.nm:NM",
     "PRESETS": "hw.arch:PRESETS",
     "Arch": "hw.arch:Arch",
+    "ChannelGraph": "algo.channels:ChannelGraph",
     "Dut": "sim.handle:Dut",
+    "FisherPruner": "algo.fisher:FisherPruner",
     "MemoryModel": "sim.memory:MemoryModel",
     "Program": "compiler.program:Program",
     "Run": "sim.simulate:Run",
     "Trace": "sim.trace:Trace",
+    "UntraceableError": "algo.capture:UntraceableError",
+    "channel_groups": "algo.channels:channel_groups",
     "compile": "nmforge.api:compile",
+    "count": "algo.count:count",
     "create_model": "models:create_model",
     "finalize": "algo.sparsify:finalize",
     "get_arch": "hw.arch:get_arch",
     "list_models": "models:list_models",
     "load": "compiler.program:load",
+    "load_pruned": "algo.surgery:load_pruned",
+    "prune_channels": "algo.surgery:prune_channels",
     "simulate": "sim.simulate:simulate",
     "sparsify": "algo.sparsify:sparsify",
     "sparsity_report": "algo.sparsify:sparsity_report",

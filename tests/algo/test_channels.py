@@ -1,0 +1,260 @@
+"""Groups against the figures of the papers, an independent library and hand-made cases."""
+
+import pytest
+import torch
+import torch_pruning
+from torch import nn
+
+from algo.channels import channel_groups
+from algo.sparsify import sparsify
+from models import create_model
+from tests.algo.networks import Dense, Gated, Grouped, Halves, Network, Residual, Shared, conv, images
+
+# Groups of convolutions that share their outputs, by stage, and all groups with the classifier's.
+SHARING = {
+    "resnet18": ([3, 3, 3, 3], 13),
+    "resnet50": ([4, 5, 7, 4], 38),
+    "resnet101": ([4, 5, 24, 4], 72),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_resnets(name):
+    graph = channel_groups(create_model(name), torch.randn(1, 3, 32, 32))
+    sharing = [len(group.producers) for group in graph.groups if len(group.producers) > 1]
+    assert (sharing, len(graph.groups)) == SHARING[name]
+    assert [group.name for group in graph.groups if group.kept] == ["fc"]
+    assert graph.group("fc").kept == "the network's result"
+
+
+def test_resnext_prunes_whole_groups():
+    """Per block: 1x1 and grouped 3x3 in one group of 32 units of 4, 8, 16 or 32 channels; shared outputs as ResNet-50."""
+    graph = channel_groups(create_model("resnext50_32x4d"), torch.randn(1, 3, 32, 32))
+    assert len(graph.groups) == 16 + 4 + 1 + 1
+    inner = [group for group in graph.prunable if group.units == 32]
+    assert [group.outputs[group.name].shape[1] for group in inner] == [4] * 3 + [8] * 4 + [16] * 6 + [32] * 3
+    assert all(len(group.producers) == 2 for group in inner)
+    assert [len(group.producers) for group in graph.prunable if group.units > 64] == [4, 5, 7, 4]
+
+
+def test_mobilenet():
+    """Per block: expansion and depth-wise; outputs joined by residuals: 1, 2, 3, 4, 3, 3, 1 blocks a stage."""
+    graph = channel_groups(create_model("mobilenet_v2"), torch.randn(1, 3, 32, 32))
+    assert len(graph.groups) == 16 + 1 + 7 + 1 + 1
+    stages = [group for group in graph.prunable if group.name.endswith(("conv.1", "conv.2"))]
+    assert [len(group.producers) for group in stages] == [1, 2, 3, 4, 3, 3, 1]
+    stem = graph.group("features.0.0")
+    assert stem.producers == ("features.0.0", "features.1.conv.0.0") and stem.units == 32
+
+
+def test_regnet():
+    """Per block: 1x1 and grouped 3x3, units of a group width; one shared output a stage; stem; classifier."""
+    graph = channel_groups(create_model("regnet_x_200mf"), torch.randn(1, 3, 32, 32))
+    assert len(graph.groups) == 13 + 4 + 1 + 1
+    blocks = [group for group in graph.prunable if group.name.endswith("f.a.0")]
+    assert all(group.outputs[group.name].shape[1] == 8 and len(group.producers) == 2 for group in blocks)
+    shared = [len(group.producers) for group in graph.prunable if group.name.endswith("proj.0")]
+    assert shared == [1 + blocks for blocks in (1, 1, 4, 7)]
+
+
+def members(graph, group, unit):
+    """(layer, side, positions) of one unit, as the library lists them."""
+    found = set()
+    for (name, dim), positions in group.axes.items():
+        if name.endswith(".weight"):
+            side = "prune_out_channels" if dim == 0 else "prune_in_channels"
+            found.add((name.removesuffix(".weight"), side, tuple(positions[unit].tolist())))
+    return found
+
+
+def library_members(library, names, layer, position, *, prune):
+    found = set()
+    for dependency, positions in library.get_pruning_group(layer, prune, idxs=[position]):
+        if isinstance(dependency.target.module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            where = tuple(sorted(int(index) for index in positions))
+            found.add((names[dependency.target.module], dependency.handler.__name__, where))
+    return found
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(lambda name=name: create_model(name) for name in ("resnet18", "resnet50", "mobilenet_v2")),
+        lambda: Network([Residual(6, 4), Dense(6, 5), Residual(11, 3), Dense(11, 2)], stem=6, flatten=True),
+        lambda: Network([Gated(6, 3), Residual(6, 4)], stem=6, flatten=False),
+    ],
+    ids=["resnet18", "resnet50", "mobilenet_v2", "dense", "gated"],
+)
+def test_equals_torch_pruning(build):
+    """Every group's first, middle and last unit, where both apply (the library splits grouped convolutions)."""
+    model = build().eval()
+    names = {part: name for name, part in model.named_modules()}
+    x = torch.randn(1, 3, 32, 32)
+    graph = channel_groups(model, x)
+    library = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=x, verbose=False)
+    assert graph.prunable
+    for group in graph.prunable:
+        layer = model.get_submodule(group.producers[0])
+        prune = torch_pruning.prune_linear_out_channels if isinstance(layer, nn.Linear) else \
+            torch_pruning.prune_conv_out_channels
+        for unit in {0, group.units // 2, group.units - 1}:
+            position = int(group.outputs[group.producers[0]][unit, 0])
+            assert members(graph, group, unit) == library_members(library, names, layer, position, prune=prune)
+
+
+def only(graph, name):
+    group = graph.group(name)
+    return group.units, group.producers, group.consumers, group.kept
+
+
+def test_concatenation_and_flatten():
+    model = nn.Sequential(Dense(3, 4), Dense(7, 5), nn.Flatten(), nn.Linear(12 * 16, 2))
+    graph = channel_groups(model, torch.randn(2, 3, 4, 4))
+    assert only(graph, "0.more.0") == (4, ("0.more.0",), ("1.more.0", "3"), None)
+    group = graph.group("1.more.0")
+    assert group.inputs["3"][1].tolist() == list(range((7 + 1) * 16, (7 + 2) * 16))
+    assert [group.name for group in graph.prunable] == ["0.more.0", "1.more.0"]
+
+
+def test_a_shared_head_is_one_group():
+    graph = channel_groups(Network([Shared(4, 6)], stem=4, flatten=False), images())
+    units, producers, consumers, kept = only(graph, "blocks.0.head.0")
+    assert (units, producers, consumers, kept) == (6, ("blocks.0.head.0",), ("blocks.0.merge",), None)
+    assert graph.group("blocks.0.head.0").inputs["blocks.0.merge"].tolist() == [[i, i + 6] for i in range(6)]
+
+
+def test_grouped_convolution_with_more_outputs():
+    graph = channel_groups(Network([Grouped(4, 2, groups=3)], stem=4, flatten=False), images())
+    group = graph.group("blocks.0.first.0")
+    assert group.units == 3 and group.producers == ("blocks.0.first.0", "blocks.0.grouped.0")
+    assert group.outputs["blocks.0.grouped.0"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert group.inputs["blocks.0.grouped.0"].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_chunks_stay_equal():
+    graph = channel_groups(Network([Halves(4)], stem=4, flatten=False), images())
+    assert graph.group("blocks.0.body").outputs["blocks.0.body"].tolist() == [[i, i + 4] for i in range(4)]
+
+
+def test_tied_weights_and_transformer():
+    encoder = create_model("tinybert_4", layers=1, hidden=24, heads=2, intermediate=40, vocabulary=30, positions=9).encoder
+    graph = channel_groups(encoder, torch.randn(2, 5, 24))
+    assert [(group.name, group.units) for group in graph.prunable] == [("layers.0.up", 40)]
+    assert graph.group("layers.0.attention.query").kept.startswith("view splits them, bert.py:")
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.c.weight = self.b.weight
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)).relu())
+
+    graph = channel_groups(Tied(), torch.randn(2, 6))
+    assert {group.kept for group in graph.groups} == {"the network's result"}  # the last output is the first input too
+
+
+class Cases(nn.Module):
+    """A convolution, something done to its result, and a layer that reads that."""
+
+    def __init__(self, middle, outputs=8, inputs=8):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, outputs, 3), nn.Conv2d(inputs, 2, 1)
+        self.norm, self.middle = nn.GroupNorm(2, 8), middle
+
+    def forward(self, x):
+        return self.b(self.middle(self, self.a(x)))
+
+
+KEPT = {
+    "group_norm normalises over them": lambda self, x: self.norm(x),
+    "softmax works along them": lambda self, x: x.softmax(1),
+    "roll works along them": lambda self, x: x.roll(1, dims=1),
+    "mean sums over them": lambda self, x: x - x.mean(1, keepdim=True),
+    "slice cuts them at fixed places": lambda self, x: torch.cat([x[:, 4:], x[:, :4]], 1),
+    "view splits them": lambda self, x: x.view(len(x), 2, 4, 10, 10).transpose(1, 2).reshape(x.shape),
+    "pad pads them": lambda self, x: nn.functional.pad(x[:, :], (0, 0, 0, 0, 1, 0))[:, :8],
+    "cat combines them with a value that is not pruned": lambda self, x: torch.cat([x, torch.zeros(len(x), 8, 1, 10)], 2),
+    "mul combines them with a value that is not pruned": lambda self, x: x * torch.linspace(0, 1, 8)[:, None, None],
+    "einsum mixes them": lambda self, x: torch.einsum("bchw,dc->bdhw", x, torch.ones(8, 8)),
+    "conv2d is not the call of a layer": lambda self, x: nn.functional.conv2d(x, self.b.weight.repeat(4, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("reason", KEPT)
+def test_what_cannot_be_pruned_says_why(reason):
+    graph = channel_groups(Cases(KEPT[reason]), torch.randn(2, 3, 12, 12))
+    kept = graph.group("a").kept
+    assert kept.startswith(reason) and "test_channels.py:" in kept
+
+
+def test_one_channel_over_many():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.where, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.b(x * self.where(x).sigmoid())
+
+    graph = channel_groups(Attention(), torch.randn(2, 3, 12, 12))
+    assert only(graph, "a") == (8, ("a",), ("where", "b"), None)
+    assert graph.group("where").kept.startswith("mul spreads one of them over many")
+
+
+FREE = {
+    "upsample": lambda self, x: nn.functional.interpolate(x, scale_factor=2.0),
+    "pool": lambda self, x: nn.functional.max_pool2d(x, 2) + nn.functional.adaptive_max_pool2d(x, 5),
+    "in place": lambda self, x: x.relu_().add_(x),
+    "transposed": lambda self, x: x.flatten(2).transpose(1, 2).transpose(1, 2).unflatten(2, (10, 10)),
+    "pad pixels": lambda self, x: nn.functional.pad(x, (1, 1, 1, 1)),
+    "slice pixels": lambda self, x: x[:, :, 1:-1, ::2],
+    "softmax of pixels": lambda self, x: x.flatten(2).softmax(-1).view(x.shape),
+    "stack": lambda self, x: torch.stack([x, x.abs()], 0).amax(0),
+    "stack behind": lambda self, x: torch.stack([x, x.abs()], -1).sum(-1),
+    "where": lambda self, x: torch.where(x > 0, x, torch.zeros_like(x)),
+    "spatial mask": lambda self, x: x * torch.ones(10, 10).tril(),
+    "activations": lambda self, x: nn.functional.hardswish(nn.functional.logsigmoid(nn.functional.mish(x))),
+    "maximum": lambda self, x: torch.max(x, 0.1 * x),
+}
+
+
+@pytest.mark.parametrize("case", FREE)
+def test_operators_that_pass_channels_on(case):
+    graph = channel_groups(Cases(FREE[case]), torch.randn(2, 3, 12, 12))
+    assert only(graph, "a") == (8, ("a",), ("b",), None)
+
+
+def test_transposed_convolution():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 5, 2), nn.Conv2d(5, 2, 1))
+    graph = channel_groups(model, torch.randn(2, 3, 8, 8))
+    assert [group.name for group in graph.prunable] == ["0", "1"]
+    assert graph.group("0").axes.keys() == {("0.weight", 0), ("0.bias", 0), ("1.weight", 0)}
+    assert graph.group("1").axes.keys() == {("1.weight", 1), ("1.bias", 0), ("2.weight", 1)}
+
+
+def test_rows_that_are_no_samples():
+    class Merged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x)[:, 0].sum(0, keepdim=True))
+
+    graph = channel_groups(Merged(), torch.randn(3, 2, 4))
+    assert graph.group("a").kept == "b reads 1 rows, no multiple of 3 samples"
+
+
+def test_errors():
+    model = nn.Sequential(conv(3, 4), nn.Conv2d(4, 2, 1))
+    sparsify(model, {"1": "2:4"}, method="magnitude")
+    with pytest.raises(ValueError, match="layer '1' is 2:4 sparse already.*prune channels first, then sparsify"):
+        channel_groups(model, images())
+    graph = channel_groups(nn.Sequential(conv(3, 4), nn.Conv2d(4, 2, 1)), images())
+    with pytest.raises(ValueError, match="no group is named 'x': there are 0.0, 1"):
+        graph.group("x")
+    with pytest.raises(TypeError, match="example_inputs must hold at least one tensor with a batch axis"):
+        channel_groups(nn.Identity(), torch.tensor(1.0))
