@@ -11,7 +11,7 @@ import difflib
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
@@ -21,10 +21,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from algo.distill import DistillConfig
 from algo.idp import IDPConfig
+from algo.settings import section, setting
 from algo.tasks import DataConfig
 from algo.train import RunOptions, TrainConfig
 
-__all__ = ["Config", "ConfigError", "MethodOptions", "RunConfig", "dump", "flat", "keys", "load"]
+__all__ = ["Config", "ConfigError", "MethodOptions", "RunConfig", "dump", "flat", "keys", "load", "reference"]
 
 
 class ConfigError(ValueError):
@@ -35,12 +36,12 @@ class ConfigError(ValueError):
 class MethodOptions:
     """Numbers of the methods; a method takes those it knows."""
 
-    decay: float | None = field(default=None, metadata={"help": "sr-ste, idp: lambda, how strongly pruned weights decay"})
-    end: float | None = field(default=None, metadata={"help": "gradual: share of the steps after which N is reached"})
-    precondition: float | None = field(default=None, metadata={"help": "step: share of the steps that are dense"})
-    freeze: float = field(default=0.25, metadata={"help": "sr-ste, ste, s-ste, step, gradual, idp: share of the steps, at the end, with fixed masks"})
-    levels: dict[str, tuple[int, ...]] = field(default_factory=dict, metadata={"help": 'idp: N of each level, such as {"1:8": [4, 2, 1]}'})
-    calibration: int = field(default=16, metadata={"help": "wanda, sparsegpt: training batches that they see"})
+    decay: float | None = setting(None, "sr-ste, idp: lambda, how strongly pruned weights decay")
+    end: float | None = setting(None, "gradual: share of the steps after which N is reached")
+    precondition: float | None = setting(None, "step: share of the steps that are dense")
+    freeze: float = setting(0.25, "share of the steps, at the end, in which masks stay")
+    levels: dict[str, tuple[int, ...]] = section(dict, 'idp: N of each level, such as {"1:8": [4, 2, 1]}')
+    calibration: int = setting(16, "wanda, sparsegpt: training batches that they see")
 
     def __post_init__(self) -> None:
         IDPConfig(freeze=self.freeze, schedule=self.levels)
@@ -52,29 +53,29 @@ class MethodOptions:
 class RunConfig(RunOptions):
     """Where and how a run happens; `algo.train.RunOptions` and what belongs to a whole run."""
 
-    out: Path = field(default=Path("out/train"), metadata={"help": "folder of checkpoints, log and result"})
-    save_every: int = field(default=200, metadata={"help": "steps between checkpoints: all that a kill can lose; 0: an epoch"})
-    device: Literal["cpu", "cuda", "auto"] = field(default="cpu", metadata={"help": "cpu, cuda, or auto: CUDA if there is any"})
-    threads: int | None = field(default=None, metadata={"help": "of torch, in each process; bits repeat for the same number only"})
+    out: Path = setting(Path("out/train"), "folder of checkpoints, log and result")
+    save_every: int = setting(200, "steps between checkpoints: all that a kill can lose; 0: an epoch")
+    device: Literal["cpu", "cuda", "auto"] = setting("cpu", "cpu, cuda, or auto: CUDA if there is any")
+    threads: int | None = setting(None, "of torch, in each process; bits repeat for the same number only")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole training: dense first if ``dense`` is there, then sparse."""
 
-    task: str = field(default="mnist5k", metadata={"help": "data, model, loss and metric"})
-    model: str | None = field(default=None, metadata={"help": "another model than the task's own: a registered name"})
-    init: Path | None = field(default=None, metadata={"help": "folder of a model (out/dense of another run) to start from"})
-    method: str = field(default="sr-ste", metadata={"help": "N:M method; dense trains without"})
-    pattern: str | dict[str, str] = field(default="2:4", metadata={"help": "N:M of the task's layers, or globs of layer names: patterns"})
-    exclude: tuple[str, ...] = field(default=(), metadata={"help": "globs of layers that stay dense"})
-    seed: int = field(default=0, metadata={"help": "of first weights and training; the split has its own"})
-    options: MethodOptions = field(default_factory=MethodOptions, metadata={"help": "of the method"})
-    data: DataConfig = field(default_factory=DataConfig, metadata={"help": "what the task reads"})
-    dense: TrainConfig | None = field(default=None, metadata={"help": "training before sparsity; null: none"})
-    train: TrainConfig | None = field(default_factory=TrainConfig, metadata={"help": "sparse training, for idp each level; null: one-shot only"})
-    distill: DistillConfig | None = field(default=None, metadata={"help": "learn from the dense model; null: from labels only"})
-    run: RunConfig = field(default_factory=RunConfig, metadata={"help": "where and how; no part of the result"})
+    task: str = setting("mnist5k", "data, model, loss and metric")
+    model: str | None = setting(None, "another model than the task's own: a registered name")
+    init: Path | None = setting(None, "folder of a model (out/dense of another run) to start from")
+    method: str = setting("sr-ste", "N:M method; dense trains without")
+    pattern: str | dict[str, str] = setting("2:4", "N:M of the task's layers, or globs of layer names: patterns")
+    exclude: tuple[str, ...] = setting((), "globs of layers that stay dense")
+    seed: int = setting(0, "of first weights and training; the split has its own")
+    options: MethodOptions = section(MethodOptions, "of the method")
+    data: DataConfig = section(DataConfig, "what the task reads")
+    dense: TrainConfig | None = setting(None, "training before sparsity; null: none")
+    train: TrainConfig | None = section(TrainConfig, "sparse training, for idp each level; null: one-shot only")
+    distill: DistillConfig | None = setting(None, "learn from the dense model; null: from labels only")
+    run: RunConfig = section(RunConfig, "where and how; no part of the result")
 
 
 def load(
@@ -117,9 +118,9 @@ def dump(config: Config) -> str:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """What decides the result, as JSON values: everything but ``run``."""
+    """What decides the result, as JSON values: everything but ``run`` and the number of threads that load data."""
     plain = _plain(config)
-    del plain["run"]
+    del plain["run"], plain["data"]["workers"]
     return plain
 
 
@@ -128,11 +129,32 @@ def keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]
     for item in dataclasses.fields(kind):
         section = _section(typing.get_type_hints(kind)[item.name])
         if section is None:
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            default = getattr(kind(), item.name)
             shown = yaml.safe_dump(_plain(default), default_flow_style=True).removesuffix("\n").removesuffix("\n...")
             yield prefix + item.name, shown.strip(), item.metadata["help"]
         else:
             yield from keys(section, f"{prefix}{item.name}.")
+
+
+def reference() -> str:
+    """Text of ``docs/configuration.md``."""
+    titles = {
+        "": "The training", "data": "`data`: what the task reads", "options": "`options`: numbers of the method",
+        "dense": "`dense` and `train`: the two stages, each with these keys", "distill": "`distill`: learning from the dense model",
+        "run": "`run`: where and how; no part of the result",
+    }  # fmt: skip
+    lines = [
+        "# Configuration of a training",
+        "",
+        "Generated from the declarations (`python -m algo.config > docs/configuration.md`). How to use it is in",
+        "[training.md](training.md). A default of `null` means: not given. The sections `dense` and `distill` are `null` by",
+        "default, and have the defaults below once a key of theirs is given.",
+    ]
+    for section, title in titles.items():
+        rows = [(key, default, meaning) for key, default, meaning in keys() if key.rpartition(".")[0] == section]
+        lines += ["", f"## {title}", "| key | default | meaning |", "|---|---|---|"]
+        lines += [f"| `{key.rpartition('.')[2]}` | `{default}` | {meaning} |" for key, default, meaning in rows]
+    return "\n".join(lines) + "\n"
 
 
 class _Loader(yaml.SafeLoader):
@@ -224,9 +246,9 @@ def _build(values: Mapping[str, Any], where: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("dict[", "function-")))
+        given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
         reason = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {key or 'the configuration'}: {reason}, not {first['input']!r}" if first["type"] != "value_error"
-                          else f"{where}: {key or 'the configuration'}: {reason}") from None
+        raise ConfigError(f"{where}: {key or 'the configuration'}: {reason}{given}") from None
 
 
 def _section(hint: Any) -> type | None:
@@ -246,3 +268,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

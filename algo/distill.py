@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algo.distributed import unwrap
+from algo.settings import setting
 from algo.train import LossFn
 
 __all__ = ["DistillConfig", "distillation"]
@@ -26,10 +27,10 @@ __all__ = ["DistillConfig", "distillation"]
 class DistillConfig:
     """How much of the loss comes from the teacher: ``(1 - alpha) * task + alpha * T^2 * KL + hidden * MSE``."""
 
-    alpha: float = field(default=0.5, metadata={"help": "share of the teacher's opinion in the loss, in [0, 1]"})
-    temperature: float = field(default=2.0, metadata={"help": "by which both logits are divided, > 0"})
-    hidden: float = field(default=0.0, metadata={"help": "weight of the mean squared error of hidden states"})
-    layers: tuple[str, ...] = field(default=(), metadata={"help": "globs of the modules whose outputs are the hidden states"})
+    alpha: float = setting(0.5, "share of the teacher's opinion in the loss, in [0, 1]")
+    temperature: float = setting(2.0, "by which both logits are divided, > 0")
+    hidden: float = setting(0.0, "weight of the mean squared error of hidden states")
+    layers: tuple[str, ...] = setting((), "globs of the modules whose outputs are the hidden states")
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
+    "Ahead",
     "Parallel",
     "RankMismatchError",
     "Spread",
@@ -147,6 +149,28 @@ def share(batches: Sequence[Any], index: int) -> tuple[Any, float]:
     return rows, _rows(rows) * world() / count
 
 
+class Ahead:
+    """This process's rows of a sequence's batches in order, from one on; see `share`. A sequence that loads its parts has the
+    next one loaded while the present one is used."""
+
+    def __init__(self, batches: Sequence[Any], first: int) -> None:
+        self.batches, self.number = batches, first
+        self._pool = ThreadPoolExecutor(1) if hasattr(batches, "part") else None
+        self._coming: Future[tuple[Any, float]] | None = None
+
+    def next(self) -> tuple[Any, float]:
+        """The rows and weight of the next batch."""
+        coming, self._coming = self._coming, None
+        found = coming.result() if coming is not None else share(self.batches, self.number)
+        self.number += 1
+        if self._pool is not None:
+            if self.number < len(self.batches):
+                self._coming = self._pool.submit(share, self.batches, self.number)
+            else:
+                self._pool.shutdown()
+        return found
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of DistributedDataParallel."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -195,7 +219,7 @@ class Spread:
             dist.broadcast(tensor.detach(), 0)
         if parallel == "ddp":
             # Masks are computed, not communicated; so no buffers are broadcast.
-            self.called = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            self.called = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
         else:
             self.work = self.called = _shard(copy.deepcopy(model))
             self.sharded = True
@@ -204,8 +228,9 @@ class Spread:
         """Whole weights in ``work`` while a hook looks at them; what it does to weights is lost if they are sharded."""
         if self.sharded:
             for module in self.work.modules():
-                if hasattr(module, "unshard"):
-                    module.unshard()
+                unshard: Any = getattr(module, "unshard", None)
+                if unshard is not None:
+                    unshard()
         return nullcontext()
 
     def last_of_group(self, last: bool) -> AbstractContextManager[object]:
@@ -229,7 +254,7 @@ class Spread:
         for name, value in self.work.state_dict().items():
             value.copy_(placed_like(tensors[name], value))
         for module in self.work.modules():  # attributes that mirror buffers
-            sync = getattr(module, "sync", None)
+            sync: Any = getattr(module, "sync", None)
             if sync is not None:
                 sync()
 
@@ -237,6 +262,9 @@ class Spread:
         """Bring the caller's model up to date; give it. Every process must call this."""
         if self.sharded:
             self.model.load_state_dict(dict(tensors) if tensors is not None else self.state())
+        if world() > 1:
+            for buffer in self.model.buffers():  # running statistics are each process's own: the main one's count
+                dist.broadcast(buffer, 0)
         return self.model
 
     def check(self) -> None:

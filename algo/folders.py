@@ -42,7 +42,8 @@ class Transform:
 
     def __call__(self, image: Any, place: int) -> Tensor:
         image = image.convert("RGB")
-        box, mirror = self._random(*image.size, place) if self.augment else (self._centre(*image.size), False)
+        width, height = image.size
+        box, mirror = self._random(width, height, place) if self.augment else (self._centre(width, height), False)
         pixels = torch.from_numpy(np.array(image.resize((self.size, self.size), box=box), dtype=np.float32))
         pixels = (pixels / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
         return (pixels.flip(1) if mirror else pixels).permute(2, 0, 1).contiguous()
@@ -77,7 +78,7 @@ def image_folder(folder: Path, split: str, *, classes: Sequence[str] | None = No
     """
     root = folder / split
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}: images are expected in {folder}/train/CLASS/*.jpg and {folder}/{split}/CLASS/*.jpg")
+        raise FileNotFoundError(f"no folder {root}: images are expected in {folder}/train/CLASS/ and {folder}/{split}/CLASS/")
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
     if not found:
         raise ValueError(f"{root} has no folders: one for each class is expected")

@@ -97,7 +97,7 @@ def run_recipe(
     stages = _Stages(config, task, progress)
     if config.dense is not None:
         stages.dense(model, config.dense, out / "dense")
-    loss = task.loss
+    loss: LossFn = task.loss
     if config.distill is not None:
         loss = distillation(copy.deepcopy(model), task.logits, task.labels, config.distill)
     folder = out / _name(config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from algo.distributed import to_device
+from algo.settings import setting
 from algo.train import Batches
 
 __all__ = ["DataConfig", "Task", "TaskBuilder", "get_task", "list_tasks", "register_task"]
@@ -29,19 +30,19 @@ __all__ = ["DataConfig", "Task", "TaskBuilder", "get_task", "list_tasks", "regis
 class DataConfig:
     """What a task reads, and how it is cut into batches."""
 
-    batch_size: int = field(default=64, metadata={"help": "examples of a step, shared out to all processes"})
-    seed: int = field(default=0, metadata={"help": "of the split, where the data has none, and of the order"})
-    train_size: int | None = field(default=None, metadata={"help": "examples of an epoch; epochs walk on through all of them"})
-    test_size: int | None = field(default=None, metadata={"help": "held-out examples"})
-    max_length: int = field(default=64, metadata={"help": "tokens to which a text is cut"})
-    augment: bool = field(default=False, metadata={"help": "images: random shifts, or crops and mirror images"})
-    folder: Path | None = field(default=None, metadata={"help": "imagefolder, hf: where the data is"})
-    image_size: int = field(default=224, metadata={"help": "imagefolder, hf: pixels of a side"})
-    workers: int = field(default=2, metadata={"help": "imagefolder, hf: threads that decode images"})
-    text: str = field(default="text", metadata={"help": "hf: column of the text"})
-    image: str = field(default="image", metadata={"help": "hf: column of the image"})
-    label: str = field(default="label", metadata={"help": "hf: column of the label"})
-    test_split: str = field(default="test", metadata={"help": "imagefolder, hf: name of the held-out split"})
+    batch_size: int = setting(64, "examples of a step, shared out to all processes")
+    seed: int = setting(0, "of the split, where the data has none, and of the order")
+    train_size: int | None = setting(None, "examples of an epoch; epochs walk on through all of them")
+    test_size: int | None = setting(None, "held-out examples")
+    max_length: int = setting(64, "tokens to which a text is cut")
+    augment: bool = setting(False, "images: random shifts, or crops and mirror images")
+    folder: Path | None = setting(None, "imagefolder, hf: where the data is")
+    image_size: int = setting(224, "imagefolder, hf: pixels of a side")
+    workers: int = setting(2, "imagefolder, hf: threads that decode images")
+    text: str = setting("text", "hf: column of the text")
+    image: str = setting("image", "hf: column of the image")
+    label: str = setting("label", "hf: column of the label")
+    test_split: str = setting("test", "imagefolder, hf: name of the held-out split")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length", "image_size", "workers"):
@@ -61,7 +62,7 @@ class Task:
     classes
         Names of the classes.
     build
-        (model name or None, dropout or None) -> the model to train, from torch's generator.
+        Name of another model, or None -> the model to train, initialised from torch's generator.
     batches
         Training batches of an epoch, see `algo.train.Batches`.
     held_out

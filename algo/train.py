@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from algo.checkpoint import difference, load_state, read_tensors, write_tensors
 from algo.distributed import (
+    Ahead,
     Parallel,
     Spread,
     all_ranks,
@@ -38,7 +39,6 @@ from algo.distributed import (
     mean_of_ranks,
     placed_like,
     rank,
-    share,
     to_device,
     whole,
     world,
@@ -46,6 +46,7 @@ from algo.distributed import (
 from algo.ema import EMA
 from algo.logs import RunLog
 from algo.optim import OPTIMIZERS, SCHEDULES, make_optimizer, schedule
+from algo.settings import setting
 
 __all__ = [
     "Batches",
@@ -75,18 +76,18 @@ class NonFiniteLossError(ValueError):
 class TrainConfig:
     """What decides the result of a training. ``seed`` starts torch's generator (dropout)."""
 
-    epochs: int = field(default=1, metadata={"help": "passes over the data"})
-    lr: float = field(default=5e-5, metadata={"help": "highest learning rate"})
-    weight_decay: float = field(default=0.01, metadata={"help": "decoupled with adamw, added to the gradient with sgd"})
-    warmup: float = field(default=0.1, metadata={"help": "share of the steps in which the learning rate rises, in [0, 1]"})
-    clip: float = field(default=1.0, metadata={"help": "bound of the gradient's norm; 0 does not bound it"})
-    seed: int = field(default=0, metadata={"help": "of everything that is random in training"})
-    optimizer: str = field(default="adamw", metadata={"help": "adamw or sgd (Nesterov)"})
-    momentum: float = field(default=0.9, metadata={"help": "of sgd, in [0, 1)"})
-    schedule: str = field(default="linear", metadata={"help": "after warm-up: linear or cosine to zero, or constant"})
-    amp: Literal["bf16", "fp16"] | None = field(default=None, metadata={"help": "mixed precision: bf16 or fp16 (loss scaled)"})
-    accumulate: int = field(default=1, metadata={"help": "batches whose gradients are averaged to one step"})
-    ema: float = field(default=0.0, metadata={"help": "decay of averaged weights, which then are the result; 0 does not average"})
+    epochs: int = setting(1, "passes over the data")
+    lr: float = setting(5e-5, "highest learning rate")
+    weight_decay: float = setting(0.01, "decoupled with adamw, added to the gradient with sgd")
+    warmup: float = setting(0.1, "share of the steps in which the learning rate rises, in [0, 1]")
+    clip: float = setting(1.0, "bound of the gradient's norm; 0 does not bound it")
+    seed: int = setting(0, "of everything that is random in training")
+    optimizer: str = setting("adamw", "adamw or sgd (Nesterov)")
+    momentum: float = setting(0.9, "of sgd, in [0, 1)")
+    schedule: str = setting("linear", "after warm-up: linear or cosine to zero, or constant")
+    amp: Literal["bf16", "fp16"] | None = setting(None, "mixed precision: bf16 or fp16 (loss scaled)")
+    accumulate: int = setting(1, "batches whose gradients are averaged to one step")
+    ema: float = setting(0.0, "decay of averaged weights, which then are the result; 0 does not average")
 
     def __post_init__(self) -> None:
         if not isinstance(self.epochs, int) or self.epochs < 1:
@@ -113,12 +114,12 @@ class TrainConfig:
 class RunOptions:
     """How a run is kept, watched and spread. None of it changes the result (but for rounding with several processes)."""
 
-    save_every: int = field(default=0, metadata={"help": "steps between checkpoints; 0: only at the end of an epoch"})
-    log: Path | None = field(default=None, metadata={"help": "folder of log.csv and TensorBoard events"})
-    log_every: int = field(default=1, metadata={"help": "steps between rows of the log"})
-    tensorboard: bool = field(default=False, metadata={"help": "TensorBoard events too; needs nmforge[logs]"})
-    parallel: Parallel = field(default="ddp", metadata={"help": "of several processes: ddp, or fsdp for a model too large for one"})
-    check_every: int = field(default=100, metadata={"help": "steps between comparisons of weights and masks of all processes"})
+    save_every: int = setting(0, "steps between checkpoints; 0: only at the end of an epoch")
+    log: Path | None = setting(None, "folder of log.csv and TensorBoard events")
+    log_every: int = setting(1, "steps between rows of the log")
+    tensorboard: bool = setting(False, "TensorBoard events too; needs nmforge[logs]")
+    parallel: Parallel = setting("ddp", "of several processes: ddp, or fsdp for a model too large for one")
+    check_every: int = setting(100, "steps between comparisons of weights and masks of all processes")
 
     def __post_init__(self) -> None:
         if self.save_every < 0:
@@ -242,9 +243,7 @@ class _Loop:
         self.spread = Spread(model, run.parallel)
         self.device = next(model.parameters()).device
         self.optimizer = make_optimizer(self.spread.work.parameters(), config)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, schedule(config, config.epochs * self.steps)
-        )
+        self.factor = schedule(config, config.epochs * self.steps)
         self.scaler = torch.amp.GradScaler(self.device.type) if config.amp == "fp16" else None
         self.ema = EMA(self.spread.work, config.ema) if config.ema else None
         self.epoch, self.batch, self.total, self.last_loss = 0, 0, 0.0, 0.0
@@ -283,16 +282,17 @@ class _Loop:
             torch.set_rng_state(self._rng)
             self._rng = None
         self.spread.called.train()
+        rows = Ahead(todo, self.batch)
         for first in range(self.batch, self.count, self.config.accumulate):
             group = range(first, min(first + self.config.accumulate, self.count))
-            advance(1, self._step(todo, group))
+            advance(1, self._step(rows, group))
             if self.options.save_every and self.step % self.options.save_every == 0 and self.batch < self.count:
                 self._save()
             if self.step % self.options.check_every == 0:
                 self.spread.check()
         self._end_epoch()
 
-    def _step(self, todo: Sequence[Any], group: range) -> float:
+    def _step(self, rows: Ahead, group: range) -> float:
         """One optimiser step on a group of batches; gives its mean loss."""
         if self.before_step is not None:
             with self.spread.gathered():
@@ -300,7 +300,7 @@ class _Loop:
         value = 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for number in group:
-            batch, weight = share(todo, number)
+            batch, weight = rows.next()
             with self.spread.last_of_group(number == group[-1]):
                 with self._precision():
                     loss = self.loss_fn(self.spread.called, to_device(batch, self.device))
@@ -312,16 +312,18 @@ class _Loop:
                 factor = weight / len(group)
                 scaled = loss * factor if factor != 1 else loss
                 (self.scaler.scale(scaled) if self.scaler is not None else scaled).backward()
-        lr = self.optimizer.param_groups[0]["lr"]
-        norm = self._update(group[-1])
+        lr = self.config.lr * self.factor(self.step)
+        norm = self._update(lr, group[-1])
         self.batch = group[-1] + 1
         self.last_loss = value / len(group)
         if self.log is not None and self.step % self.options.log_every == 0:
             self.log.row(epoch=self.epoch, step=self.step, loss=self.last_loss, lr=lr, grad_norm=norm)
         return self.last_loss
 
-    def _update(self, number: int) -> float:
+    def _update(self, lr: float, number: int) -> float:
         """Clip, step, average; gives the gradient's norm before clipping."""
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = lr
         parameters = [p for p in self.spread.work.parameters() if p.grad is not None]
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -336,10 +338,8 @@ class _Loop:
             if not math.isfinite(norm):
                 self._refuse("norm of the gradient", norm, number)
             self.optimizer.step()
-        step = self.step
-        self.scheduler.step()
         if self.ema is not None:
-            self.ema.update(self.spread.work, step)
+            self.ema.update(self.spread.work, self.step)
         return norm
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -360,10 +360,10 @@ class _Loop:
         self.losses.append(self.total / self.count)
         if self.evaluate is not None:
             self.scores.append(self._score(self.evaluate))
-        step, lr = self.step, self.optimizer.param_groups[0]["lr"]
         if self.log is not None:
             score = {"score": self.scores[-1]} if self.evaluate is not None else {}
-            self.log.row(epoch=self.epoch, step=step, loss=self.losses[-1], lr=lr, **score)
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.log.row(epoch=self.epoch, step=self.step, loss=self.losses[-1], lr=lr, **score)
         self.epoch, self.batch, self.total = self.epoch + 1, 0, 0.0
         self._save()
 
@@ -422,9 +422,6 @@ class _Loop:
         self.total, self.last_loss = float(facts["total"]), float(facts["last_loss"])
         self.losses, self.scores = list(facts["losses"]), list(facts["scores"])
         self.saved = (self.epoch, self.step - self.epoch * self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.scheduler.lr_lambdas[0](self.step)
-        self.scheduler.last_epoch = self.step
         torch.set_rng_state(tensors[f"rng.{rank()}"])
         self._rng = tensors[f"rng.{rank()}"]
         if self.device.type == "cuda":

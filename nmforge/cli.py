@@ -145,7 +145,8 @@ DenseEpochs = Annotated[int | None, typer.Option("--dense-epochs", min=1, help="
 Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs of each pruning level.")]
 PerEpoch = Annotated[int | None, typer.Option("--sentences", min=1, help="Sentences per epoch.")]
 TrainPattern = Annotated[
-    str | None, typer.Option("--pattern", "-p", metavar="N:M", help="N:M of every layer, or a mix by layer name; 2:4 if nothing says else.")
+    str | None,
+    typer.Option("--pattern", "-p", metavar="N:M", help="N:M of every layer, or a mix by layer name; 2:4 if nothing says else."),
 ]
 ConfigFiles = Annotated[
     list[str] | None,

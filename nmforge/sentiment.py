@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from algo.batches import walk
 from algo.checkpoint import load_model
 from algo.data import Sentence, movie_sentences
 from algo.finetune import PipelineConfig, PipelineResult, prune_pipeline
@@ -244,21 +245,10 @@ def _batches(data: SentimentData, config: SentimentConfig) -> Batches:
 
     def epoch(number: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(1000 * data.seed + number)
-        chosen = _walk(len(lengths), size, number, data.seed)
+        chosen = walk(len(lengths), size, number, data.seed)
         chosen.sort(key=lambda index: (lengths[index], index))
         parts = [chosen[start : start + config.batch_size] for start in range(0, size, config.batch_size)]
         order = torch.randperm(len(parts), generator=generator).tolist()
         return [collate(data.train, parts[index]) for index in order]
 
     return epoch
-
-
-def _walk(count: int, size: int, epoch: int, seed: int) -> list[int]:
-    """Numbers of one epoch's sentences: ``size`` at a time along an endless row of permutations of
-    ``count``."""
-    laps = range(epoch * size // count, ((epoch + 1) * size - 1) // count + 1)
-    row: list[int] = []
-    for lap in laps:
-        row += torch.randperm(count, generator=torch.Generator().manual_seed(7919 * seed + lap)).tolist()
-    start = epoch * size - laps.start * count
-    return row[start : start + size]

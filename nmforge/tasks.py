@@ -91,7 +91,8 @@ def hf(config: DataConfig) -> Task:
     column = config.image if config.image in train.column_names else config.text
     for name in (column, config.label):
         if name not in train.column_names:
-            raise ValueError(f"{folder} has no column {name!r}: it has {', '.join(train.column_names)} (data.text, data.image, data.label)")
+            there = ", ".join(train.column_names)
+            raise ValueError(f"{folder} has no column {name!r}: it has {there} (data.text, data.image, data.label)")
     labels = [list(part[config.label]) for part in (train, test)]
     names = getattr(train.features[config.label], "names", None)
     found = sorted(set(labels[0]))
@@ -172,7 +173,9 @@ def _images(
     )  # fmt: skip
 
 
-def _lazy(items: Sequence[Any], labels: list[int], order: Sequence[int], change: Transform, batch: int, workers: int) -> LazyImages:
+def _lazy(
+    items: Sequence[Any], labels: list[int], order: Sequence[int], change: Transform, batch: int, workers: int
+) -> LazyImages:
     def pixels(place: int) -> Tensor:
         item = items[place]
         return change(open_image(item) if isinstance(item, Path) else item, place)
@@ -182,8 +185,9 @@ def _lazy(items: Sequence[Any], labels: list[int], order: Sequence[int], change:
 
 def _vision(default: str, classes: int, image: int | None = None) -> Any:
     def build(model: str | None) -> nn.Module:
-        sizes = {} if image is None or not (model or default).startswith(("deit", "vit")) else {"image": image}
-        return create_model(model or default, num_classes=classes, **sizes)
+        name = model or default
+        sizes: dict[str, Any] = {"image": image} if image is not None and name.startswith(("deit", "vit")) else {}
+        return create_model(name, num_classes=classes, **sizes)
 
     return build
 

@@ -62,7 +62,7 @@ def configuration(
     if resume:
         kept = (out or Path("out/train")) / "config.yaml"
         if sources:
-            raise BadInputError("--resume takes the configuration that the folder has: leave --config out (the same command goes on, too)")
+            raise BadInputError("--resume takes the config that the folder has: leave --config out")
         if not kept.is_file():
             raise BadInputError(f"nothing to resume: there is no {kept}; name the folder of the run with --out")
         sources = [str(kept)]

