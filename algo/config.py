@@ -41,6 +41,7 @@ class MethodOptions:
     precondition: float | None = setting(None, "step: share of the steps that are dense")
     freeze: float = setting(0.25, "share of the steps, at the end, in which masks stay")
     levels: dict[str, tuple[int, ...]] = section(dict, 'idp: N of each level, such as {"1:8": [4, 2, 1]}')
+    family: bool = setting(False, "idp: every N from M-1 down, each a model, instead of about half at each level")
     calibration: int = setting(16, "wanda, sparsegpt: training batches that they see")
 
     def __post_init__(self) -> None:
@@ -139,10 +140,13 @@ def keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str, str]
 def reference() -> str:
     """Text of ``docs/configuration.md``."""
     titles = {
-        "": "The training", "data": "`data`: what the task reads", "options": "`options`: numbers of the method",
-        "dense": "`dense` and `train`: the two stages, each with these keys", "distill": "`distill`: learning from the dense model",
+        "": "The training",
+        "data": "`data`: what the task reads",
+        "options": "`options`: numbers of the method",
+        "dense": "`dense` and `train`: the two stages, each with these keys",
+        "distill": "`distill`: learning from the dense model",
         "run": "`run`: where and how; no part of the result",
-    }  # fmt: skip
+    }
     lines = [
         "# Configuration of a training",
         "",
@@ -150,8 +154,8 @@ def reference() -> str:
         "[training.md](training.md). A default of `null` means: not given. The sections `dense` and `distill` are `null` by",
         "default, and have the defaults below once a key of theirs is given.",
     ]
-    for section, title in titles.items():
-        rows = [(key, default, meaning) for key, default, meaning in keys() if key.rpartition(".")[0] == section]
+    for part, title in titles.items():
+        rows = [(key, default, meaning) for key, default, meaning in keys() if key.rpartition(".")[0] == part]
         lines += ["", f"## {title}", "| key | default | meaning |", "|---|---|---|"]
         lines += [f"| `{key.rpartition('.')[2]}` | `{default}` | {meaning} |" for key, default, meaning in rows]
     return "\n".join(lines) + "\n"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from algo.step_adam import StepAdamW, masks_begun
 
 if TYPE_CHECKING:
     from algo.train import TrainConfig
@@ -18,20 +20,28 @@ __all__ = ["OPTIMIZERS", "SCHEDULES", "make_optimizer", "schedule"]
 Parameters: TypeAlias = list[nn.Parameter]
 
 
-def _adamw(parameters: Parameters, config: TrainConfig) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, parameters: Parameters, config: TrainConfig) -> torch.optim.Optimizer:
     # fused: one pass over the weights, a sixth of the processor time of the default (measured on one core)
     fused = not any(isinstance(parameter, DTensor) for parameter in parameters)
     return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
-def _sgd(parameters: Parameters, config: TrainConfig) -> torch.optim.Optimizer:
+def _sgd(model: nn.Module, parameters: Parameters, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         parameters, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, nesterov=config.momentum > 0
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters, TrainConfig], torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
-"""How each optimiser is made; SGD is Nesterov's if it has momentum."""
+def _step_adamw(model: nn.Module, parameters: Parameters, config: TrainConfig) -> torch.optim.Optimizer:
+    return StepAdamW(parameters, lambda: masks_begun(model), lr=config.lr, weight_decay=config.weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Parameters, TrainConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "step-adamw": _step_adamw,
+}
+"""How each optimiser is made; SGD is Nesterov's if it has momentum, step-adamw is the half of the method ``step``."""
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: max(0.0, 1 - share),
@@ -41,9 +51,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """Factor of the learning rate after warm-up, by the share of the remaining steps that are done."""
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of a configuration for the parameters that are trained."""
-    return OPTIMIZERS[config.optimizer]([p for p in parameters if p.requires_grad], config)
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of a configuration for the parameters of a model that are trained."""
+    return OPTIMIZERS[config.optimizer](model, [p for p in model.parameters() if p.requires_grad], config)
 
 
 def schedule(config: TrainConfig, total: int) -> Callable[[int], float]:

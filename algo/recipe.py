@@ -15,9 +15,7 @@ is trained, ``idp`` goes level by level.
 from __future__ import annotations
 
 import copy
-import inspect
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,15 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import nn
-from torch.nn.utils import parametrize
 
-from algo import sparsify as sparsity
 from algo.checkpoint import difference, load_model, read_json, save_model, write_json
 from algo.config import Config, dump, flat
 from algo.distill import distillation
-from algo.distributed import barrier, from_main, is_main, world
+from algo.distributed import barrier, from_main, is_main, to_device, world
 from algo.idp import IDPConfig, run_idp
+from algo.methods import METHODS
 from algo.nm import NM
+from algo.sparsify import advance, finalize, freeze_masks, model_patterns, sparsify
 from algo.tasks import Task
 from algo.train import LossFn, RunOptions, StepFn, TrainConfig, TrainResult, train
 from algo.verify import verify
@@ -94,7 +92,7 @@ def run_recipe(
     model = task.model(config.seed, config.model).to(device or torch.device("cpu"))
     if config.init is not None:
         load_model(model, config.init)
-    stages = _Stages(config, task, progress)
+    stages = _Stages(config, task, next(model.parameters()).device, progress)
     if config.dense is not None:
         stages.dense(model, config.dense, out / "dense")
     loss: LossFn = task.loss
@@ -111,8 +109,8 @@ def run_recipe(
 class _Stages:
     """The stages of one run and what came of them."""
 
-    def __init__(self, config: Config, task: Task, progress: Progress | None) -> None:
-        self.config, self.task, self.progress = config, task, progress
+    def __init__(self, config: Config, task: Task, device: torch.device, progress: Progress | None) -> None:
+        self.config, self.task, self.device, self.progress = config, task, device, progress
         own = {item.name: getattr(config.run, item.name) for item in fields(RunOptions)}
         self.run = RunOptions(**own | {"log": config.run.log or config.run.out})
         self.facts = {"task": task.name, "seed": config.seed, **task.facts}
@@ -143,14 +141,14 @@ class _Stages:
         if from_main((folder / "sparse" / "model.json").is_file()):
             load_model(model, folder / "sparse")
             model.eval()
-            return sparsity.model_patterns(model)
+            return model_patterns(model)
         if config.method == "idp":
             self._idp(model, loss, folder)
         elif config.method == "dense":
             self._train("trained", model, loss, config.train, folder / "step.safetensors", None)
         else:
             self._one_method(model, loss, folder / "step.safetensors")
-        patterns = sparsity.finalize(model)
+        patterns = finalize(model)
         model.eval()
         verify(model, patterns)
         save_model(model, folder / "sparse", self.facts | {"method": config.method})
@@ -159,36 +157,37 @@ class _Stages:
 
     def _one_method(self, model: nn.Module, loss: LossFn, checkpoint: Path) -> None:
         config = self.config
-        chosen = sparsity.sparsify(
-            model, self._pattern(), method=config.method, exclude=config.exclude, **self._options(sparsity.sparsify)  # type: ignore[arg-type]
-        )
-        hook: StepFn = _hook(config.options.freeze)
-        if chosen and not any(parametrize.is_parametrized(module) for module in model.modules()):
-            # Pruned at once. Its zeros have the smallest magnitudes: a mask by magnitude, frozen, is the one that was chosen.
-            if config.train is not None:
-                sparsity.sparsify(model, dict(chosen), method="ste")
-                sparsity.freeze_masks(model)
-        elif config.train is None:
+        known = METHODS.get(config.method)
+        if config.train is None and known is not None and known.kind == "training":
             raise ValueError(f"method {config.method} works while the model trains: give train.epochs")
+        if config.method == "s-ste" and config.options.freeze and config.run.parallel == "fsdp" and world() > 1:
+            raise ValueError(
+                "method s-ste changes weights when its masks are fixed, which sharded weights do not keep: "
+                "set options.freeze to 0, or run.parallel to ddp"
+            )
+        # What prunes at once is held while training goes on.
+        hold = config.train is not None
+        sparsify(model, self._pattern(), method=config.method, hold=hold, **self._options())  # type: ignore[arg-type]
         if config.train is not None:
-            self._train(_name(config), model, loss, config.train, checkpoint, hook)
+            self._train(_name(config), model, loss, config.train, checkpoint, _hook(config.options.freeze))
 
     def _idp(self, model: nn.Module, loss: LossFn, folder: Path) -> None:
         config = self.config
         if config.train is None:
             raise ValueError("method idp works while the model trains: give train.epochs")
-        given = {} if config.options.decay is None else {"decay": config.options.decay}
+        given: dict[str, Any] = {} if config.options.decay is None else {"decay": config.options.decay}
         levels = IDPConfig(
-            train=self._seeded(config.train, 1), freeze=config.options.freeze, schedule=config.options.levels, **given
-        )
+            train=self._seeded(config.train, 1), freeze=config.options.freeze, schedule=config.options.levels,
+            levels="all" if config.options.family else "halving", **given,
+        )  # fmt: skip
 
         def on_level(level: Any) -> None:
             self.score(level.name, model)
             self.seconds[level.name] = round(level.training.seconds, 2) if level.training else 0.0
 
         run_idp(
-            model, self._pattern(), self.task.batches, loss, levels, exclude=config.exclude, out_dir=folder, facts=self.facts,
-            on_level=on_level, progress=self.progress, run=self.run,
+            model, self._pattern(), self.task.batches, loss, levels, exclude=config.exclude or None, out_dir=folder,
+            facts=self.facts, on_level=on_level, progress=self.progress, run=self.run,
         )  # fmt: skip
 
     def _train(
@@ -205,37 +204,35 @@ class _Stages:
         self.resumed_step = result.resumed_step
         return result
 
-    def _pattern(self) -> dict[str, str]:
+    def _pattern(self) -> str | dict[str, str]:
+        """One pattern is for the task's layers; of another model than the task's, for all but its head."""
         pattern = self.config.pattern
-        return {self.task.layers: pattern} if isinstance(pattern, str) else dict(pattern)
+        return {self.task.layers: pattern} if isinstance(pattern, str) and self.config.model is None else pattern
 
     def _seeded(self, config: TrainConfig, stage: int) -> TrainConfig:
-        return replace(config, seed=config.seed + self.config.seed + stage)
+        own = replace(config, seed=config.seed + self.config.seed + stage)
+        step = stage and self.config.method == "step" and config.optimizer == "adamw"
+        return replace(own, optimizer="step-adamw") if step else own
 
-    def _options(self, method: Callable[..., Any]) -> dict[str, Any]:
-        """What `sparsify` takes of the options that were given."""
-        given = {name: getattr(self.config.options, name) for name in ("decay", "end", "precondition")}
-        taken = inspect.signature(method).parameters
-        options = {name: value for name, value in given.items() if value is not None}
-        strange = [name for name in options if name not in taken]
-        if strange:
-            raise ValueError(f"options.{strange[0]}: no method takes it")
-        if "calibration" in taken and self.config.method in ("wanda", "sparsegpt"):
+    def _options(self) -> dict[str, Any]:
+        """What `sparsify` takes besides the pattern."""
+        config = self.config
+        given = {name: getattr(config.options, name) for name in ("decay", "end", "precondition")}
+        options = {name: value for name, value in given.items() if value is not None} | {"exclude": config.exclude or None}
+        if config.method in METHODS and METHODS[config.method].kind == "calibrated":
             batches = self.task.batches(0)
-            count = min(self.config.options.calibration, len(batches))
-            options["calibration"] = [self.task.inputs(batches[number]) for number in range(count)]
+            count = min(config.options.calibration, len(batches))
+            options["calibration"] = [self.task.inputs(to_device(batches[number], self.device)) for number in range(count)]
         return options
 
 
 def _hook(freeze: float) -> StepFn:
     """Tell methods with a schedule how far training is, and fix masks for the last part."""
-    advance: StepFn | None = getattr(sparsity, "advance", None)
 
     def before_step(model: nn.Module, step: int, steps: int) -> None:
-        if advance is not None:
-            advance(model, step, steps)
+        advance(model, step, steps)
         if freeze and step >= round(steps * (1 - freeze)):
-            sparsity.freeze_masks(model)
+            freeze_masks(model)
 
     return before_step
 

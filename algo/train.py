@@ -82,7 +82,7 @@ class TrainConfig:
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises, in [0, 1]")
     clip: float = setting(1.0, "bound of the gradient's norm; 0 does not bound it")
     seed: int = setting(0, "of everything that is random in training")
-    optimizer: str = setting("adamw", "adamw or sgd (Nesterov)")
+    optimizer: str = setting("adamw", "adamw, sgd (Nesterov), or step-adamw, which the method step takes instead of adamw")
     momentum: float = setting(0.9, "of sgd, in [0, 1)")
     schedule: str = setting("linear", "after warm-up: linear or cosine to zero, or constant")
     amp: Literal["bf16", "fp16"] | None = setting(None, "mixed precision: bf16 or fp16 (loss scaled)")
@@ -242,7 +242,7 @@ class _Loop:
         self.identity: dict[str, Any] = asdict(config) | {"processes": world()}
         self.spread = Spread(model, run.parallel)
         self.device = next(model.parameters()).device
-        self.optimizer = make_optimizer(self.spread.work.parameters(), config)
+        self.optimizer = make_optimizer(self.spread.work, config)
         self.factor = schedule(config, config.epochs * self.steps)
         self.scaler = torch.amp.GradScaler(self.device.type) if config.amp == "fp16" else None
         self.ema = EMA(self.spread.work, config.ema) if config.ema else None
@@ -388,7 +388,9 @@ class _Loop:
         if self.checkpoint is None:
             return
         tensors = {f"model.{name}": value for name, value in self.spread.state().items()}
+        counts: dict[str, dict[str, Any]] = {}  # what an optimiser keeps besides tensors
         for index, state in self.optimizer.state_dict()["state"].items():
+            counts[str(index)] = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in state.items() if isinstance(value, Tensor)}
         if self.ema is not None:
             tensors |= {f"ema.{name}": whole(value) for name, value in self.ema.mean.items()}
@@ -399,8 +401,8 @@ class _Loop:
                 tensors[f"gpu_rng.{number}"] = state
         place = {"epoch": self.epoch, "batch": self.batch, "total": self.total, "last_loss": self.last_loss}
         scaler = self.scaler.state_dict() if self.scaler is not None else {}
-        curves = {"losses": self.losses, "scores": self.scores}
-        write_tensors(self.checkpoint, tensors, {"identity": self.identity, **place, **curves, "scaler": scaler})
+        rest = {"losses": self.losses, "scores": self.scores, "scaler": scaler, "counts": counts}
+        write_tensors(self.checkpoint, tensors, {"identity": self.identity, **place, **rest})
         self.saved = (self.epoch, self.step - self.epoch * self.steps)
 
     def resume(self) -> tuple[int, int]:
@@ -412,7 +414,7 @@ class _Loop:
         if changed:
             raise ValueError(f"cannot resume from {self.checkpoint}: {changed}. Set it back, or start over (fresh)")
         load_state(self.spread, _part(tensors, "model."), str(self.checkpoint))
-        self._load_optimizer(_part(tensors, "optimizer."))
+        self._load_optimizer(_part(tensors, "optimizer."), facts["counts"])
         if self.ema is not None:
             for name, value in _part(tensors, "ema.").items():
                 self.ema.mean[name].copy_(placed_like(value, self.ema.mean[name]))
@@ -429,9 +431,9 @@ class _Loop:
         barrier()
         return self.epoch, self.step
 
-    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+    def _load_optimizer(self, tensors: Mapping[str, Tensor], counts: Mapping[str, Mapping[str, Any]]) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
+        state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in counts.items()}
         for key, value in tensors.items():
             index, name = key.split(".")
             like = value.dim() and value.shape == parameters[int(index)].shape

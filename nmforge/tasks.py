@@ -33,7 +33,7 @@ HELD_OUT_BATCH = 128
 
 @register_task
 def movies(config: DataConfig) -> Task:
-    """Is a movie sentence positive or negative? MiniLM-L6, 8,069 sentences and 2,000 held out."""
+    """Is a movie sentence positive or negative? MiniLM-L6, 8,070 sentences and 2,000 held out."""
     train, test = movie_sentences(seed=config.seed, test_size=config.test_size or 2000)
     return _texts("movies", ("negative", "positive"), train, test, config)
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from algo.config import Config, load
 from algo.distributed import is_main, processes, world
+from algo.methods import METHODS
 from algo.recipe import Outcome, run_recipe
-from algo.sparsify import Method
 from nmforge.console import progress_bars
 from nmforge.errors import BadInputError
 from nmforge.tasks import get_task
@@ -33,7 +33,7 @@ def ready_configs() -> list[str]:
 
 def methods() -> list[str]:
     """Names that ``method`` takes."""
-    return ["dense", "idp", *get_args(Method)]
+    return ["dense", *METHODS]
 
 
 def configuration(

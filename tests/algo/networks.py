@@ -135,6 +135,15 @@ def random_network(seed):
     return settle(Network(blocks, stem=stem, flatten=choose.random() < 0.5))
 
 
+NARROW = {
+    "resnet18": {"width": 8, "blocks": (1, 2, 1)},
+    "resnext50_32x4d": {"width": 32, "blocks": (1, 2)},
+    "mobilenet_v2": {"width": 0.25, "stages": ((1, 16, 1, 1), (6, 24, 2, 2), (6, 96, 1, 2)), "head": 64, "dropout": 0.0},
+    "regnet_x_200mf": {"depth": 6},
+}
+"""Options that make named networks small and keep every kind of block."""
+
+
 def settle(model):
     """Norms as after some training, so that no channel is like another; eval mode."""
     for part in model.modules():

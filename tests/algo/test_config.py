@@ -86,4 +86,5 @@ def test_every_key_has_a_meaning_and_its_default_loads() -> None:
 def test_the_page_is_generated() -> None:
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert page.read_text() == reference(), "run python -m algo.config > docs/configuration.md"
-    assert all(f"| `{key.rpartition('.')[2]}` | `{default}` | {meaning} |" in page.read_text() for key, default, meaning in keys())
+    for key, default, meaning in keys():
+        assert f"| `{key.rpartition('.')[2]}` | `{default}` | {meaning} |" in page.read_text()

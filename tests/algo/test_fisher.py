@@ -12,7 +12,7 @@ from algo.channels import channel_groups
 from algo.count import count
 from algo.fisher import FisherPruner
 from models import create_model
-from tests.algo.networks import Network, Residual, conv, images, random_network, settle
+from tests.algo.networks import NARROW, Network, Residual, conv, images, random_network, settle
 
 LABELS = torch.tensor([0, 3, 1])
 
@@ -56,7 +56,7 @@ def compare(model, x, loss):
     return largest
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_scores_equal_autograd_of_an_explicit_mask(seed):
     """Residual, concatenated, grouped, depth-wise, gated and shared layers; float64, absolute 1e-6 too."""
     model, x = random_network(seed).double(), images().double()
@@ -64,12 +64,10 @@ def test_scores_equal_autograd_of_an_explicit_mask(seed):
     assert compare(model, x, lambda model: F.cross_entropy(model(x), LABELS)) > 0
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", NARROW)
 def test_scores_of_named_networks(name):
     torch.manual_seed(0)
-    narrow = {"resnet18": {"width": 8}, "mobilenet_v2": {"width": 0.25}}[name]
-    model = settle(create_model(name, num_classes=5, dropout=0.0, **narrow) if name[0] == "m" else
-                   create_model(name, num_classes=5, **narrow)).double()  # fmt: skip
+    model = settle(create_model(name, num_classes=5, **NARROW[name])).double()
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     compare(model, x, lambda model: F.cross_entropy(model(x), LABELS))
 

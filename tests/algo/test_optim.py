@@ -10,7 +10,7 @@ def test_each_optimizer_takes_a_step() -> None:
     for name in OPTIMIZERS:
         layer = nn.Linear(3, 2)
         layer.bias.requires_grad_(False)
-        optimizer = make_optimizer(layer.parameters(), TrainConfig(optimizer=name, lr=0.1))
+        optimizer = make_optimizer(layer, TrainConfig(optimizer=name, lr=0.1))
         assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
         before = layer.weight.detach().clone()
         layer(torch.ones(1, 3)).sum().backward()
@@ -20,7 +20,7 @@ def test_each_optimizer_takes_a_step() -> None:
 
 def test_sgd_is_nesterovs_if_it_has_momentum() -> None:
     configs = [TrainConfig(optimizer="sgd", momentum=momentum) for momentum in (0.0, 0.9)]
-    made = [make_optimizer(nn.Linear(1, 1).parameters(), config) for config in configs]
+    made = [make_optimizer(nn.Linear(1, 1), config) for config in configs]
     assert [optimizer.param_groups[0]["nesterov"] for optimizer in made] == [False, True]
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import algo.recipe
 from algo.config import Config, DataConfig, MethodOptions, RunConfig, load
 from algo.distill import DistillConfig
 from algo.logs import read_log
+from algo.methods import METHODS
 from algo.recipe import RunMismatchError, run_recipe
 from algo.sparsify import pattern_of
 from algo.tasks import Task
@@ -48,7 +50,7 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["sr-ste", "ste", "magnitude", "idp"])
+@pytest.mark.parametrize("method", METHODS)
 def test_each_method_learns_and_obeys_the_pattern(tmp_path: Path, method: str) -> None:
     outcome = run_recipe(config(tmp_path, method=method), task())
     assert {name: str(nm) for name, nm in outcome.patterns.items()} == {"0": "2:4", "2": "2:4"}
@@ -131,17 +133,33 @@ def test_wrong_use(tmp_path: Path) -> None:
 
 
 def test_options_reach_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import algo.recipe
-
     seen: dict[str, Any] = {}
-    real = algo.recipe.sparsity.sparsify
+    real = algo.recipe.sparsify
 
-    def spy(model: nn.Module, pattern: Any, *, method: str, exclude: Any = (), decay: float = 1.0) -> Any:
-        seen.update(method=method, decay=decay)
-        return real(model, pattern, method=method, exclude=exclude, decay=decay)
+    def spy(model: nn.Module, pattern: Any, **options: Any) -> Any:
+        seen.update(options)
+        return real(model, pattern, **options)
 
-    monkeypatch.setattr(algo.recipe.sparsity, "sparsify", spy)
-    run_recipe(config(tmp_path, dense=None, options=MethodOptions(decay=0.5)), task())
-    assert seen == {"method": "sr-ste", "decay": 0.5}
-    with pytest.raises(ValueError, match="options.end: no method takes it"):
-        run_recipe(config(tmp_path, dense=None, options=MethodOptions(end=0.5)), task(), fresh=True)
+    monkeypatch.setattr(algo.recipe, "sparsify", spy)
+    run_recipe(config(tmp_path / "a", dense=None, options=MethodOptions(decay=0.5)), task())
+    assert seen == {"method": "sr-ste", "decay": 0.5, "exclude": None, "hold": True}
+    run_recipe(config(tmp_path / "b", dense=None, train=None, method="wanda", options=MethodOptions(calibration=3)), task())
+    assert seen["hold"] is False and len(seen["calibration"]) == 3 and seen["calibration"][0][0].shape == (32, 16)
+
+
+def test_idp_family(tmp_path: Path) -> None:
+    chosen = config(tmp_path, method="idp", dense=None, pattern="1:4", options=MethodOptions(family=True))
+    assert list(run_recipe(chosen, task()).accuracy) == ["3:4", "2:4", "1:4", "final"]
+
+
+def test_another_model_gets_the_pattern_everywhere_but_in_its_head(tmp_path: Path) -> None:
+    other = task()
+    object.__setattr__(other, "layers", "blocks.*")  # which this model has not
+    assert len(run_recipe(config(tmp_path, dense=None, model="other"), other).patterns) == 2
+
+
+def test_sharded_weights_and_s_ste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(algo.recipe, "world", lambda: 2)
+    run = RunConfig(out=tmp_path, parallel="fsdp")
+    with pytest.raises(ValueError, match="method s-ste changes weights when its masks are fixed"):
+        run_recipe(config(tmp_path, dense=None, method="s-ste", run=run), task())

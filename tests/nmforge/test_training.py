@@ -41,7 +41,7 @@ def test_ready_configs(name: str) -> None:
 
 def test_a_ready_config_for_each_task_and_method() -> None:
     assert set(list_tasks()) <= set(ready_configs())
-    assert {f"methods/{method}" for method in ("sr-ste", "ste", "magnitude", "idp", "dense")} <= set(ready_configs())
+    assert {f"methods/{method}" for method in methods()} <= set(ready_configs())
     config = configuration(["r8", "methods/idp"], ["train.lr=1e-3"], pattern="*.up=1:8,*.down=2:4", out=Path("x"))
     assert (config.task, config.method, config.train.lr, config.run.out) == ("r8", "idp", 1e-3, Path("x"))
     assert config.pattern == {"*.up": "1:8", "*.down": "2:4"}
