@@ -14,7 +14,7 @@ from benchmarks import RESULTS, Table, save
 FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "datapaths")
 """Modules that take a few minutes each."""
 
-SLOW: tuple[str, ...] = ("comparison", "cycle_set", "silicon")
+SLOW: tuple[str, ...] = ("comparison", "cycle_set", "fisher", "silicon")
 """Modules that run only when named, or with ``--slow``."""
 
 

@@ -89,6 +89,20 @@ def test_scores_of_a_transformer():
     assert torch.allclose(scores, gradient[:, 0].square().sum(0), rtol=1e-9)
 
 
+def test_mixed_precision_counts_in_float32():
+    model, x = random_network(4), images()
+    pruner = FisherPruner(model, x, target=0.9, check=False)
+    model(x).square().sum().backward()
+    exact = torch.cat(list(pruner.importance().values()))
+    pruner._fisher.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().square().sum()
+    loss.backward()
+    rough = torch.cat(list(pruner.importance().values()))
+    pruner.close()
+    assert rough.dtype == torch.float32 and float((rough - exact).norm() / exact.norm()) < 0.1
+
+
 def test_passes_add_up_and_samples_are_squared_apart():
     """Accumulated micro-batches of one sample give what one batch gives, batch norm being fixed."""
     model, x = random_network(4).double(), images().double()
