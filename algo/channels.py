@@ -26,9 +26,10 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from algo.capture import capture
-from algo.channel_rules import Call, Propagation
+from algo.channel_rules import rule_of
 from algo.count import ExampleInputs, as_arguments
 from algo.coupling import Classes, Ids
+from algo.propagation import Call, Propagation
 from algo.sparsify import pattern_of
 
 __all__ = ["ChannelGraph", "ChannelGroup", "Layer", "channel_groups"]
@@ -160,7 +161,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     _refuse_sparse(model)
     batch = _batch(example_inputs)
     shapes, sources = _sources(model, program)
-    walk = Propagation(model, sources, shapes)
+    walk = Propagation(model, sources, shapes, rule_of)
     walk.run(program.graph)
     _keep_odd_rows(walk, batch)
     classes = walk.coupling.solve()

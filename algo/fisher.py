@@ -127,10 +127,9 @@ class FisherPruner:
             check_surgery(model, self.graph, example_inputs)
         self.history: list[PrunedUnit] = []
         self.iteration = 0
-        device = next(model.parameters()).device
         self._starts = np.cumsum([0, *(group.units for group in self.graph.prunable)])
-        self._slots = {name: slots.to(device) for name, slots in self._input_slots().items()}
-        self._fisher = torch.zeros(int(self._starts[-1]), device=device)
+        self._slots = self._input_slots()
+        self._fisher = torch.zeros(int(self._starts[-1]))  # of the gradients' device and dtype once there are any
         self._scores: Tensor | None = None
         self.gates = ChannelGates(model, self.graph, watch=self._watch)
         self._handle = model.register_forward_pre_hook(lambda *_: self._flush())
@@ -216,7 +215,7 @@ class FisherPruner:
             if name not in own or name not in state or own[name].shape != state[name].shape:
                 raise ValueError(f"this state is of another network: {name!r} does not fit")
         self.iteration = int(state["iteration"])
-        self._fisher.copy_(state["fisher"])
+        self._fisher = state["fisher"].to(self._fisher.device)
         self.gates.update({name: state[f"alive.{name}"] for name in self.gates.alive})
 
     # -- scores --------------------------------------------------------------------------------------------
@@ -248,7 +247,8 @@ class FisherPruner:
             if self._scores is None or len(self._scores) != samples:
                 self._start(name, samples, product.new_zeros((), dtype=wide))
             assert self._scores is not None
-            self._scores.index_add_(1, self._slots[name], product.to(self._scores.dtype))
+            slots = self._slots[name] = self._slots[name].to(product.device)
+            self._scores.index_add_(1, slots, product.to(self._scores.dtype))
 
         gated.register_hook(add)
 
@@ -259,7 +259,7 @@ class FisherPruner:
                 f"layer {name!r} reads {samples} samples, others in this pass {len(self._scores)}"
             )
         self._scores = like.new_zeros(samples, int(self._starts[-1]) + 1)
-        self._fisher = self._fisher.to(like.dtype)
+        self._fisher = self._fisher.to(like)
 
     def _flush(self) -> None:
         """End one forward pass: square the sums and add up the samples."""

@@ -84,20 +84,3 @@ FREE = {
 def test_operators_that_pass_channels_on(case):
     graph = channel_groups(Cases(FREE[case]), torch.randn(2, 3, 12, 12))
     assert consumers(graph) == ("b",)
-
-
-def test_tied_and_computed_weights_stay():
-    class Standardised(nn.Module):
-        """A weight that is computed, as weight standardisation does."""
-
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
-
-        def forward(self, x):
-            weight = self.b.weight - self.b.weight.mean((1, 2, 3), keepdim=True)
-            return self.c(nn.functional.conv2d(self.a(x), weight, self.b.bias))
-
-    graph = channel_groups(Standardised(), torch.randn(2, 3, 4, 4))
-    assert graph.prunable == ()
-    assert graph.group("a").kept.startswith("conv2d is not the call of a layer, test_channel_rules.py:")

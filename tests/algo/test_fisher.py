@@ -89,6 +89,20 @@ def test_scores_of_a_transformer():
     assert torch.allclose(scores, gradient[:, 0].square().sum(0), rtol=1e-9)
 
 
+def test_mixed_precision_counts_in_float32():
+    model, x = random_network(4), images()
+    pruner = FisherPruner(model, x, target=0.9, check=False)
+    model(x).square().sum().backward()
+    exact = torch.cat(list(pruner.importance().values()))
+    pruner._fisher.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x).float().square().sum()
+    loss.backward()
+    rough = torch.cat(list(pruner.importance().values()))
+    pruner.close()
+    assert rough.dtype == torch.float32 and float((rough - exact).norm() / exact.norm()) < 0.1
+
+
 def test_passes_add_up_and_samples_are_squared_apart():
     """Accumulated micro-batches of one sample give what one batch gives, batch norm being fixed."""
     model, x = random_network(4).double(), images().double()
@@ -138,6 +152,25 @@ def test_resnet_to_half_its_macs_then_2_to_4():
     nf.sparsify(model, "2:4", method="magnitude", exclude=["conv1", "fc"])
     nf.verify(model)
     assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2", "regnet_x_200mf"])
+def test_published_networks_to_half_their_macs(name):
+    """Figures of docs/fisher-pruning.md: counted at 224 x 224, about 100 steps on random images of 64 x 64."""
+    torch.manual_seed(0)
+    model, x = create_model(name).train(), torch.randn(2, 3, 224, 224)
+    dense = count(model, x).macs
+    pruner = FisherPruner(model, x, interval=1, check=False)
+    pruner.units = int(pruner.cost.units.sum()) // 150
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(1000, (2,))
+    while not pruner.done:
+        F.cross_entropy(model(images), labels).backward()
+        pruner.step()
+    expected = model.eval()(images)
+    pruner.finish()
+    assert 0.49 <= count(model, x).macs / dense <= 0.5
+    assert torch.allclose(model(images), expected, atol=1e-4 * float(expected.detach().abs().max()))
 
 
 @pytest.mark.parametrize("of", ["macs", "parameters", "memory"])
