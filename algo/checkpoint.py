@@ -34,6 +34,10 @@ __all__ = [
 
 _FACTS = "nmforge"
 _SHOWN = 8
+_ONCE = {
+    "optimizer": "adamw", "momentum": 0.9, "schedule": "linear", "amp": None, "accumulate": 1, "ema": 0.0, "processes": 1,
+}  # fmt: skip
+"""What files meant that were written before these settings existed."""
 
 
 class StateDictError(ValueError):
@@ -114,6 +118,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Describe the first key in which two sets of JSON facts differ, or None: ``"train.lr was 0.1, is now 0.2"``."""
     new = _flat(json.loads(json.dumps(new)))  # tuples become lists, as they did in the file
     old = _flat(old)
+    for key in set(new) - set(old):
+        name = key.rpartition(".")[2]
+        if name in _ONCE:
+            old[key] = _ONCE[name]
     for key in sorted(set(old) | set(new)):
         if old.get(key) != new.get(key):
             return f"{key} was {old.get(key)!r}, is now {new.get(key)!r}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -218,6 +219,8 @@ class Spread:
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), 0)
         if parallel == "ddp":
+            # Of convolutions whose gradient comes channels-last: a copy, not an error.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # Masks are computed, not communicated; so no buffers are broadcast.
             self.called = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
         else:

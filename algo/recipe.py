@@ -101,9 +101,12 @@ def run_recipe(
     folder = out / _name(config)
     patterns = stages.sparse(model, loss, folder)
     stages.score("final", model)
-    write_json(out / "result.json", {"accuracy": stages.accuracy, "seconds": stages.seconds, "folder": str(folder / "sparse")})
+    kept = read_json(out / "result.json") if (out / "result.json").is_file() else {"accuracy": {}, "seconds": {}}
+    barrier()  # everyone has read it
+    accuracy, seconds = kept["accuracy"] | stages.accuracy, kept["seconds"] | stages.seconds
+    write_json(out / "result.json", {"accuracy": accuracy, "seconds": seconds, "folder": str(folder / "sparse")})
     barrier()
-    return Outcome(model, folder / "sparse", patterns, stages.accuracy, stages.seconds, stages.resumed_step)
+    return Outcome(model, folder / "sparse", patterns, accuracy, stages.seconds, stages.resumed_step)
 
 
 class _Stages:

@@ -414,15 +414,18 @@ class _Loop:
         if changed:
             raise ValueError(f"cannot resume from {self.checkpoint}: {changed}. Set it back, or start over (fresh)")
         load_state(self.spread, _part(tensors, "model."), str(self.checkpoint))
-        self._load_optimizer(_part(tensors, "optimizer."), facts["counts"])
+        self._load_optimizer(_part(tensors, "optimizer."), facts.get("counts", {}))
         if self.ema is not None:
             for name, value in _part(tensors, "ema.").items():
                 self.ema.mean[name].copy_(placed_like(value, self.ema.mean[name]))
         if self.scaler is not None:
             self.scaler.load_state_dict(facts["scaler"])
-        self.epoch, self.batch = int(facts["epoch"]), int(facts["batch"])
-        self.total, self.last_loss = float(facts["total"]), float(facts["last_loss"])
-        self.losses, self.scores = list(facts["losses"]), list(facts["scores"])
+        self.losses, self.scores = list(facts["losses"]), list(facts.get("scores", []))
+        if "epoch" in facts:
+            self.epoch, self.batch = int(facts["epoch"]), int(facts["batch"])
+            self.total, self.last_loss = float(facts["total"]), float(facts["last_loss"])
+        else:  # of 0.1.0, which saved whole epochs
+            self.epoch, self.last_loss, tensors["rng.0"] = len(self.losses), self.losses[-1], tensors["rng"]
         self.saved = (self.epoch, self.step - self.epoch * self.steps)
         torch.set_rng_state(tensors[f"rng.{rank()}"])
         self._rng = tensors[f"rng.{rank()}"]

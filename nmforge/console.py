@@ -86,7 +86,7 @@ def _exit_code(error: Exception) -> int | None:
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & {"ToolMissingError", "AcceleratorError", "IsaError"}:
         return WRONG_USE
-    return FAILED if names & {"HarnessError", "BuildError", "CycleLimitError", "SynthesisError"} else None
+    return FAILED if names & {"HarnessError", "BuildError", "CycleLimitError", "SynthesisError", "RankMismatchError"} else None
 
 
 def _complain(error: Exception, as_json: bool) -> None:

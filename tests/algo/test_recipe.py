@@ -78,6 +78,7 @@ def test_the_same_again_is_reused_and_a_change_is_named(tmp_path: Path) -> None:
     again = run_recipe(config(tmp_path, run=RunConfig(out=tmp_path, save_every=1)), task())
     assert again.seconds == {} and again.accuracy == first.accuracy
     assert equal(first.model, again.model)
+    assert set(json.loads((tmp_path / "result.json").read_text())["seconds"]) == {"dense", "2of4-sr-ste"}
     changed = config(tmp_path, train=replace(STAGE, lr=0.02))
     with pytest.raises(RunMismatchError, match=r"holds another run: train.lr was 0.01, is now 0.02. Set it back"):
         run_recipe(changed, task())

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from algo.checkpoint import read_tensors, write_tensors
 from algo.logs import read_log
 from algo.train import NonFiniteLossError, RunOptions, TrainConfig, progress_bars, train
 
@@ -223,3 +224,19 @@ def test_wrong_new_config(field, value):
 def test_wrong_options(field, value):
     with pytest.raises(ValueError, match=f"{field} .*{value}"):
         RunOptions(**{field: value})
+
+
+def test_checkpoints_of_0_1_0_are_read(tmp_path):
+    whole, again = net(), net()
+    train(whole, data, loss_fn, CONFIG)
+    with pytest.raises(Stop):
+        train(net(), data, loss_fn, CONFIG, checkpoint=tmp_path / "s", before_step=stop_at(12))
+    tensors, facts = read_tensors(tmp_path / "s")
+    tensors["rng"] = tensors.pop("rng.0")
+    old = {"epochs", "lr", "weight_decay", "warmup", "clip", "seed", "facts"}
+    identity = {key: value for key, value in facts["identity"].items() if key in old}
+    write_tensors(tmp_path / "s", tensors, {"identity": identity, "losses": facts["losses"]})
+    assert train(again, data, loss_fn, CONFIG, checkpoint=tmp_path / "s").resumed_at == 2 and equal(whole, again)
+    with pytest.raises(ValueError, match="optimizer was 'adamw', is now 'sgd'"):
+        write_tensors(tmp_path / "s", tensors, {"identity": identity, "losses": facts["losses"]})
+        train(net(), data, loss_fn, replace(CONFIG, optimizer="sgd"), checkpoint=tmp_path / "s")

@@ -72,6 +72,14 @@ def test_train_resume_and_two_processes(tmp_path: Path) -> None:
         assert (second[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+def test_the_guides_example_is_true(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "training.md").read_text()
+    (tmp_path / "my.yaml").write_text(guide.split("```yaml")[1].split("```")[0])
+    config = load([tmp_path / "my.yaml"], ready=READY)
+    assert config.pattern == {"blocks.*.attn.*": "2:4", "blocks.*.mlp.*": "1:4"} and config.distill.layers == ("blocks.*",)
+    assert all(f"| `{name}` |" in guide for name in list_tasks())
+
+
 def test_list() -> None:
     found = json.loads(nmforge_command("train", "--list", "--json").stdout)
     assert found["tasks"] == list_tasks() and "mnist5k" in found["configs"] and "idp" in found["methods"]
