@@ -20,7 +20,7 @@ from typing import Literal
 from compiler.listing import Bound, bound
 from compiler.steps import Region, Step, pipelined
 from hw.arch import Arch
-from hw.isa import Instruction, Operand, Out, Residual, RowOp, Source
+from hw.isa import Instruction, Operand, Out, RowOp, Source
 
 __all__ = ["ORDERS", "Order", "Task", "by_cost", "by_operator", "estimate", "schedule"]
 
@@ -140,8 +140,7 @@ class _Machine:
 
     def columns(self, step: Step, cost: Bound) -> int:
         """Cycles in which its columns pass the post unit."""
-        columns = cost.post * (2 if step.fields.get("residual", 0) == Residual.INT16 else 1)
-        return columns if step.fields.get("row_op") else max(columns, cost.store)
+        return cost.post if step.fields.get("row_op") else max(cost.post, cost.store)
 
     def excess(self, steps: Sequence[Step]) -> int:
         """Cycles for which the array would stand still if the steps came next, beyond those in which it waits for their own
