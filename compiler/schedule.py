@@ -24,8 +24,8 @@ from hw.isa import Instruction, Operand, Out, RowOp, Source
 
 __all__ = ["ORDERS", "Order", "Task", "by_cost", "by_operator", "estimate", "schedule"]
 
-Order = Literal["cost", "operator", "tight", "loose"]
-ORDERS: tuple[Order, ...] = ("operator", "tight", "loose")
+Order = Literal["cost", "operator", "tight", "loose", "looser"]
+ORDERS: tuple[Order, ...] = ("operator", "tight", "loose", "looser")
 """The orders among which "cost" chooses."""
 
 READ_LATENCY = 90
@@ -35,7 +35,7 @@ WRITE_LATENCY = 90
 NORM_LATENCY = 25
 AHEAD = 128
 """Cycles by which the readers run ahead of the array."""
-SLACK = {"tight": 1, "loose": 8}
+SLACK = {"tight": 1, "loose": 8, "looser": 12}
 """How long, in drains of a column tile, the array may wait for a task that is put before a product."""
 WIDTH = 12
 """Tasks that `by_cost` compares at each step."""
@@ -77,8 +77,8 @@ def schedule(tasks: Sequence[Task], arch: Arch, *, depth: int, order: Order = "c
     depth
         Attention: how many softmaxes are ahead of their products with the values.
     order
-        "operator" keeps the order of the tasks; "tight" and "loose" are those of `by_cost`; "cost" takes the one of these that
-        is best on the model.
+        "operator" keeps the order of the tasks; "tight", "loose" and "looser" are those of `by_cost`; "cost" takes the one of
+        these that is best on the model.
     """
     if order == "cost":
         found = [schedule(tasks, arch, depth=depth, order=name) for name in ORDERS]
@@ -232,6 +232,7 @@ class _Scheduler:
         self._next = self._softmax_groups()
         self._open: deque[Task] = deque()  # softmaxes whose products have not been issued
         self._rows = 0  # columns of the row operation between the open softmax and its product
+        self._pending: frozenset[Region] = frozenset()  # what that operation's task writes
         self._attentions = sum(bool(task.close) for task in tasks)
         self._plain = len(tasks) - self._attentions
         self._share = 0.0  # of other tasks that are due between softmaxes and products
@@ -262,15 +263,15 @@ class _Scheduler:
         """Whether a task may stand between a softmax and its product.
 
         The product loads the probabilities after what has been issued before it, and they leave the row unit before any
-        later row, and results are stored in order: one more row operation fits beside them, if its columns do, right before
-        the product.
+        later row, and results are stored in order: one more row operation fits beside them, if its columns do. After it, only
+        the next softmax may come before the product, and not if it waits for that row.
         """
         if not self._open:
             return True
+        if task.close:
+            return len(self._open) <= self._depth and self._pending.isdisjoint(task.reads)
         if self._rows:
             return False
-        if task.close:
-            return len(self._open) <= self._depth
         if len(self._open) > 1 or task.row_operations > 1:
             return False
         columns = task.row_columns
@@ -289,7 +290,7 @@ class _Scheduler:
         return {n: following[-1] for group, following in pairwise([*groups, groups[-1]] if groups else []) for n in group}
 
     def _fill(self) -> None:
-        """Issue the due share of other tasks, or else the next softmax."""
+        """Issue the due share of other tasks; if that is no work for the array, the next softmax."""
         self._share += self._plain / max(1, self._attentions)
         filled = False
         while self._share >= 1:
@@ -299,7 +300,7 @@ class _Scheduler:
                 break
             self._issue(free[0])
             self._share -= 1
-            filled = True
+            filled |= any(self._machine.bound(step).array for step in self._tasks[free[0]].steps)
         self._share = min(self._share, 4.0)
         if not filled:
             following = next(iter(self._candidates(softmax=True)), None)
@@ -316,13 +317,14 @@ class _Scheduler:
             self._open.append(task)
         else:
             self._plain -= 1
-            self._rows += task.row_columns if self._open else 0
+            if self._open and task.row_columns:
+                self._rows, self._pending = task.row_columns, task.writes
             self._finish(number)
 
     def _close(self) -> None:
         task = self._open.popleft()
         self._emit(task.close)
-        self._rows = 0
+        self._rows, self._pending = 0, frozenset()
         self._finish(self._numbers[id(task)])
 
     def _emit(self, steps: Sequence[Step]) -> None:

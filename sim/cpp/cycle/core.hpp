@@ -135,7 +135,7 @@ public:
         : arch_{arch}, program_{&program}, waited_{waited}, memory_{memory, arch.bus_bytes} {
         for (unsigned channel = 0; channel < reader::kCount; ++channel) readers_[channel].configure(arch_, channel);
         feeder_.configure(arch_.lanes);
-        array_.configure(arch_.array_latency);
+        array_.configure(arch_.array_latency, arch_.sums_depth);
         store_.configure(arch_);
         row_.configure(arch_);
         writer_.configure(arch_);
