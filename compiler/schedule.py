@@ -24,8 +24,8 @@ from hw.isa import Instruction, Operand, Out, RowOp, Source
 
 __all__ = ["ORDERS", "Order", "Task", "by_cost", "by_operator", "estimate", "schedule"]
 
-Order = Literal["cost", "operator", "tight", "loose", "looser"]
-ORDERS: tuple[Order, ...] = ("operator", "tight", "loose", "looser")
+Order = Literal["cost", "operator", "tight", "loose"]
+ORDERS: tuple[Order, ...] = ("operator", "tight", "loose")
 """The orders among which "cost" chooses."""
 
 READ_LATENCY = 90
@@ -35,7 +35,7 @@ WRITE_LATENCY = 90
 NORM_LATENCY = 25
 AHEAD = 128
 """Cycles by which the readers run ahead of the array."""
-SLACK = {"tight": 1, "loose": 8, "looser": 12}
+SLACK = {"tight": 4, "loose": 10}
 """How long, in drains of a column tile, the array may wait for a task that is put before a product."""
 WIDTH = 12
 """Tasks that `by_cost` compares at each step."""
@@ -77,8 +77,8 @@ def schedule(tasks: Sequence[Task], arch: Arch, *, depth: int, order: Order = "c
     depth
         Attention: how many softmaxes are ahead of their products with the values.
     order
-        "operator" keeps the order of the tasks; "tight", "loose" and "looser" are those of `by_cost`; "cost" takes the one of
-        these that is best on the model.
+        "operator" keeps the order of the tasks; "tight" and "loose" are those of `by_cost`; "cost" takes the one of these that
+        is best on the model.
     """
     if order == "cost":
         found = [schedule(tasks, arch, depth=depth, order=name) for name in ORDERS]
@@ -115,6 +115,7 @@ class _Machine:
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
+        self._waiting = arch.sums_depth + 2 * arch.lanes  # columns between array and post unit, with those in shadow registers
         self._bounds: dict[tuple[int, ...], Bound] = {}
         self.regions: dict[Region, int] = {}
         self.load = self.array = self.post = self.row = self.stored = self.bus = self.completed = 0
@@ -148,7 +149,7 @@ class _Machine:
         own = 0
         for step in steps:
             cost = self.bound(step)
-            own += max(0, self.columns(step, cost) - 2 * self._arch.lanes - cost.array) if cost.array else 0
+            own += max(0, self.columns(step, cost) - self._waiting - cost.array) if cost.array else 0
         return self.stall(steps) - own
 
     def run(self, step: Step, *, keep: bool = True) -> int:
@@ -171,8 +172,8 @@ class _Machine:
         if stores and not f.get("row_op"):  # results leave in order
             first = max(first, self.stored)
         self.post = max(max(self.post, first) + columns, last + min(cost.post, self._arch.lanes))
-        if source == Source.ARRAY:  # one tile may wait in the shadow registers
-            self.array = max(self.array, self.post - 2 * self._arch.lanes)
+        if source == Source.ARRAY:
+            self.array = max(self.array, self.post - self._waiting)
         done = self._row(step, cost)
         if stores:
             self.stored = done
@@ -253,7 +254,7 @@ class _Scheduler:
 
     def _candidates(self, *, softmax: bool | None = None) -> list[int]:
         """The most urgent tasks that may come next: all, only softmaxes, or none of them."""
-        first = next((key for key, number in self._ready if self._tasks[number].close), 0)
+        first = next((key for key, number in self._ready if self._tasks[number].close), self._ready[0][0] if self._ready else 0)
         soon = bisect_right(self._ready, (self._next.get(first, first), len(self._tasks)))
         order = [number for _, number in self._ready[:soon]] + sorted((n for _, n in self._ready[soon:]), reverse=True)
         wanted = (n for n in order if softmax in (None, bool(self._tasks[n].close)))

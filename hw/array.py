@@ -16,12 +16,7 @@ from hw.lane import Lane, column_bits, sum_word, unpack_sums
 from hw.queue import Queue
 from hw.shared import place
 
-__all__ = ["Drain", "MacArray", "sums_depth"]
-
-
-def sums_depth(arch: Arch) -> int:
-    """Columns of sums between array and post unit: so long a norm or a residual may hold up the post unit and not the array."""
-    return 8 * arch.lanes
+__all__ = ["Drain", "MacArray"]
 
 
 class Selector(wiring.Component):
@@ -44,7 +39,7 @@ class Selector(wiring.Component):
 
 
 class Drain(wiring.Component):
-    """Selects one lane's shadow registers per cycle, and queues `sums_depth` columns. One column per cycle, latency 3.
+    """Selects one lane's shadow registers per cycle, and queues `Arch.sums_depth` columns. One column per cycle, latency 3.
 
     Members
     -------
@@ -65,7 +60,7 @@ class Drain(wiring.Component):
         m = Module()
         left, lane, take = Signal(range(self._arch.lanes + 1)), Signal(range(self._arch.lanes)), Signal()
         # the queue also ends a long ready chain: what follows has a long way to ready, and so has this to the feeder
-        m.submodules.sums = sums = Queue(data.ArrayLayout(sum_word(self._arch)[0], self._words), depth=sums_depth(self._arch))
+        m.submodules.sums = sums = Queue(data.ArrayLayout(sum_word(self._arch)[0], self._words), depth=self._arch.sums_depth)
         m.d.comb += [
             take.eq((left != 0) & (~sums.i.valid | sums.i.ready)), self.o.valid.eq(sums.o.valid), sums.o.ready.eq(self.o.ready),
             self.free.eq((left == 0) | ((left == 1) & take)),

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from compiler.program import Program
 from hw.arch import Arch
-from hw.array import sums_depth
 from hw.isa import INSTRUCTION_BYTES
 from hw.lane import array_latency
 from hw.top import EVENTS, READERS, reader_sizes, writer_beats
@@ -186,7 +185,7 @@ def _arch(arch: Arch) -> _Arch:
     return _Arch(
         arch.rows, arch.lanes, arch.lane_depth, arch.row_depth, arch.bus_bytes,
         numbers(*(size for size, _ in sizes.values())), numbers(*(beats for _, beats in sizes.values())),
-        arch.rows, writer_beats(arch), array_latency(arch), sums_depth(arch),
+        arch.rows, writer_beats(arch), array_latency(arch), arch.sums_depth,
     )  # fmt: skip
 
 
