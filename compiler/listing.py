@@ -35,7 +35,8 @@ class Bound:
     """Cycles that each unit of the accelerator is busy at the least; units overlap, so the largest is the
     bound.
 
-    load: columns into the lanes. array: steps. post: columns through post-processing. store: columns written. bus: bytes read and written, over the width of the bus. fetch: bytes read alone.
+    load: columns into the lanes. array: steps. post: columns through post-processing. store: columns written.
+    bus: bytes read and written, over the width of the bus. fetch: bytes read alone.
     """
 
     load: int = 0

@@ -127,7 +127,8 @@ class Store(wiring.Component):
 
     Members
     -------
-    cmd : `store_command` per TILE that stores. post, row_unit : columns. o : columns of 2 * `rows` bytes, of int8 in the lower half.
+    cmd : `store_command` per TILE that stores. post, row_unit : columns.
+    o : columns of 2 * `rows` bytes, of int8 in the lower half.
     busy : a column left.
     """
 
