@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from algo.count import ExampleInputs, as_arguments
 
-__all__ = ["UntraceableError", "capture", "module_path", "where"]
+__all__ = ["UntraceableError", "capture", "module_path", "refusal", "where"]
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -58,7 +58,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
         with _quiet():
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises whatever the module's own code raises
-        raise _refusal(model, error) from error
+        raise refusal(model, error) from error
 
 
 def where(node: fx.Node) -> str:
@@ -90,20 +90,19 @@ def _quiet() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _refusal(model: nn.Module, error: BaseException) -> UntraceableError:
-    """Say where the recording stopped."""
+def refusal(model: nn.Module, error: BaseException, *, what: str = "cannot be traced") -> UntraceableError:
+    """Say at which module and line an error arose, and what that means."""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "data-dependent" in reason:
         reason = f"what runs next depends on values ({reason})"
     module, file, line = _innermost(model, error.__traceback__)
     if not file:
-        return UntraceableError(f"{type(model).__name__} cannot be traced: {reason}")
+        return UntraceableError(f"{type(model).__name__} {what}: {reason}")
     part = model.get_submodule(module)
     name = f"{type(part).__name__} {module!r}" if module else type(part).__name__
     code = linecache.getline(file, line).strip()
-    return UntraceableError(
-        f'{name} cannot be traced at {file}:{line}, "{code}": {reason}', module=module, file=file, line=line
-    )
+    message = f'{name} {what} at {file}:{line}, "{code}": {reason}'
+    return UntraceableError(message, module=module, file=file, line=line)
 
 
 def _innermost(model: nn.Module, trace: TracebackType | None) -> tuple[str, str, int]:

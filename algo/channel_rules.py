@@ -1,62 +1,32 @@
-"""How each aten operator passes channels on: one small rule an operator.
-
-A value of the graph has at most one axis of prunable channels (`Channels`). A rule takes the operator's node
-and gives the channels of its result. What a rule does not understand it keeps, with the operator and its line
-as the reason, so that an unknown operator never leads to a wrong network.
-"""
+"""How each aten operator passes channels on: one small rule an operator."""
 
 from __future__ import annotations
 
+import functools
 import math
-import operator
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch._ops import OpOverload
 
-from algo.capture import module_path, where
+from algo.capture import module_path
 from algo.count import LAYERS
-from algo.coupling import Coupling, Ids
+from algo.coupling import Ids
+from algo.propagation import Call, Channels, Propagation, Rule, because, shape_of
 
-__all__ = ["Call", "Channels", "Propagation"]
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Channel numbers along one axis of a value; a flattened axis repeats them."""
-
-    axis: int
-    ids: Ids
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a convolution or linear layer: the channels that it reads and gives, and its sizes.
-
-    ``positions`` counts the places each output channel (transposed: input channel) is computed at, all
-    samples together; ``rows`` is the length of the input's first axis.
-    """
-
-    layer: str
-    weight: str
-    inputs: Ids
-    outputs: Ids
-    groups: int
-    kernel: int
-    positions: int
-    output_positions: int
-    rows: int
-
+__all__ = ["RULES", "rule_of"]
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
-_SAME = {
-    "alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "feature_alpha_dropout", "alpha_dropout", "to",
-    "type_as", "_to_copy", "lift_fresh_copy", "copy", "float", "half", "double", "where", "clamp", "zeros_like", "ones_like",
-    "rand_like", "randn_like", "full_like", "empty_like",
+_ELEMENTWISE = {
+    "_to_copy", "absolute", "alias", "alpha_dropout", "bernoulli", "clone", "contiguous", "copy", "detach", "divide", "dropout",
+    "empty_like", "feature_alpha_dropout", "feature_dropout", "fill", "floor_divide", "full_like", "greater", "greater_equal",
+    "hardswish", "less", "less_equal", "lift_fresh", "lift_fresh_copy", "log_sigmoid", "multiply", "negative", "not_equal",
+    "ones_like", "rand_like", "randn_like", "rsub", "subtract", "to", "type_as", "zero", "zeros_like",
 }  # fmt: skip
+"""Those that torch does not tag as such."""
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
 _MOVES = {"permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT"}
 _REDUCTIONS = {
@@ -64,137 +34,6 @@ _REDUCTIONS = {
     "argmax", "argmin",
 }  # fmt: skip
 _ALONG = {"softmax", "log_softmax", "_softmax", "cumsum", "cumprod", "sort", "topk", "flip", "roll"}
-
-
-class Propagation:
-    """Walks a graph in order and couples channels.
-
-    Parameters
-    ----------
-    model
-        The module that was recorded.
-    sources
-        Names of the parameters and buffers behind the graph's placeholders; a tied tensor has one name.
-    shapes
-        Shapes by those names.
-    """
-
-    def __init__(
-        self, model: nn.Module, sources: dict[fx.Node, str], shapes: dict[str, tuple[int, ...]]
-    ) -> None:
-        self.model = model
-        self.sources = sources
-        self.shapes = shapes
-        self.coupling = Coupling()
-        self.axes: dict[tuple[str, int], Ids] = {}
-        self.calls: list[Call] = []
-        self.values: dict[fx.Node, Any] = {}  # Channels, None, or a list of them
-        self.modules = {id(part): name for name, part in reversed(list(model.named_modules()))}
-
-    def run(self, graph: fx.Graph) -> None:
-        """Visit every node."""
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = self._placeholder(node)
-            elif node.op == "call_function":
-                self.values[node] = self._call(node)
-            elif node.op == "output":
-                for item in node.all_input_nodes:
-                    self.refuse([item], "the network's result")
-
-    # -- what rules use ------------------------------------------------------------------------------------
-
-    def axis(self, name: str, dim: int) -> Ids:
-        """Channel numbers of one axis of a parameter or buffer."""
-        if (name, dim) not in self.axes:
-            self.axes[name, dim] = self.coupling.new(self.shapes[name][dim])
-        return self.axes[name, dim]
-
-    def channels(self, node: Any) -> Channels | None:
-        found = self.values.get(node) if isinstance(node, fx.Node) else None
-        return found if isinstance(found, Channels) else None
-
-    def refuse(self, nodes: Sequence[fx.Node], reason: str) -> None:
-        """Keep all channels of these values, and every axis of these parameters."""
-        for node in nodes:
-            if node in self.sources:
-                name = self.sources[node]
-                for dim in range(len(self.shapes[name])):
-                    self.coupling.keep(self.axis(name, dim), reason)
-            found = self.values.get(node)
-            for item in found if isinstance(found, list) else [found]:
-                if isinstance(item, Channels):
-                    self.coupling.keep(item.ids, reason)
-
-    def give_up(self, node: fx.Node, why: str = "mixes them") -> None:
-        """Keep all operands of an operator that does not go together with pruning."""
-        self.refuse(node.all_input_nodes, _reason(node, why))
-
-    def join_vector(self, item: Any, channels: Channels, reason: str) -> None:
-        """Tie a vector operand such as a bias to the channels; a vector that is no parameter keeps them."""
-        if not isinstance(item, fx.Node):
-            return
-        if item in self.sources:
-            self.coupling.join(self.axis(self.sources[item], 0), channels.ids)
-        else:
-            self.coupling.keep(channels.ids, reason)
-
-    # -- the walk ------------------------------------------------------------------------------------------
-
-    def _placeholder(self, node: fx.Node) -> Channels | None:
-        """A parameter with one axis of more than one element has channels from the start."""
-        if node not in self.sources:
-            return None
-        name = self.sources[node]
-        large = [dim for dim, size in enumerate(self.shapes[name]) if size > 1]
-        return Channels(large[0], self.axis(name, large[0])) if len(large) == 1 else None
-
-    def _call(self, node: fx.Node) -> Any:
-        if node.target is operator.getitem:
-            found = self.values.get(node.args[0])  # type: ignore[arg-type]
-            return found[node.args[1]] if isinstance(found, list) else None  # type: ignore[index]
-        if not any(
-            self.values.get(item) is not None or item in self.sources for item in node.all_input_nodes
-        ):
-            return None
-        if not isinstance(node.target, torch._ops.OpOverload):
-            if isinstance(node.meta.get("val"), Tensor | tuple | list):
-                self.give_up(node)
-            return None
-        name = node.target._schema.name.split("::")[1]
-        rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
-        if rule is None and torch.Tag.pointwise in node.target.tags:
-            rule = pointwise
-        if rule is None and (match := re.search(r"(?:pool|upsample)\D*([123])d", name)):
-            return spatial(self, node, int(match[1]))
-        if rule is not None:
-            return rule(self, node, _bound(node))
-        if node.meta.get("val") is not None:
-            self.give_up(node)
-        return None
-
-
-Rule = Callable[[Propagation, fx.Node, dict[str, Any]], Any]
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """Arguments by their names in the operator's schema, defaults included."""
-    arguments: Any = node.target._schema.arguments  # type: ignore[union-attr]
-    named = {
-        argument.name: argument.default_value for argument in arguments if argument.has_default_value()
-    }
-    named.update({argument.name: value for argument, value in zip(arguments, node.args, strict=False)})
-    return named | dict(node.kwargs)
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(int(size) for size in node.meta["val"].shape)
-
-
-def _reason(node: fx.Node, why: str) -> str:
-    name = str(node.target).removeprefix("aten.").split(".")[0]
-    line, path = where(node), module_path(node)
-    return f"{name} {why}" + (f", {line}" if line else "") + (f" in {path}" if path else "")
 
 
 # -- elementwise ---------------------------------------------------------------------------------------------
@@ -205,18 +44,18 @@ def pointwise(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Ch
     if not isinstance(node.meta.get("val"), Tensor):
         walk.give_up(node)
         return None
-    shape, operands = _shape(node), [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    shape, operands = shape_of(node), [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     found = _aligned(walk, [n for n in operands if n not in walk.sources], len(shape))
     found = found or _aligned(walk, operands, len(shape))
     spread = [item for item in found if len(item.ids) < shape[item.axis]]
     for item in spread:
-        walk.coupling.keep(item.ids, _reason(node, "spreads one of them over many"))
+        walk.coupling.keep(item.ids, because(node, "spreads one of them over many"))
     found = [item for item in found if len(item.ids) == shape[item.axis]]
     if len({item.axis for item in found}) > 1:
         walk.give_up(node, "combines two axes of them")
         return None
     if not found:
-        walk.refuse([n for n in operands if n in walk.sources], _reason(node, "computes a weight"))
+        walk.refuse([n for n in operands if n in walk.sources], because(node, "computes a weight"))
         return None
     for item in found[1:]:
         walk.coupling.join(found[0].ids, item.ids)
@@ -227,29 +66,29 @@ def pointwise(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Ch
 
 def _aligned(walk: Propagation, nodes: Sequence[fx.Node], rank: int) -> list[Channels]:
     """Channels of operands, their axes counted in the result."""
-    pairs = [(walk.channels(node), len(_shape(node))) for node in nodes]
+    pairs = [(walk.channels(node), len(shape_of(node))) for node in nodes]
     return [Channels(item.axis + rank - own, item.ids) for item, own in pairs if item is not None]
 
 
 def _tie_operand(walk: Propagation, node: fx.Node, other: fx.Node, channels: Channels, rank: int) -> None:
     """An operand without channels of its own: a parameter is tied, anything else keeps the channels."""
-    shape = _shape(other)
+    shape = shape_of(other)
     dim = channels.axis - (rank - len(shape))
     if dim < 0 or (shape[dim] == 1 and len(channels.ids) > 1):
         return
     if other in walk.sources:
         walk.coupling.join(walk.axis(walk.sources[other], dim), channels.ids)
     elif walk.channels(other) is None:
-        walk.coupling.keep(channels.ids, _reason(node, "combines them with a value that is not pruned"))
+        walk.coupling.keep(channels.ids, because(node, "combines them with a value that is not pruned"))
 
 
 def prelu(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channels | None:
     channels, weight = walk.channels(arguments["self"]), arguments["weight"]
-    if channels is not None and math.prod(_shape(weight)) > 1:
+    if channels is not None and math.prod(shape_of(weight)) > 1:
         if channels.axis != 1:
             walk.give_up(node)
             return None
-        walk.join_vector(weight, channels, _reason(node, "has computed slopes"))
+        walk.join_vector(weight, channels, because(node, "has computed slopes"))
     return channels
 
 
@@ -261,11 +100,11 @@ def layer(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channe
     given, weight = arguments["input"], arguments["weight"]
     owner = _owner(walk, node, weight)
     transposed = "transpose" in str(node.target) or bool(arguments.get("transposed"))
-    groups, kernel = arguments.get("groups", 1), _shape(weight)[2:]
+    groups, kernel = arguments.get("groups", 1), shape_of(weight)[2:]
     if owner is None or (transposed and groups > 1):
         walk.give_up(node, "is not the call of a layer" if owner is None else "has groups")
         return None
-    name, axis = walk.sources[weight], len(_shape(node)) - 1 - len(kernel)
+    name, axis = walk.sources[weight], len(shape_of(node)) - 1 - len(kernel)
     outputs = walk.axis(name, 1 if transposed else 0)
     inputs = _inputs(walk, node, given, axis)
     if groups == 1:
@@ -276,7 +115,7 @@ def layer(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channe
         for ids in (inputs, outputs):
             walk.coupling.join(heads.repeat(len(ids) // groups), ids)
     result = Channels(axis, outputs)
-    walk.join_vector(arguments.get("bias"), result, _reason(node, "has a computed bias"))
+    walk.join_vector(arguments.get("bias"), result, because(node, "has a computed bias"))
     walk.calls.append(
         Call(
             layer=owner,
@@ -285,10 +124,10 @@ def layer(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channe
             outputs=outputs,
             groups=groups,
             kernel=math.prod(kernel),
-            positions=math.prod(_shape(given if transposed else node))
+            positions=math.prod(shape_of(given if transposed else node))
             // len(inputs if transposed else outputs),
-            output_positions=math.prod(_shape(node)) // len(outputs),
-            rows=_shape(given)[0],
+            output_positions=math.prod(shape_of(node)) // len(outputs),
+            rows=shape_of(given)[0],
         )
     )
     return result
@@ -308,8 +147,8 @@ def _inputs(walk: Propagation, node: fx.Node, given: fx.Node, axis: int) -> Ids:
     channels = walk.channels(given)
     if channels is not None and channels.axis == axis:
         return channels.ids
-    walk.refuse([given], _reason(node, "reads them as positions"))
-    ids = walk.coupling.new(_shape(given)[axis])
+    walk.refuse([given], because(node, "reads them as positions"))
+    ids = walk.coupling.new(shape_of(given)[axis])
     walk.coupling.keep(ids, "the network's input, or a value that is not pruned")
     return ids
 
@@ -321,14 +160,14 @@ def batch_norm(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> C
         walk.give_up(node, "normalises over them")
         return None
     for name in ("weight", "bias", "running_mean", "running_var"):
-        walk.join_vector(arguments.get(name), channels, _reason(node, f"has a computed {name}"))
+        walk.join_vector(arguments.get(name), channels, because(node, f"has a computed {name}"))
     return channels
 
 
 def layer_norm(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channels | None:
     """Statistics over the last axes: channels there must stay."""
     channels = walk.channels(arguments["input"])
-    if channels is None or channels.axis >= len(_shape(node)) - len(arguments["normalized_shape"]):
+    if channels is None or channels.axis >= len(shape_of(node)) - len(arguments["normalized_shape"]):
         walk.give_up(node, "normalises over them")
         return None
     walk.refuse([item for item in node.all_input_nodes if item in walk.sources], "the weight of a norm")
@@ -344,13 +183,13 @@ def embedding(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Ch
     if weight not in walk.sources:
         walk.give_up(node)
         return None
-    return Channels(len(_shape(node)) - 1, walk.axis(walk.sources[weight], 1))
+    return Channels(len(shape_of(node)) - 1, walk.axis(walk.sources[weight], 1))
 
 
 # -- over positions ------------------------------------------------------------------------------------------
 
 
-def spatial(walk: Propagation, node: fx.Node, rank: int) -> Any:
+def spatial(walk: Propagation, node: fx.Node, arguments: dict[str, Any], *, rank: int) -> Any:
     """Pooling and resizing over the last ``rank`` axes."""
     channels = walk.channels(node.args[0])
     value = node.meta["val"]
@@ -368,7 +207,7 @@ def reduction(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> An
     if channels is None:
         walk.give_up(node, "computes a weight")
         return None
-    rank, dims = len(_shape(arguments["self"])), arguments.get("dim")
+    rank, dims = len(shape_of(arguments["self"])), arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(rank))
     dims = [dim % rank for dim in dims]
     if channels.axis in dims:
@@ -389,7 +228,7 @@ def along(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     if channels is None or dims is None or dims == []:
         walk.give_up(node)
         return None
-    rank = len(_shape(arguments["self"]))
+    rank = len(shape_of(arguments["self"]))
     if channels.axis in [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)]:
         walk.give_up(node, "works along them")
         return None
@@ -401,7 +240,7 @@ def pad(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channels
     """Amounts are given from the last axis backwards, two an axis."""
     channels = walk.channels(arguments["self"])
     if channels is not None:
-        first = 2 * (len(_shape(node)) - 1 - channels.axis)
+        first = 2 * (len(shape_of(node)) - 1 - channels.axis)
         if any(arguments["pad"][first : first + 2]):
             walk.give_up(node, "pads them")
             return None
@@ -416,7 +255,7 @@ def reshape(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Chan
     channels = walk.channels(arguments["self"])
     found = None
     if channels is not None:
-        found = _reshaped(channels, _shape(arguments["self"]), _shape(node))
+        found = _reshaped(channels, shape_of(arguments["self"]), shape_of(node))
     if found is None:
         walk.give_up(node, "splits them" if channels is not None else "computes a weight")
     return found
@@ -451,7 +290,7 @@ def move(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channel
         walk.give_up(node, "computes a weight")
         return None
     given: Any = node.args[0]
-    probe = torch.empty(_PRIMES[: len(_shape(given))], device="meta")
+    probe = torch.empty(_PRIMES[: len(shape_of(given))], device="meta")
     moved: Any = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return Channels(list(moved.shape).index(_PRIMES[channels.axis]), channels.ids)
 
@@ -462,8 +301,8 @@ def expand(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Chann
     if channels is None:
         walk.give_up(node, "computes a weight")
         return None
-    axis = channels.axis + len(_shape(node)) - len(_shape(arguments["self"]))
-    if _shape(node)[axis] != len(channels.ids):
+    axis = channels.axis + len(shape_of(node)) - len(shape_of(arguments["self"]))
+    if shape_of(node)[axis] != len(channels.ids):
         walk.give_up(node, "repeats them")
         return None
     return Channels(axis, channels.ids)
@@ -473,7 +312,7 @@ def concatenate(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> 
     """Along the channels: one after the other. Along another axis: tied."""
     parts: list[fx.Node] = list(arguments["tensors"])
     stack = "stack" in str(node.target)
-    dim = arguments["dim"] % len(_shape(node))
+    dim = arguments["dim"] % len(shape_of(node))
     axes = {item.axis for item in map(walk.channels, parts) if item is not None}
     if len(axes) != 1:
         walk.give_up(node, "combines two axes of them")
@@ -492,9 +331,9 @@ def _part(walk: Propagation, node: fx.Node, part: fx.Node, axis: int) -> Ids:
     channels = walk.channels(part)
     if channels is not None:
         return channels.ids
-    walk.refuse([part], _reason(node, "computes a weight"))
-    ids = walk.coupling.new(_shape(part)[axis])
-    walk.coupling.keep(ids, _reason(node, "combines them with a value that is not pruned"))
+    walk.refuse([part], because(node, "computes a weight"))
+    ids = walk.coupling.new(shape_of(part)[axis])
+    walk.coupling.keep(ids, because(node, "combines them with a value that is not pruned"))
     return ids
 
 
@@ -504,7 +343,7 @@ def chunk(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> list[C
     if channels is None:
         walk.give_up(node, "computes a weight")
         return None
-    if arguments["dim"] % len(_shape(arguments["self"])) != channels.axis:
+    if arguments["dim"] % len(shape_of(arguments["self"])) != channels.axis:
         return [channels] * parts
     if len(channels.ids) % arguments["chunks"]:
         walk.give_up(node, "cuts them into unequal parts")
@@ -518,7 +357,7 @@ def chunk(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> list[C
 def glu(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channels | None:
     """The first half times the gate of the second."""
     channels = walk.channels(arguments["self"])
-    if channels is None or arguments["dim"] % len(_shape(node)) != channels.axis:
+    if channels is None or arguments["dim"] % len(shape_of(node)) != channels.axis:
         return channels
     first, second = channels.ids.reshape(2, -1)
     walk.coupling.join(first, second)
@@ -528,7 +367,7 @@ def glu(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channels
 def cut(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
     """Parts at fixed positions: fine along another axis, but channels there would move."""
     channels = walk.channels(arguments["self"])
-    shape, value = _shape(arguments["self"]), node.meta["val"]
+    shape, value = shape_of(arguments["self"]), node.meta["val"]
     dim = arguments.get("dim", 0) % len(shape)
     if channels is None:
         walk.give_up(node, "computes a weight")
@@ -544,7 +383,7 @@ def cut(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Any:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_SAME, pointwise),
+    **dict.fromkeys(_ELEMENTWISE, pointwise),
     **dict.fromkeys(_RESHAPES, reshape),
     **dict.fromkeys(_MOVES, move),
     **dict.fromkeys(_REDUCTIONS, reduction),
@@ -554,7 +393,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("batch_norm", "instance_norm"), batch_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
-    **dict.fromkeys(("expand", "expand_as", "repeat"), expand),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat"), expand),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), concatenate),
     **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "narrow", "unbind", "tensor_split"), cut),
     "group_norm": group_norm,
@@ -564,3 +403,14 @@ RULES: dict[str, Rule] = {
     "glu": glu,
 }
 """Which rule serves which aten operator; elementwise operators need no entry."""
+
+
+def rule_of(operator: OpOverload) -> Rule | None:
+    """The rule of an operator: by its name, in place or not; by torch's tag; or, for pooling, by its rank."""
+    name = operator._schema.name.split("::")[1]
+    rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
+    if rule is None and torch.Tag.pointwise in operator.tags:
+        return pointwise
+    if rule is None and (match := re.search(r"(?:pool|upsample)\D*([123])d", name)):
+        return functools.partial(spatial, rank=int(match[1]))
+    return rule

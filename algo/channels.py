@@ -26,9 +26,10 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from algo.capture import capture
-from algo.channel_rules import Call, Propagation
+from algo.channel_rules import rule_of
 from algo.count import ExampleInputs, as_arguments
 from algo.coupling import Classes, Ids
+from algo.propagation import Call, Propagation
 from algo.sparsify import pattern_of
 
 __all__ = ["ChannelGraph", "ChannelGroup", "Layer", "channel_groups"]
@@ -126,7 +127,7 @@ class ChannelGraph:
         if len(found) != 1:
             known = ", ".join(group.name for group in self.groups[:6])
             raise ValueError(
-                f"{len(found) or 'no'} group{'s' * (len(found) != 1)} named {name!r}: there are {known}"
+                f"{'several groups are' if found else 'no group is'} named {name!r}: there are {known}"
             )
         return found[0]
 
@@ -145,7 +146,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     Returns
     -------
     ChannelGraph
-        With every convolution's and linear layer's outputs in some group.
+        Every channel that a convolution or linear layer gives is in some group.
 
     Raises
     ------
@@ -160,7 +161,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     _refuse_sparse(model)
     batch = _batch(example_inputs)
     shapes, sources = _sources(model, program)
-    walk = Propagation(model, sources, shapes)
+    walk = Propagation(model, sources, shapes, rule_of)
     walk.run(program.graph)
     _keep_odd_rows(walk, batch)
     classes = walk.coupling.solve()

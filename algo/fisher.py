@@ -24,10 +24,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -73,6 +73,9 @@ class FisherPruner:
         Units a pruning; the paper's is 1.
     minimum
         Units that every group keeps.
+    tolerance
+        How far the fraction may fall below the target: a unit that costs too much to be the last is passed
+        over for the next best, if there is one that fits.
     exclude
         Globs of layers whose outputs stay.
     check
@@ -106,12 +109,15 @@ class FisherPruner:
         interval: int = 25,
         units: int = 1,
         minimum: int = 1,
+        tolerance: float = 0.01,
         exclude: Iterable[str] = (),
         check: bool = True,
     ) -> None:
-        _check_options(target=target, interval=interval, units=units, minimum=minimum)
+        _check_options(
+            target=target, tolerance=tolerance, interval=interval, units=units, minimum=minimum
+        )
         self.model, self.target = model, target
-        self.interval, self.units, self.minimum = interval, units, minimum
+        self.interval, self.units, self.minimum, self.tolerance = interval, units, minimum, tolerance
         self.graph = channel_groups(model, example_inputs)
         self.cost = ChannelCost(self.graph, of, extra=_other_macs(model, self.graph, example_inputs, of))
         self.saving = None if normalise is None else ChannelCost(self.graph, normalise)
@@ -121,10 +127,9 @@ class FisherPruner:
             check_surgery(model, self.graph, example_inputs)
         self.history: list[PrunedUnit] = []
         self.iteration = 0
-        device = next(model.parameters()).device
         self._starts = np.cumsum([0, *(group.units for group in self.graph.prunable)])
-        self._slots = {name: slots.to(device) for name, slots in self._input_slots().items()}
-        self._fisher = torch.zeros(int(self._starts[-1]), device=device)
+        self._slots = self._input_slots()
+        self._fisher = torch.zeros(int(self._starts[-1]))  # of the gradients' device and dtype once there are any
         self._scores: Tensor | None = None
         self.gates = ChannelGates(model, self.graph, watch=self._watch)
         self._handle = model.register_forward_pre_hook(lambda *_: self._flush())
@@ -162,7 +167,7 @@ class FisherPruner:
             raise RuntimeError("the loss's gradients are not finite: nothing can be said about importance")
         if not self._fisher.any():
             raise RuntimeError("no gradient has reached a layer: call backward() before step()")
-        pruned = []
+        pruned: list[PrunedUnit] = []
         while len(pruned) < self.units and not self.done:
             pruned.append(self._prune_one())
         self.gates.update()
@@ -210,7 +215,7 @@ class FisherPruner:
             if name not in own or name not in state or own[name].shape != state[name].shape:
                 raise ValueError(f"this state is of another network: {name!r} does not fit")
         self.iteration = int(state["iteration"])
-        self._fisher.copy_(state["fisher"])
+        self._fisher = state["fisher"].to(self._fisher.device)
         self.gates.update({name: state[f"alive.{name}"] for name in self.gates.alive})
 
     # -- scores --------------------------------------------------------------------------------------------
@@ -242,7 +247,8 @@ class FisherPruner:
             if self._scores is None or len(self._scores) != samples:
                 self._start(name, samples, product.new_zeros((), dtype=wide))
             assert self._scores is not None
-            self._scores.index_add_(1, self._slots[name], product.to(self._scores.dtype))
+            slots = self._slots[name] = self._slots[name].to(product.device)
+            self._scores.index_add_(1, slots, product.to(self._scores.dtype))
 
         gated.register_hook(add)
 
@@ -253,7 +259,7 @@ class FisherPruner:
                 f"layer {name!r} reads {samples} samples, others in this pass {len(self._scores)}"
             )
         self._scores = like.new_zeros(samples, int(self._starts[-1]) + 1)
-        self._fisher = self._fisher.to(like.dtype)
+        self._fisher = self._fisher.to(like)
 
     def _flush(self) -> None:
         """End one forward pass: square the sums and add up the samples."""
@@ -263,7 +269,7 @@ class FisherPruner:
 
     # -- choice --------------------------------------------------------------------------------------------
 
-    def _alive(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _alive(self) -> NDArray[np.int64]:
         return np.array([int(alive.sum()) for alive in self.gates.alive.values()])
 
     def _prune_one(self) -> PrunedUnit:
@@ -272,7 +278,7 @@ class FisherPruner:
         savings = np.ones(len(alive)) if self.saving is None else self.saving.savings(alive)
         savings = np.maximum(savings, 1e-12) / (1 if self.saving is None else self.saving.total(self.cost.units))
         scores = self._fisher.double().cpu() / torch.from_numpy(np.repeat(savings, self.cost.units))
-        allowed = torch.from_numpy(np.repeat(self._open & (alive > self.minimum), self.cost.units))
+        allowed = torch.from_numpy(np.repeat(self._allowed(alive), self.cost.units))
         scores[~(allowed & torch.cat(list(self.gates.alive.values())))] = torch.inf
         slot = int(scores.argmin())
         index = int(np.searchsorted(self._starts, slot, side="right")) - 1
@@ -282,6 +288,13 @@ class FisherPruner:
             PrunedUnit(self.iteration, group.name, unit, float(scores[slot]), self.remaining)
         )
         return self.history[-1]
+
+    def _allowed(self, alive: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(groups,): which groups may lose a unit; of these, if there are any, those that fit the target."""
+        allowed = self._open & (alive > self.minimum)
+        left = self.cost.total(alive) - self.cost.savings(alive)
+        fits = allowed & (left >= (self.target - self.tolerance) * self.cost.total(self.cost.units))
+        return fits if fits.any() else allowed
 
     def _check_target(self) -> None:
         if not self._open.any():
@@ -297,9 +310,11 @@ class FisherPruner:
             )
 
 
-def _check_options(*, target: float, **counts: int) -> None:
+def _check_options(*, target: float, tolerance: float, **counts: int) -> None:
     if not 0 < target <= 1:
         raise ValueError(f"target must be above 0 and at most 1, not {target!r}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be >= 0, not {tolerance!r}")
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, not {value!r}")

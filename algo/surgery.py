@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from algo.capture import UntraceableError
+from algo.capture import UntraceableError, refusal
 from algo.channel_gates import ChannelGates
 from algo.channels import ChannelGraph, ChannelGroup
 from algo.checkpoint import load_model, read_tensors
@@ -47,12 +47,14 @@ def prune_channels(
     removed
         Group name, or the name of a layer whose outputs are one group -> units to remove, 0 to units - 1.
     optimizer
-        Its state of the shapes of the parameters (momenta) is cut with them, so that training can go on.
+        Gets the smaller parameters, and its state of their shapes (momenta) is cut too, so that training can
+        go on.
 
     Returns
     -------
     nn.Module
-        ``model`` itself, its parameters the same objects with less in them; gradients are None.
+        ``model`` itself. Its smaller parameters are new objects, without gradients: make a new optimiser, or
+        give ``optimizer``.
 
     Raises
     ------
@@ -112,12 +114,37 @@ def _select(model: nn.Module, name: str, dim: int, keep: Tensor, optimizer: Opti
         owner, _, own = name.rpartition(".")
         model.get_submodule(owner)._buffers[own] = smaller
         return
-    if optimizer is not None and value in optimizer.state:
-        for key, item in optimizer.state[value].items():
-            if isinstance(item, Tensor) and item.shape == value.shape:
-                optimizer.state[value][key] = item.index_select(dim, keep.to(item.device))
-    value.grad = None
-    value.data = smaller  # the same Parameter: ties and the optimiser's lists stay as they are
+    # A new Parameter: autograd would remember the shape of the old one as long as any result of it lives.
+    new = nn.Parameter(smaller, requires_grad=value.requires_grad)
+    _replace(model, value, new)
+    if optimizer is not None:
+        _replace_in_optimizer(optimizer, value, new, dim, keep)
+
+
+def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in the place of another, wherever it is used."""
+    for part in model.modules():
+        for name, value in part._parameters.items():
+            if value is old:
+                part._parameters[name] = new
+
+
+def _replace_in_optimizer(
+    optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, dim: int, keep: Tensor
+) -> None:
+    """Let an optimiser go on with a smaller parameter and the same part of its state."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if item is old else item for item in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = {
+            key: item.index_select(dim, keep.to(item.device)) if _like(item, old) else item
+            for key, item in state.items()
+        }
+
+
+def _like(item: Any, parameter: Tensor) -> bool:
+    return isinstance(item, Tensor) and item.shape == parameter.shape
 
 
 def _refresh(part: nn.Module) -> None:
@@ -172,10 +199,7 @@ def check_surgery(
     try:
         found = _outputs(trial, example_inputs)
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).splitlines()[0]
-        raise UntraceableError(
-            f"{type(model).__name__} cannot run with fewer channels, its code fixes a size: {reason}"
-        ) from error
+        raise refusal(trial, error, what="fixes a size and cannot run with fewer channels") from error
     for ours, theirs in zip(found, expected, strict=True):
         if ours.shape != theirs.shape or not _close(ours, theirs, tolerance):
             raise UntraceableError(
@@ -229,7 +253,7 @@ def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module
             continue
         smaller = value.detach()[tuple(slice(0, size) for size in shape)].clone()
         if isinstance(value, nn.Parameter):
-            value.data = smaller
+            _replace(model, value, nn.Parameter(smaller, requires_grad=value.requires_grad))
         else:
             owner, _, last = name.rpartition(".")
             model.get_submodule(owner)._buffers[last] = smaller

@@ -35,8 +35,8 @@ class Bound:
     """Cycles that each unit of the accelerator is busy at the least; units overlap, so the largest is the
     bound.
 
-    load: columns into the lanes. array: steps. post: columns through post-processing. store: words of `rows`
-    bytes written. bus: bytes read and written, over the width of the bus. fetch: bytes read alone.
+    load: columns into the lanes. array: steps. post: columns through post-processing. store: columns written.
+    bus: bytes read and written, over the width of the bus. fetch: bytes read alone.
     """
 
     load: int = 0
@@ -75,7 +75,8 @@ def bound(instruction: Instruction, arch: Arch) -> Bound:
         steps = -(-i.k // i.m) * i.n if sparse else i.k
         words = position_words(Format(i.format), n=i.n, m=i.m, k=i.k) if sparse else 0
     load = i.k if in_array else i.cols if i.source == Source.STREAM else 0
-    stored = {Out.STORE8: i.cols, Out.STORE16: 2 * i.cols, Out.STORE8T: tiles * rows}.get(Out(i.out), 0)
+    stored = {Out.STORE8: i.cols, Out.STORE16: i.cols, Out.STORE8T: tiles * rows}.get(Out(i.out), 0)
+    written = rows * stored * (2 if i.out == Out.STORE16 else 1)
     columns = {Residual.INT8: i.cols, Residual.INT16: 2 * i.cols}.get(Residual(i.residual), 0)
     from_memory = 0 if in_array and i.operand == Operand.ROWS else load
     params = (
@@ -84,7 +85,7 @@ def bound(instruction: Instruction, arch: Arch) -> Bound:
         * ((i.scale == Scale.COLUMN and not i.psum_out) + (i.row_op in (RowOp.LAYERNORM, RowOp.RMSNORM)))
     )
     fetched = tiles * lanes * (steps + 4 * words) + rows * (from_memory + columns) + params
-    return Bound(load=load, array=tiles * steps, post=i.cols, store=stored, bus=_beats(fetched + rows * stored, arch),
+    return Bound(load=load, array=tiles * steps, post=i.cols, store=stored, bus=_beats(fetched + written, arch),
                  fetch=_beats(fetched, arch))
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 from compiler.listing import Bound, bound
 from compiler.steps import Region, Step, pipelined
 from hw.arch import Arch
-from hw.isa import Instruction, Operand, Out, Residual, RowOp, Source
+from hw.isa import Instruction, Operand, Out, RowOp, Source
 
 __all__ = ["ORDERS", "Order", "Task", "by_cost", "by_operator", "estimate", "schedule"]
 
@@ -35,7 +35,7 @@ WRITE_LATENCY = 90
 NORM_LATENCY = 25
 AHEAD = 128
 """Cycles by which the readers run ahead of the array."""
-SLACK = {"tight": 1, "loose": 8}
+SLACK = {"tight": 4, "loose": 10}
 """How long, in drains of a column tile, the array may wait for a task that is put before a product."""
 WIDTH = 12
 """Tasks that `by_cost` compares at each step."""
@@ -115,6 +115,7 @@ class _Machine:
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
+        self._waiting = arch.sums_depth + 2 * arch.lanes  # columns between array and post unit, with those in shadow registers
         self._bounds: dict[tuple[int, ...], Bound] = {}
         self.regions: dict[Region, int] = {}
         self.load = self.array = self.post = self.row = self.stored = self.bus = self.completed = 0
@@ -140,8 +141,7 @@ class _Machine:
 
     def columns(self, step: Step, cost: Bound) -> int:
         """Cycles in which its columns pass the post unit."""
-        columns = cost.post * (2 if step.fields.get("residual", 0) == Residual.INT16 else 1)
-        return columns if step.fields.get("row_op") else max(columns, cost.store)
+        return cost.post if step.fields.get("row_op") else max(cost.post, cost.store)
 
     def excess(self, steps: Sequence[Step]) -> int:
         """Cycles for which the array would stand still if the steps came next, beyond those in which it waits for their own
@@ -149,7 +149,7 @@ class _Machine:
         own = 0
         for step in steps:
             cost = self.bound(step)
-            own += max(0, self.columns(step, cost) - 2 * self._arch.lanes - cost.array) if cost.array else 0
+            own += max(0, self.columns(step, cost) - self._waiting - cost.array) if cost.array else 0
         return self.stall(steps) - own
 
     def run(self, step: Step, *, keep: bool = True) -> int:
@@ -172,8 +172,8 @@ class _Machine:
         if stores and not f.get("row_op"):  # results leave in order
             first = max(first, self.stored)
         self.post = max(max(self.post, first) + columns, last + min(cost.post, self._arch.lanes))
-        if source == Source.ARRAY:  # one tile may wait in the shadow registers
-            self.array = max(self.array, self.post - 2 * self._arch.lanes)
+        if source == Source.ARRAY:
+            self.array = max(self.array, self.post - self._waiting)
         done = self._row(step, cost)
         if stores:
             self.stored = done
@@ -233,6 +233,7 @@ class _Scheduler:
         self._next = self._softmax_groups()
         self._open: deque[Task] = deque()  # softmaxes whose products have not been issued
         self._rows = 0  # columns of the row operation between the open softmax and its product
+        self._pending: frozenset[Region] = frozenset()  # what that operation's task writes
         self._attentions = sum(bool(task.close) for task in tasks)
         self._plain = len(tasks) - self._attentions
         self._share = 0.0  # of other tasks that are due between softmaxes and products
@@ -253,7 +254,7 @@ class _Scheduler:
 
     def _candidates(self, *, softmax: bool | None = None) -> list[int]:
         """The most urgent tasks that may come next: all, only softmaxes, or none of them."""
-        first = next((key for key, number in self._ready if self._tasks[number].close), 0)
+        first = next((key for key, number in self._ready if self._tasks[number].close), self._ready[0][0] if self._ready else 0)
         soon = bisect_right(self._ready, (self._next.get(first, first), len(self._tasks)))
         order = [number for _, number in self._ready[:soon]] + sorted((n for _, n in self._ready[soon:]), reverse=True)
         wanted = (n for n in order if softmax in (None, bool(self._tasks[n].close)))
@@ -263,15 +264,15 @@ class _Scheduler:
         """Whether a task may stand between a softmax and its product.
 
         The product loads the probabilities after what has been issued before it, and they leave the row unit before any
-        later row, and results are stored in order: one more row operation fits beside them, if its columns do, right before
-        the product.
+        later row, and results are stored in order: one more row operation fits beside them, if its columns do. After it, only
+        the next softmax may come before the product, and not if it waits for that row.
         """
         if not self._open:
             return True
+        if task.close:
+            return len(self._open) <= self._depth and self._pending.isdisjoint(task.reads)
         if self._rows:
             return False
-        if task.close:
-            return len(self._open) <= self._depth
         if len(self._open) > 1 or task.row_operations > 1:
             return False
         columns = task.row_columns
@@ -290,7 +291,7 @@ class _Scheduler:
         return {n: following[-1] for group, following in pairwise([*groups, groups[-1]] if groups else []) for n in group}
 
     def _fill(self) -> None:
-        """Issue the due share of other tasks, or else the next softmax."""
+        """Issue the due share of other tasks; if that is no work for the array, the next softmax."""
         self._share += self._plain / max(1, self._attentions)
         filled = False
         while self._share >= 1:
@@ -300,7 +301,7 @@ class _Scheduler:
                 break
             self._issue(free[0])
             self._share -= 1
-            filled = True
+            filled |= any(self._machine.bound(step).array for step in self._tasks[free[0]].steps)
         self._share = min(self._share, 4.0)
         if not filled:
             following = next(iter(self._candidates(softmax=True)), None)
@@ -317,13 +318,14 @@ class _Scheduler:
             self._open.append(task)
         else:
             self._plain -= 1
-            self._rows += task.row_columns if self._open else 0
+            if self._open and task.row_columns:
+                self._rows, self._pending = task.row_columns, task.writes
             self._finish(number)
 
     def _close(self) -> None:
         task = self._open.popleft()
         self._emit(task.close)
-        self._rows = 0
+        self._rows, self._pending = 0, frozenset()
         self._finish(self._numbers[id(task)])
 
     def _emit(self, steps: Sequence[Step]) -> None:

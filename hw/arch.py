@@ -80,6 +80,11 @@ class Arch:
         return self.rows == self.lanes
 
     @property
+    def sums_depth(self) -> int:
+        """Columns of sums between array and post unit: so long a norm may hold up the post unit and not the array."""
+        return 8 * self.lanes
+
+    @property
     def macs(self) -> int:
         """Physical multiply-accumulates per cycle, P."""
         return self.rows * self.lanes

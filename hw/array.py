@@ -1,7 +1,7 @@
 """The array: feeder, lanes, and the drain that hands finished sums to the post unit column by column.
 
-While one column tile is summed, the previous one leaves from the shadow registers. If the drain has not finished when
-the next tile is complete, the whole pipeline freezes for as long as it takes (`advance`).
+While one column tile is summed, the previous one leaves from the shadow registers, into a queue before the post unit. If
+the drain has not finished when the next tile is complete, the whole pipeline freezes for as long as it takes (`advance`).
 """
 
 from amaranth import Array as Select
@@ -13,8 +13,8 @@ from hw.arch import Arch
 from hw.commands import array_command, column_layout
 from hw.feeder import Feeder
 from hw.lane import Lane, column_bits, sum_word, unpack_sums
+from hw.queue import Queue
 from hw.shared import place
-from hw.stream_util import StreamSkid
 
 __all__ = ["Drain", "MacArray"]
 
@@ -39,7 +39,7 @@ class Selector(wiring.Component):
 
 
 class Drain(wiring.Component):
-    """Selects one lane's shadow registers per cycle. One column per cycle, latency 1.
+    """Selects one lane's shadow registers per cycle, and queues `Arch.sums_depth` columns. One column per cycle, latency 3.
 
     Members
     -------
@@ -59,16 +59,16 @@ class Drain(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         left, lane, take = Signal(range(self._arch.lanes + 1)), Signal(range(self._arch.lanes)), Signal()
-        # what follows has a long way to ready, and so has this to the feeder
-        m.submodules.skid = skid = StreamSkid(data.ArrayLayout(sum_word(self._arch)[0], self._words))
+        # the queue also ends a long ready chain: what follows has a long way to ready, and so has this to the feeder
+        m.submodules.sums = sums = Queue(data.ArrayLayout(sum_word(self._arch)[0], self._words), depth=self._arch.sums_depth)
         m.d.comb += [
-            take.eq((left != 0) & (~skid.i.valid | skid.i.ready)), self.o.valid.eq(skid.o.valid), skid.o.ready.eq(self.o.ready),
+            take.eq((left != 0) & (~sums.i.valid | sums.i.ready)), self.o.valid.eq(sums.o.valid), sums.o.ready.eq(self.o.ready),
             self.free.eq((left == 0) | ((left == 1) & take)),
         ]
-        with m.If(skid.i.ready):
-            m.d.sync += skid.i.valid.eq(0)
+        with m.If(sums.i.ready):
+            m.d.sync += sums.i.valid.eq(0)
         with m.If(take):
-            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), skid.i.valid.eq(1)]
+            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), sums.i.valid.eq(1)]
         with m.If(self.copy):
             m.d.sync += [left.eq(self.cols), lane.eq(0)]
         for index in range(self._words):
@@ -76,8 +76,8 @@ class Drain(wiring.Component):
             place(m, platform, f"selector{index}", selector, module="selector")
             m.d.comb += [selector.lane.eq(lane), selector.take.eq(take),
                          *(selector.i[i].eq(self.shadow[i][index]) for i in range(self._arch.lanes))]
-            m.d.comb += skid.i.payload[index].eq(selector.o)
-        words = [skid.o.payload[index] for index in range(self._words)]
+            m.d.comb += sums.i.payload[index].eq(selector.o)
+        words = [sums.o.payload[index] for index in range(self._words)]
         m.d.comb += [self.o.payload[t].eq(value) for t, value in enumerate(unpack_sums(self._arch, words))]
         return m
 

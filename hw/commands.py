@@ -12,7 +12,6 @@ __all__ = [
     "param_layout",
     "post_command",
     "reader_command",
-    "residual_command",
     "row_command",
     "row_out_command",
     "row_scale_layout",
@@ -45,8 +44,9 @@ def row_scale_layout(rows: int) -> data.StructLayout:
 
 
 def reader_command() -> data.StructLayout:
-    """Fetch `words` output words from `addr`, again from `addr + stride`, ..., `repeats` times."""
-    return data.StructLayout({"addr": 32, "words": 24, "repeats": 16, "stride": 32, "wait": 1, "wait_seq": 16})
+    """Fetch `words` output words from `addr`, again from `addr + stride`, ..., `repeats` times; with `wide` they leave in
+    pairs."""
+    return data.StructLayout({"addr": 32, "words": 24, "repeats": 16, "stride": 32, "wait": 1, "wait_seq": 16, "wide": 1})
 
 
 def writer_command() -> data.StructLayout:
@@ -69,11 +69,6 @@ def post_command() -> data.StructLayout:
     """Post-processing of one TILE, or a TABLE (`load_table`)."""
     return _from_isa("source", "psum_in", "psum_out", "scale", "residual", "table", "row_op", "cols",
                      "mult", "shift", "r_mult", "r_shift", load_table=1)
-
-
-def residual_command() -> data.StructLayout:
-    """`count` columns of int8, or int16 with `wide`."""
-    return data.StructLayout({"count": 16, "wide": 1})
 
 
 def row_command() -> data.StructLayout:

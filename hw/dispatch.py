@@ -24,8 +24,8 @@ UNITS = {
     "read_a": commands.reader_command, "read_w": commands.reader_command, "read_x": commands.reader_command,
     "read_p": commands.reader_command, "read_r": commands.reader_command, "read_g": commands.reader_command,
     "load": commands.loader_command, "array": commands.array_command, "post": commands.post_command,
-    "widen": commands.residual_command, "row": commands.row_command, "row_out": commands.row_out_command,
-    "store": commands.store_command, "write": commands.writer_command,
+    "row": commands.row_command, "row_out": commands.row_out_command, "store": commands.store_command,
+    "write": commands.writer_command,
 }
 """Command streams of the dispatcher and their layouts."""
 
@@ -265,12 +265,12 @@ class Dispatcher(wiring.Component):
         send("read_x", array & (raw.format != Format.DENSE), addr=raw.x_addr, words=words, repeats=tiles,
              stride=words << (4 * lanes - 1).bit_length())
         send("read_p", by_column | load_table, addr=raw.p_addr, words=Mux(load_table, TABLE_WORDS, raw.cols), repeats=1)
-        send("read_r", residual, addr=raw.r_addr, words=Mux(wide, raw.cols << 1, raw.cols), repeats=1, **waits)
+        send("read_r", residual, addr=raw.r_addr, words=Mux(wide, raw.cols << 1, raw.cols), repeats=1,
+             wide=wide, **waits)
         send("read_g", norm, addr=raw.g_addr, words=raw.cols, repeats=1)
         send("load", array | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand, bypass=bypass)
         send("array", array)
         send("post", tile | load_table, load_table=load_table)
-        send("widen", residual, count=raw.cols, wide=wide)
         send("row", rows, op=raw.row_op, first=raw.row_first, last=raw.row_last)
         send("row_out", rows & rows_out, count=raw.cols, lanes=raw.out == Destination.LANES)
         send("store", stores, from_rows=raw.row_op != RowOp.NONE)

@@ -215,6 +215,7 @@ RULES: tuple[Rule, ...] = (
         lambda f, a, kl: _post(f) & (f.scale == Scale.COLUMN) & _off(f.p_addr, constant_alignment(a)),
     ),
     Rule(_A, "r_addr", lambda f, a, kl: (f.residual != Residual.NONE) & _off(f.r_addr, a.rows)),
+    Rule(_A, "r_addr", lambda f, a, kl: (f.residual == Residual.INT16) & _off(f.r_addr, 2 * a.rows)),
     Rule(_A, "g_addr", lambda f, a, kl: _norm(f) & _off(f.g_addr, constant_alignment(a))),
     Rule(_A, "o_addr", lambda f, a, kl: _stores(f) & _off(f.o_addr, a.rows)),
     Rule(_A, "o_addr", lambda f, a, kl: (f.out == Out.STORE16) & _off(f.o_addr, 2 * a.rows)),

@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 
 from hw.arch import Arch
 from hw.commands import column_layout, param_layout, post_command, row_scale_layout
+from hw.gearbox import pair_layout
 from hw.isa import Residual, RowOp, Scale, Source
 from hw.shared import place
 from hw.soft import product as product_of
@@ -115,7 +116,7 @@ class Post(wiring.Component):
     Members
     -------
     cmd : `post_command` per TILE and TABLE. acc : columns from the array. bypass : int8 columns (source STREAM).
-    params : 8-byte words: column parameters, or 8 table entries. residual : int16 columns.
+    params : 8-byte words: column parameters, or 8 table entries. residual : columns, int16 if `wide`, else int8.
     scale : row scales. to_rows : columns for the row unit. to_store : columns for the store unit.
     busy : a column was taken. wait_input, wait_output : stalled for lack of operands, or by what follows.
     """
@@ -128,7 +129,7 @@ class Post(wiring.Component):
             "acc": In(stream.Signature(column_layout(arch.rows, 32))),
             "bypass": In(stream.Signature(8 * arch.rows)),
             "params": In(stream.Signature(64)),
-            "residual": In(stream.Signature(column)),
+            "residual": In(stream.Signature(pair_layout(arch.rows))),
             "scale": In(stream.Signature(row_scale_layout(arch.rows))),
             "to_rows": Out(stream.Signature(column)), "to_store": Out(stream.Signature(column)),
             "busy": Out(1), "wait_input": Out(1), "wait_output": Out(1),
@@ -217,7 +218,7 @@ class Post(wiring.Component):
         keep_addr = Signal.like(index)
         residual = Signal(column_layout(rows, 16))
         with m.If(take):
-            m.d.sync += [keep_addr.eq(index), residual.eq(self.residual.payload)]
+            m.d.sync += [keep_addr.eq(index), *(residual[t].eq(self._residual(t)) for t in range(rows))]
         m.d.comb += [
             control.take.eq(take), control.advance.eq(advance), control.psum_addr.eq(index),
             control.keep.eq(stages[0].valid & stages[0].keep & advance), control.keep_addr.eq(keep_addr),
@@ -239,6 +240,11 @@ class Post(wiring.Component):
                 self._result[t].eq(row.o),
             ]
         return control
+
+    def _residual(self, t: int):
+        """Token row t of the residual's column."""
+        column = self.residual.payload
+        return Mux(column.wide, column.data.word_select(t, 16).as_signed(), column.data.word_select(t, 8).as_signed())
 
     def _table(self, m: Module, control, tile_done, param_taken) -> None:
         """TABLE: `TABLE_WORDS` words, an entry per cycle, once the columns before it have left the pipeline's table stage."""

@@ -11,14 +11,15 @@ from amaranth.utils import exact_log2
 from hw.arch import Arch
 from hw.axi import BURST_BEATS, AXI4ReadSignature
 from hw.commands import reader_command
-from hw.gearbox import Narrower, Widener
+from hw.gearbox import Narrower, Widener, pair_layout
 from hw.stream_util import StreamHold
 
 __all__ = ["BURST", "COMMANDS_AHEAD", "OUTSTANDING", "READ_COMMAND", "ReadArbiter", "Reader"]
 
 READ_COMMAND = reader_command()
 """What a `Reader` is told to fetch: `words` (>= 1) words from `addr`, `repeats` (>= 1) times, `stride` bytes
-apart; with `wait` only once the writer has completed `wait_seq` instructions."""
+apart; with `wait` only once the writer has completed `wait_seq` instructions; with `wide` (`Reader.pairs`) two words at a
+time."""
 
 BURST = data.StructLayout({"addr": 32, "len": 4})
 """One burst: bus-aligned byte address, number of beats - 1."""
@@ -135,17 +136,17 @@ class _Framer(wiring.Component):
 
     Members
     -------
-    i : ``In(stream {offset, words, repeats, stride})``
+    i : ``In(stream {offset, words, repeats, stride, wide})``
         ``offset`` and ``stride`` in words, modulo the words of a beat.
-    o : ``Out(stream {first, last})``
+    o : ``Out(stream {first, last, wide})``
     """
 
     def __init__(self, *, ratio: int) -> None:
         self.ratio = ratio
         super().__init__({
             "i": In(stream.Signature(data.StructLayout(
-                {"offset": range(ratio), "words": 24, "repeats": 16, "stride": range(ratio)}))),
-            "o": Out(stream.Signature(data.StructLayout({"first": range(ratio), "last": range(ratio)}))),
+                {"offset": range(ratio), "words": 24, "repeats": 16, "stride": range(ratio), "wide": 1}))),
+            "o": Out(stream.Signature(data.StructLayout({"first": range(ratio), "last": range(ratio), "wide": 1}))),
         })
 
     def elaborate(self, platform: Any) -> Module:
@@ -159,6 +160,7 @@ class _Framer(wiring.Component):
         repeats = Signal(16)
         following = Signal(slot)
         stride = Signal(slot)
+        wide = Signal()
         end = Signal(25)
         final = Signal()
         take = Signal()
@@ -174,6 +176,7 @@ class _Framer(wiring.Component):
                 self.o.valid.eq(1),
                 self.o.payload.first.eq(first),
                 self.o.payload.last.eq(Mux(final, end - 1, self.ratio - 1)),
+                self.o.payload.wide.eq(wide),
                 first.eq(0),
                 left.eq(end - self.ratio),
             ]
@@ -191,6 +194,7 @@ class _Framer(wiring.Component):
                 words.eq(self.i.payload.words),
                 repeats.eq(self.i.payload.repeats),
                 stride.eq(self.i.payload.stride),
+                wide.eq(self.i.payload.wide),
                 following.eq(self.i.payload.offset + self.i.payload.stride),
             ]
         return m
@@ -206,7 +210,7 @@ class Reader(wiring.Component):
     words wider than the bus.
 
     A word address must be a multiple of ``min(out_bytes, bus_bytes)``, so must ``stride``; lower bits are
-    ignored.
+    ignored. Words that leave in pairs are an even number, at multiples of ``2 * out_bytes``.
 
     Parameters
     ----------
@@ -216,6 +220,8 @@ class Reader(wiring.Component):
         Bytes of an output word: a power of two.
     fifo_beats : int
         Depth of the FIFO in bus beats, in 16..4096.
+    pairs : bool
+        Words narrower than the bus leave two at a time, one pair a cycle, if the command is ``wide``.
 
     Members
     -------
@@ -224,14 +230,14 @@ class Reader(wiring.Component):
     completed : ``In(16)``
         `Writer.completed`; a command with ``wait`` starts when ``(completed - wait_seq) mod 2^16 < 2^15``.
     o : ``Out(stream)``
-        The words.
+        The words; with ``pairs`` a `pair_layout`.
     request : ``Out(stream BURST)``
         To `ReadArbiter.request`.
     data : ``In(stream, always_ready)``
         From `ReadArbiter.data`.
     """
 
-    def __init__(self, arch: Arch, *, out_bytes: int, fifo_beats: int) -> None:
+    def __init__(self, arch: Arch, *, out_bytes: int, fifo_beats: int, pairs: bool = False) -> None:
         if not isinstance(arch, Arch):
             raise TypeError(f"arch must be an Arch, not {arch!r}")
         limits = (("out_bytes", out_bytes, 1, 1024), ("fifo_beats", fifo_beats, BURST_BEATS, 4096))
@@ -242,13 +248,16 @@ class Reader(wiring.Component):
                 raise ValueError(f"{name} must be in {low}..{high}, not {value!r}")
         if out_bytes & (out_bytes - 1):
             raise ValueError(f"out_bytes must be a power of two, not {out_bytes!r}")
+        if pairs and 2 * out_bytes > arch.bus_bytes:
+            raise ValueError(f"a pair of words of {out_bytes} bytes does not fit the bus of {arch.bus_bytes} bytes")
         self.arch = arch
         self.out_bytes = out_bytes
+        self.pairs = pairs
         self.fifo_beats = fifo_beats
         super().__init__({
             "cmd":       In(stream.Signature(READ_COMMAND)),
             "completed": In(16),
-            "o":         Out(stream.Signature(unsigned(8 * out_bytes))),
+            "o":         Out(stream.Signature(pair_layout(out_bytes) if pairs else unsigned(8 * out_bytes))),
             "request":   Out(stream.Signature(BURST)),
             "data":      In(stream.Signature(unsigned(8 * arch.bus_bytes), always_ready=True)),
         })
@@ -283,12 +292,13 @@ class Reader(wiring.Component):
     def _narrow(self, m: Module, fifo: SyncFIFOBuffered, accept: Signal) -> None:
         low, high = exact_log2(self.out_bytes), exact_log2(self.arch.bus_bytes)
         m.submodules.framer = framer = _Framer(ratio=1 << (high - low))
-        m.submodules.commands = commands = SyncFIFOBuffered(width=2 * (high - low) + 40, depth=COMMANDS_AHEAD)
-        m.submodules.narrower = narrower = Narrower(in_bytes=self.arch.bus_bytes, out_bytes=self.out_bytes)
+        m.submodules.commands = commands = SyncFIFOBuffered(width=2 * (high - low) + 41, depth=COMMANDS_AHEAD)
+        m.submodules.narrower = narrower = Narrower(
+            in_bytes=self.arch.bus_bytes, out_bytes=self.out_bytes, pairs=self.pairs)
         cmd = self.cmd.payload
         m.d.comb += [
             accept.eq(commands.w_rdy),
-            commands.w_data.eq(Cat(cmd.addr[low:high], cmd.words, cmd.repeats, cmd.stride[low:high])),
+            commands.w_data.eq(Cat(cmd.addr[low:high], cmd.words, cmd.repeats, cmd.stride[low:high], cmd.wide)),
             commands.w_en.eq(self.cmd.valid & self.cmd.ready),
             framer.i.payload.eq(commands.r_data),
             framer.i.valid.eq(commands.r_rdy),
@@ -300,6 +310,8 @@ class Reader(wiring.Component):
             fifo.r_en.eq(narrower.i.ready & framer.o.valid),
             framer.o.ready.eq(narrower.i.ready & fifo.r_rdy),
         ]
+        if self.pairs:
+            m.d.comb += narrower.i.payload.wide.eq(framer.o.payload.wide)
         wiring.connect(m, narrower.o, wiring.flipped(self.o))
 
     def _widen(self, m: Module, fifo: SyncFIFOBuffered) -> None:

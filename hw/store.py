@@ -1,4 +1,4 @@
-"""Store unit: result columns become words of `rows` bytes for the writer (int8, int16, or int8 transposed)."""
+"""Store unit: result columns for the writer (int8, int16, or int8 transposed)."""
 
 import numpy as np
 from amaranth import Cat, Module, Mux, Signal
@@ -123,12 +123,13 @@ class RowRoute(wiring.Component):
 
 
 class Store(wiring.Component):
-    """One int8 column per cycle, one int16 column every second cycle; transposed blocks with a block of latency.
+    """One column per cycle; transposed blocks with a block of latency.
 
     Members
     -------
-    cmd : `store_command` per TILE that stores. post, row_unit : columns. o : words of `rows` bytes.
-    busy : a word left.
+    cmd : `store_command` per TILE that stores. post, row_unit : columns.
+    o : columns of 2 * `rows` bytes, of int8 in the lower half.
+    busy : a column left.
     """
 
     def __init__(self, arch: Arch) -> None:
@@ -136,7 +137,7 @@ class Store(wiring.Component):
         column = stream.Signature(column_layout(arch.rows, 16))
         super().__init__({
             "cmd": In(stream.Signature(store_command())), "post": In(column), "row_unit": In(column),
-            "o": Out(stream.Signature(8 * arch.rows)), "busy": Out(1),
+            "o": Out(stream.Signature(16 * arch.rows)), "busy": Out(1),
         })
 
     def elaborate(self, platform: object) -> Module:
@@ -144,7 +145,7 @@ class Store(wiring.Component):
         rows, cmd = self._arch.rows, self.cmd.payload
         m.submodules.transposer = transposer = Transposer(self._arch)
         column, valid, take = Signal(column_layout(rows, 16)), Signal(), Signal()
-        moved, last, high, transposing = Signal(16), Signal(), Signal(), Signal()
+        moved, last, transposing = Signal(16), Signal(), Signal()
         wide, transposed = cmd.out == Destination.STORE16, cmd.out == Destination.STORE8T
         bytes_ = Cat(saturate(column[t], 8) for t in range(rows))
         words = Cat(column[t] for t in range(rows))
@@ -156,7 +157,7 @@ class Store(wiring.Component):
             last.eq(moved + 1 == cmd.cols), transposing.eq(owed != 0),
             transposer.i.payload.eq(bytes_), transposer.last.eq(last), transposer.i.valid.eq(valid & transposed),
             take.eq(Mux(transposed, transposer.i.valid & transposer.i.ready,
-                        valid & ~transposing & self.o.ready & (~wide | high))),
+                        valid & ~transposing & self.o.ready)),
             self.post.ready.eq(take & ~cmd.from_rows), self.row_unit.ready.eq(take & cmd.from_rows),
             self.cmd.ready.eq(take & last), transposer.o.ready.eq(self.o.ready), self.busy.eq(self.o.valid & self.o.ready),
         ]
@@ -165,10 +166,8 @@ class Store(wiring.Component):
         with m.Else():
             m.d.comb += [
                 self.o.valid.eq(valid & ~transposed),
-                self.o.payload.eq(Mux(wide, Mux(high, words[8 * rows:], words[: 8 * rows]), bytes_)),
+                self.o.payload.eq(Cat(Mux(wide, words[: 8 * rows], bytes_), words[8 * rows:])),
             ]
-            with m.If(self.o.valid & self.o.ready & wide):
-                m.d.sync += high.eq(~high)
         with m.If(take):
             m.d.sync += moved.eq(Mux(last, 0, moved + 1))
         block_done = take & transposed & (last | (moved[: (rows - 1).bit_length()] == rows - 1))

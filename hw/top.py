@@ -19,7 +19,6 @@ from hw.post import Post
 from hw.queue import Queue, join
 from hw.reader import ReadArbiter, Reader
 from hw.regs import Registers
-from hw.residual import Widen
 from hw.row import RowUnit
 from hw.store import RowRoute, Store
 from hw.stream_util import StreamSkid
@@ -41,7 +40,7 @@ READERS = {
 
 
 def reader_sizes(arch: Arch) -> dict[str, tuple[int, int]]:
-    """Bytes of an output word, and FIFO depth in beats, by read channel."""
+    """Bytes of an output word (of int16 residuals: of half a column), and FIFO depth in beats, by read channel."""
     return {"fetch": (INSTRUCTION_BYTES, 32), "a": (arch.rows, arch.fifo_beats), "w": (arch.lanes, 2 * arch.fifo_beats),
             "x": (4 * arch.lanes, arch.fifo_beats), "p": (8, 32), "r": (arch.rows, arch.fifo_beats), "g": (8, 32)}
 
@@ -64,7 +63,7 @@ EVENTS = {
     "post_wait_output": "cycles in which the post unit waited for the row or store unit",
     "row_busy": "cycles in which the row unit worked",
     "row_stalled": "cycles in which the row unit waited for what follows it",
-    "store_busy": "words taken by the writer",
+    "store_busy": "columns taken by the writer",
 }
 """Event counters and what they count."""
 
@@ -89,7 +88,7 @@ class Core(wiring.Component):
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
-        self._readers = {name: Reader(arch, out_bytes=size, fifo_beats=beats)
+        self._readers = {name: Reader(arch, out_bytes=size, fifo_beats=beats, pairs=name == "r")
                          for name, (size, beats) in reader_sizes(arch).items() if arch.sparse or name != "x"}
         any_reader = self._readers["a"]
         members = any_reader.signature.members
@@ -98,7 +97,7 @@ class Core(wiring.Component):
             "done": Out(1), "error": Out(1), "error_code": Out(4), "error_addr": Out(32), "running": Out(1),
             "request": Out(members["request"].signature).array(len(READERS)),
             "data": Out(members["data"].signature.flip()).array(len(READERS)),
-            "write": Out(stream.Signature(writer_command())), "words": Out(stream.Signature(8 * arch.rows)),
+            "write": Out(stream.Signature(writer_command())), "words": Out(stream.Signature(16 * arch.rows)),
             "events": Out(data.StructLayout(dict.fromkeys(EVENTS, 1))),
         })
 
@@ -135,7 +134,6 @@ class Core(wiring.Component):
         arch = self._arch
         m.submodules.loader = loader = Loader(arch)
         m.submodules.array = array = MacArray(arch)
-        m.submodules.widen = widen = Widen(arch)
         m.submodules.post = post = Post(arch)
         m.submodules.row = row = RowUnit(arch)
         m.submodules.route = route = RowRoute(arch)
@@ -146,9 +144,8 @@ class Core(wiring.Component):
         for source, sink in (
             (cmds["load"], loader.cmd), (read["a"], loader.memory), (route.lanes, loader.row_unit),
             (cmds["array"], array.cmd), (read["w"], array.values),
-            (cmds["widen"], widen.cmd), (read["r"], widen.i),
             (cmds["post"], post.cmd), (array.o, post.acc), (loader.bypass, post.bypass), (read["p"], post.params),
-            (widen.o, post.residual), (scales.o, post.scale),
+            (read["r"], post.residual), (scales.o, post.scale),
             (cmds["row"], row.cmd), (post.to_rows, row.i), (read["g"], row.params), (row.scale, scales.i),
             (cmds["row_out"], route.cmd), (row.o, skid.i), (skid.o, route.i),
             (cmds["store"], store.cmd), (post.to_store, store.post), (route.store, store.row_unit), (store.o, self.words),

@@ -19,7 +19,8 @@ __all__ = ["OUTSTANDING", "ROOM_MARGIN", "WRITE_COMMAND", "Writer"]
 WRITE_COMMAND = writer_command()
 """Where a `Writer` puts the words of one instruction: `words` (>= 1) from `addr`, `repeats` (>= 1) times,
 `stride` bytes apart; without `store` no words are taken and the instruction only completes in order. Token rows
-outside `o_skip`..`o_drop` of each column keep their bytes; a column is one word, with `wide` two."""
+outside `o_skip`..`o_drop` of each column keep their bytes; a column is one word, with `wide` two (an even number of words,
+at multiples of two)."""
 
 EDGE = data.StructLayout({name: WRITE_COMMAND.members[name] for name in ("o_skip", "o_drop", "wide")})
 """Which token rows of a beat's columns are written."""
@@ -32,9 +33,9 @@ ROOM_MARGIN = 4
 
 
 class _Packer(wiring.Component):
-    """Pack words into beats and say where bursts end.
+    """Pack columns into beats and say where bursts end.
 
-    One word a cycle, also across repeats and commands that store; a command that does not store takes one
+    One column a cycle, also across repeats and commands that store; a command that does not store takes one
     cycle. Latency from ``i`` to ``o``: 1 cycle.
 
     Members
@@ -55,7 +56,7 @@ class _Packer(wiring.Component):
         self.ratio = arch.bus_bytes // arch.rows
         super().__init__({
             "cmd":  In(stream.Signature(WRITE_COMMAND)),
-            "i":    In(stream.Signature(unsigned(8 * arch.rows))),
+            "i":    In(stream.Signature(unsigned(16 * arch.rows))),
             "room": In(1),
             "o":    Out(stream.Signature(data.StructLayout({
                 "data": 8 * arch.bus_bytes, "mask": self.ratio, "edge": EDGE, "beat": 32 - exact_log2(arch.bus_bytes),
@@ -67,7 +68,7 @@ class _Packer(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         low, high = exact_log2(self.arch.rows), exact_log2(self.arch.bus_bytes)
-        m.submodules.widener = widener = Widener(in_bytes=self.arch.rows, out_bytes=self.arch.bus_bytes)
+        m.submodules.widener = widener = Widener(in_bytes=self.arch.rows, out_bytes=self.arch.bus_bytes, pairs=True)
         # the next command
         m.submodules.hold = hold = StreamHold(WRITE_COMMAND)
         wiring.connect(m, wiring.flipped(self.cmd), hold.i)
@@ -95,9 +96,10 @@ class _Packer(wiring.Component):
         m.d.comb += [
             self.i.ready.eq(active & ~null & self.room),
             take.eq(self.i.valid & self.i.ready),
-            final.eq(left == 1),
+            final.eq(left == Mux(rows.wide, 2, 1)),
             done.eq((take & final & (repeats == 1)) | (active & null & self.room)),
             widener.i.payload.data.eq(self.i.payload),
+            widener.i.payload.wide.eq(rows.wide),
             widener.i.payload.slot.eq(place[:high - low]),
             widener.i.payload.last.eq(final),
             widener.i.valid.eq(take),
@@ -116,7 +118,7 @@ class _Packer(wiring.Component):
         with m.If(take):
             m.d.sync += [
                 beat.eq(place[high - low:]), end.eq(final), last.eq(done),
-                edge.eq(rows), place.eq(place + 1), left.eq(left - 1),
+                edge.eq(rows), place.eq((place | rows.wide) + 1), left.eq(left - Mux(rows.wide, 2, 1)),
             ]
             with m.If(final):
                 m.d.sync += [
@@ -139,7 +141,7 @@ class Writer(wiring.Component):
 
     A burst (at most 16 beats, ending at multiples of 16 beats, so never crossing 4 KiB) is requested only
     when all its beats are in the FIFO; the beats then follow without a gap, never before AWVALID of their
-    burst. A repeat starts a new beat and burst. One word of ``rows`` bytes a cycle, also across repeats and
+    burst. A repeat starts a new beat and burst. One column a cycle, also across repeats and
     commands; commands are taken every other cycle. Latency from a burst's last word to AWVALID and WVALID: 3
     cycles; from its BVALID to ``completed``: 1 cycle.
 
@@ -160,7 +162,7 @@ class Writer(wiring.Component):
     cmd : ``In(stream WRITE_COMMAND)``
         One per instruction, in program order. ``ready`` is independent of ``valid``.
     i : ``In(stream)``
-        Words of ``rows`` bytes, ``words * repeats`` for each command that stores.
+        Columns of ``words * repeats`` words for each command that stores: two words each, or one, in the lower half.
     completed : ``Out(16)``
         Number of completed instructions modulo 2^16: all their writes have been answered.
     bus : ``Out(AXI4WriteSignature)``
@@ -185,7 +187,7 @@ class Writer(wiring.Component):
         self.outstanding = outstanding
         super().__init__({
             "cmd":       In(stream.Signature(WRITE_COMMAND)),
-            "i":         In(stream.Signature(unsigned(8 * arch.rows))),
+            "i":         In(stream.Signature(unsigned(16 * arch.rows))),
             "completed": Out(16),
             "bus":       Out(AXI4WriteSignature(arch.bus_bytes)),
             "abort":     In(1),

@@ -118,10 +118,11 @@ class MobileNetV2(nn.Module):
                 channels = outputs
         head = _round8(config.head * max(1.0, config.width))
         self.features = nn.Sequential(*parts, ConvNormReLU6(channels, head, 1))
-        self.classifier = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(head, config.num_classes))
+        linear = nn.Linear(head, config.num_classes)
+        self.classifier = nn.Sequential(nn.Dropout(config.dropout), linear)
         initialise_convolutions(self)
-        nn.init.normal_(self.classifier[1].weight, std=0.01)
-        nn.init.zeros_(self.classifier[1].bias)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.adaptive_avg_pool2d(self.features(x), 1)

@@ -15,8 +15,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from algo.capture import UntraceableError
+    from algo.channels import ChannelGraph, channel_groups
+    from algo.compressed import from_semi_structured, load_compressed, save_compressed, to_semi_structured
+    from algo.count import count
+    from algo.fisher import FisherPruner
+    from algo.flips import FlipTracker
+    from algo.idp import IDPConfig, run_idp
+    from algo.methods import METHODS
     from algo.nm import NM
-    from algo.sparsify import finalize, sparsify, sparsity_report
+    from algo.permute import permute_channels
+    from algo.sparsify import advance, finalize, freeze_masks, sparsify, sparsity_report
+    from algo.surgery import load_pruned, prune_channels
     from compiler.program import Program, load
     from hw.arch import PRESETS, Arch, get_arch
     from hw.verilog import verilog
@@ -30,45 +40,81 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "NM",
     "PRESETS",
     "Arch",
+    "ChannelGraph",
     "Dut",
+    "FisherPruner",
+    "FlipTracker",
+    "IDPConfig",
     "MemoryModel",
     "Program",
     "Run",
     "Trace",
+    "UntraceableError",
+    "advance",
+    "channel_groups",
     "compile",
+    "count",
     "create_model",
     "finalize",
+    "freeze_masks",
+    "from_semi_structured",
     "get_arch",
     "list_models",
     "load",
+    "load_compressed",
+    "load_pruned",
+    "permute_channels",
+    "prune_channels",
+    "run_idp",
+    "save_compressed",
     "simulate",
     "sparsify",
     "sparsity_report",
+    "to_semi_structured",
     "verify",
     "verilog",
 ]
 
 _HOMES = {
+    "Arch": "hw.arch:Arch",
+    "ChannelGraph": "algo.channels:ChannelGraph",
+    "Dut": "sim.handle:Dut",
+    "FisherPruner": "algo.fisher:FisherPruner",
+    "FlipTracker": "algo.flips:FlipTracker",
+    "IDPConfig": "algo.idp:IDPConfig",
+    "METHODS": "algo.methods:METHODS",
+    "MemoryModel": "sim.memory:MemoryModel",
     "NM": "algo.nm:NM",
     "PRESETS": "hw.arch:PRESETS",
-    "Arch": "hw.arch:Arch",
-    "Dut": "sim.handle:Dut",
-    "MemoryModel": "sim.memory:MemoryModel",
     "Program": "compiler.program:Program",
     "Run": "sim.simulate:Run",
     "Trace": "sim.trace:Trace",
+    "UntraceableError": "algo.capture:UntraceableError",
+    "advance": "algo.sparsify:advance",
+    "channel_groups": "algo.channels:channel_groups",
     "compile": "nmforge.api:compile",
+    "count": "algo.count:count",
     "create_model": "models:create_model",
     "finalize": "algo.sparsify:finalize",
+    "freeze_masks": "algo.sparsify:freeze_masks",
+    "from_semi_structured": "algo.compressed:from_semi_structured",
     "get_arch": "hw.arch:get_arch",
     "list_models": "models:list_models",
     "load": "compiler.program:load",
+    "load_compressed": "algo.compressed:load_compressed",
+    "load_pruned": "algo.surgery:load_pruned",
+    "permute_channels": "algo.permute:permute_channels",
+    "prune_channels": "algo.surgery:prune_channels",
+    "run_idp": "algo.idp:run_idp",
+    "save_compressed": "algo.compressed:save_compressed",
     "simulate": "sim.simulate:simulate",
     "sparsify": "algo.sparsify:sparsify",
     "sparsity_report": "algo.sparsify:sparsity_report",
+    "to_semi_structured": "algo.compressed:to_semi_structured",
     "verify": "nmforge.api:verify",
     "verilog": "hw.verilog:verilog",
 }

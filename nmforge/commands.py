@@ -51,6 +51,9 @@ def _row(name: str) -> dict[str, Any]:
 
 
 def _shapes(model: torch.nn.Module) -> str:
+    classes = getattr(getattr(model, "config", None), "num_classes", None)
+    if classes is not None:
+        return f"{type(model).__name__}, images to {classes} classes"
     if not isinstance(model, BertModel):
         return type(model).__name__
     sizes = model.config

@@ -172,8 +172,9 @@ def columns(
             axes.bar([i + shift for i in range(len(groups))], values, width * 0.94, bottom=bottom if stack else 0, color=colour,
                      label=name)
             bottom = [low + value for low, value in zip(bottom, values, strict=True)]
-        axes.set_xticks(range(len(groups)), groups)
-        if len(groups) > 6:
+        few = len(groups) <= 6  # few long names on two lines, many beside each other aslant
+        axes.set_xticks(range(len(groups)), [name.replace(", ", "\n") if few else name for name in groups])
+        if not few:
             axes.tick_params(axis="x", labelrotation=40)
         axes.set_ylabel(label)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -51,7 +51,7 @@ def test_disassembly_shows_what_does_not_decode() -> None:
                 residual=Residual.INT16,
                 out=Out.STORE16,
             ),
-            Bound(load=10, array=6, post=4, store=8, bus=-(-(24 + 16 + 40 + 32 + 32 + 32) // 8), fetch=18),
+            Bound(load=10, array=6, post=4, store=4, bus=-(-(24 + 16 + 40 + 32 + 32 + 32) // 8), fetch=18),
         ),
         (
             good_tile(source=Source.STREAM, k=0, cols=5, out=Out.STORE8T),

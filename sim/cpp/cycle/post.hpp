@@ -1,35 +1,8 @@
-// hw/residual.py, hw/post.py, hw/store.py: the post unit, its second operand, and the store unit.
+// hw/post.py, hw/store.py: the post unit and the store unit.
 #pragma once
 
 #include "program.hpp"
 #include "state.hpp"
-
-class Widen {
-public:
-    bool valid(const Commands* c, bool word) const { return c && word && (!c->widen.wide || low_); }
-
-    // Combinational: a word is taken; a column is moved by `ready`.
-    bool takes(const Commands* c, bool move) const { return move || (c && c->widen.wide && !low_); }
-
-    // Returns whether the command ends.
-    bool step(const Commands* c, bool word, bool move) {
-        if (c == nullptr) return false;
-        const bool last = moved_.last(c->widen.count);
-        if (word && takes(c, move)) low_ = c->widen.wide && !low_;
-        if (move) moved_.move(last);
-        return move && last;
-    }
-
-    template <class Visitor>
-    void visit(Visitor& v, const Commands* c) {
-        v.exact(static_cast<uint8_t>(low_));
-        if (c) v.progress(moved_, c->widen.count);
-    }
-
-private:
-    bool low_ = false;
-    Progress moved_;
-};
 
 class Post {
 public:
@@ -147,7 +120,7 @@ public:
         const bool valid = c && column;
         if (valid) {
             const auto& store = c->store;
-            result.take = store.transposed ? !full(filling_) : owed_ == 0 && ready && (!store.wide || high_);
+            result.take = store.transposed ? !full(filling_) : owed_ == 0 && ready;
             result.last = moved_.last(store.cols);
         }
         result.word = owed_ != 0 ? out_ : valid && !c->store.transposed;
@@ -155,7 +128,6 @@ public:
     }
 
     void step(const Commands* c, const Result& result, bool ready) {
-        if (owed_ == 0 && result.word && ready && c->store.wide) high_ = !high_;
         const bool transposed = result.take && c->store.transposed;
         const bool word_left = owed_ != 0 && result.word && ready;
         if (transposed || owed_ != 0 || out_) transpose(transposed, result.last, ready);
@@ -166,8 +138,7 @@ public:
 
     template <class Visitor>
     void visit(Visitor& v, const Commands* c) {
-        v.exact(static_cast<uint8_t>(high_ | out_ << 1 | (filling_ ^ reading_) << 2 | full(reading_) << 3 |
-                                     full(reading_ ^ 1) << 4));
+        v.exact(static_cast<uint8_t>(out_ | (filling_ ^ reading_) << 1 | full(reading_) << 2 | full(reading_ ^ 1) << 3));
         v.exact(column_);
         v.exact(row_);
         v.exact(owed_);
@@ -198,7 +169,7 @@ private:
     }
 
     uint32_t columns_ = 0, words_ = 0;
-    bool high_ = false, out_ = false;
+    bool out_ = false;
     uint8_t full_ = 0, filling_ = 0, reading_ = 0, column_ = 0, row_ = 0;
     uint16_t owed_ = 0;
     Progress moved_;

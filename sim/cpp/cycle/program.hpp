@@ -15,15 +15,17 @@ struct ArchConfig {
     uint32_t out_bytes[reader::kCount], fifo_beats[reader::kCount];  // of the read channels
     uint32_t write_bytes, writer_beats;                              // bytes of a word to the writer, depth of its FIFO
     uint32_t array_latency;                                          // cycles of a step in the lanes
+    uint32_t sums_depth;                                             // columns of sums queued before the post unit
 };
 
-// Addresses are taken modulo the longest burst: no unit sees more of them. wait : for the instruction's `dep`.
+// Addresses are taken modulo the longest burst: no unit sees more of them. wait : for the instruction's `dep`. wide : a column
+// is two words.
 struct ReadCommand {
-    uint32_t addr, words, repeats, stride, wait;
+    uint32_t addr, words, repeats, stride, wait, wide;
 };
 
 struct WriteCommand {
-    uint32_t addr, words, repeats, stride, store;
+    uint32_t addr, words, repeats, stride, store, wide;
 };
 
 // All commands of one instruction, without data. Instructions with equal commands take equal time. Only words, so that
@@ -34,10 +36,9 @@ struct Commands {
     struct { uint32_t count, from_rows, bypass; } load;
     struct { uint32_t groups, n, word_steps, k, cols, dense; } array;
     struct { uint32_t source, cols, load_table, psum_in, psum_out, by_column, by_row, residual, rows; } post;
-    struct { uint32_t count, wide; } widen;
     struct { uint32_t cols, is_max, is_norm, last; } row;
     struct { uint32_t count, lanes; } row_out;
-    struct { uint32_t cols, wide, transposed, from_rows; } store;
+    struct { uint32_t cols, transposed, from_rows; } store;
     uint32_t units;  // one bit for each unit that gets a command
     uint32_t halt, counted;  // counted : the dispatcher divides to count position words
 };
@@ -84,7 +85,7 @@ public:
 private:
     void read(const uint8_t* raw, Commands& c, unsigned unit, unsigned channel, Field addr, uint32_t words) const {
         c.units |= 1u << unit;
-        c.read[channel] = {get(raw, addr) & span_, words, 1, 0, channel == reader::a || channel == reader::r};
+        c.read[channel] = {get(raw, addr) & span_, words, 1, 0, channel == reader::a || channel == reader::r, 0};
     }
 
     static void load(Commands& c, uint32_t count, bool from_rows, bool bypass) {
@@ -100,13 +101,13 @@ private:
 
     void decode_out(const uint8_t* raw, Commands& c, uint32_t cols) const {
         const uint32_t out = get(raw, field::out), row_op = get(raw, field::row_op);
-        const bool transposed = out == out::STORE8T;
+        const bool transposed = out == out::STORE8T, wide = out == out::STORE16;
         if (out == out::NONE || out == out::LANES) return;
         const uint32_t tiles = (cols + arch_.lanes - 1) / arch_.lanes;
         c.units |= 1u << unit::store;
-        c.store = {cols, out == out::STORE16, transposed, row_op != row_op::NONE};
-        c.write = {get(raw, field::o_addr) & span_, transposed ? arch_.rows : out == out::STORE16 ? 2 * cols : cols,
-                   transposed ? tiles : 1, transposed ? get(raw, field::o_stride) & span_ : 0, true};
+        c.store = {cols, transposed, row_op != row_op::NONE};
+        c.write = {get(raw, field::o_addr) & span_, transposed ? arch_.rows : wide ? 2 * cols : cols,
+                   transposed ? tiles : 1, transposed ? get(raw, field::o_stride) & span_ : 0, true, wide};
     }
 
     void decode_post(const uint8_t* raw, Commands& c, uint32_t source, uint32_t cols, bool psum_out) const {
@@ -118,8 +119,7 @@ private:
         if (c.post.by_column) read(raw, c, unit::read_p, reader::p, field::p_addr, cols);
         if (!c.post.residual) return;
         read(raw, c, unit::read_r, reader::r, field::r_addr, wide ? 2 * cols : cols);
-        c.units |= 1u << unit::widen;
-        c.widen = {cols, wide};
+        c.read[reader::r].wide = wide;
     }
 
     void decode_rows(const uint8_t* raw, Commands& c, uint32_t cols) const {

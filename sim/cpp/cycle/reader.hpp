@@ -41,12 +41,13 @@ public:
     // Returns false, and does nothing, if it is not that simple.
     bool step_inside(bool data, bool ready) {
         if (!framing_ || !framed_ || frame_first_ + frame_left_.value <= ratio_) return false;
-        const uint32_t current = inside_ ? slot_ : first_;
+        const uint32_t current = (inside_ ? slot_ : first_) | wide_;
         const bool read = ready && fifo_.out && current == last_;
         if (read) {
             inside_ = false;
             first_ = frame_first_;
             last_ = ratio_ - 1;
+            wide_ = frame_wide_;
             frame_left_.value -= ratio_ - frame_first_;
             frame_first_ = 0;
             ++credit_;
@@ -186,7 +187,7 @@ private:
 
     // Narrower, _Framer and its queue of commands.
     bool step_narrow(const ReadCommand* cmd, uint32_t ref, bool ready) {
-        const uint32_t current = inside_ ? slot_ : first_;
+        const uint32_t current = (inside_ ? slot_ : first_) | wide_;
         const bool final = current == last_, next = ready && final;
         const bool read = next && framed_, framer_ready = next && fifo_.out;
         if (fifo_.out && framed_ && ready) {
@@ -206,6 +207,7 @@ private:
             framed_ = true;
             first_ = frame_first_;
             last_ = (final ? end : ratio_) - 1;
+            wide_ = frame_wide_;
             frame_first_ = 0;
             frame_left_.value = final ? 0 : end - ratio_;
         }
@@ -230,6 +232,7 @@ private:
         frame_stride_ = w.cmd.stride >> byte_shift_ & (ratio_ - 1);
         frame_following_ = (frame_first_ + frame_stride_) & (ratio_ - 1);
         frame_words_ = w.cmd.words;
+        frame_wide_ = w.cmd.wide;
         frame_left_.load(w.cmd.words);
         frame_repeats_.load(w.cmd.repeats);
         frame_ref_ = w.ref;
@@ -243,7 +246,7 @@ private:
         if (inside_) v.exact(slot_);
         if (framed_) {
             v.exact(first_);
-            v.exact(last_);
+            v.exact(static_cast<uint8_t>(last_ | wide_ << 7));
         }
         if (!framing_) return;
         v.reference(frame_ref_);
@@ -272,6 +275,7 @@ private:
     uint8_t slot_ = 0;
     // _Framer
     bool framing_ = false, framed_ = false;
+    uint8_t wide_ = 0, frame_wide_ = 0;  // 1: the words leave in pairs
     uint8_t first_ = 0, last_ = 0, frame_first_ = 0, frame_following_ = 0, frame_stride_ = 0;
     uint32_t frame_ref_ = 0, frame_words_ = 0;
     Countdown frame_left_, frame_repeats_;

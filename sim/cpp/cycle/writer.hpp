@@ -32,7 +32,7 @@ public:
         return !packing && !sending && !(tokens_.out && (token_.front().null || bvalid));
     }
 
-    // One cycle. word : the store unit offers one. Returns whether an instruction was completed.
+    // One cycle. word : the store unit offers a column. Returns whether an instruction was completed.
     bool step(const Commands* c, uint32_t ref, bool word, bool awready, bool wready, bool bvalid) {
         const bool push = full_, null = ended_, commit = push && (end_ || beat_ == kBurstBeats - 1);
         const Token token{null, null || (last_ && commit)};
@@ -76,7 +76,7 @@ public:
         v.reference(ref_);
         v.exact(place_);
         v.exact(following_);
-        v.countdown(left_, 1);
+        v.countdown(left_, 1 + current_.wide);
         v.countdown(repeats_, 1);
     }
 
@@ -99,18 +99,19 @@ private:
 
     // _Packer
     void pack(const Commands* c, uint32_t ref, bool word) {
-        const bool take = word && ready(), final = left_.value == 1;
+        const uint32_t wide = current_.wide;  // 1: a column is two words
+        const bool take = word && ready(), final = left_.value == 1 + wide;
         const bool null = active_ && !current_.store && room_;
         const bool done = (take && final && repeats_.value == 1) || null;
         full_ = false;
         ended_ = null;
         if (take) {
-            full_ = final || (place_ & (ratio_ - 1)) == ratio_ - 1;
+            full_ = final || ((place_ | wide) & (ratio_ - 1)) == ratio_ - 1;
             beat_ = static_cast<uint8_t>(place_ / ratio_);
             end_ = final;
             last_ = done;
-            place_ = (place_ + 1) & span_;
-            --left_.value;
+            place_ = ((place_ | wide) + 1) & span_;
+            left_.value -= 1 + wide;
             if (final) {
                 place_ = following_;
                 left_.load(current_.words);
