@@ -89,6 +89,18 @@ def test_scores_of_a_transformer():
     assert torch.allclose(scores, gradient[:, 0].square().sum(0), rtol=1e-9)
 
 
+def test_frozen_layers_do_not_seem_unimportant():
+    model, x = random_network(4).double(), images().double()
+    scores = []
+    for frozen in (False, True):
+        model.stem.requires_grad_(not frozen)
+        pruner = FisherPruner(model, x, target=0.9, check=False)
+        model(x).square().sum().backward()
+        scores.append(pruner.importance()["stem.0"])
+        pruner.close()
+    assert scores[0].all() and torch.allclose(scores[0], scores[1], rtol=1e-9)
+
+
 def test_mixed_precision_counts_in_float32():
     model, x = random_network(4), images()
     pruner = FisherPruner(model, x, target=0.9, check=False)
