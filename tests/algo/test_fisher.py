@@ -53,7 +53,7 @@ def compare(model, x, loss):
     largest = max(float(value.max()) for value in expected.values())
     for name in scores:
         assert (scores[name] - expected[name]).abs().max() <= 1e-6 * largest, name
-    return largest
+    return torch.cat(list(scores.values()))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -61,7 +61,8 @@ def test_scores_equal_autograd_of_an_explicit_mask(seed):
     """Residual, concatenated, grouped, depth-wise, gated and shared layers; float64, absolute 1e-6 too."""
     model, x = random_network(seed).double(), images().double()
     model.train(seed % 2 == 0)
-    assert compare(model, x, lambda model: F.cross_entropy(model(x), LABELS)) > 0
+    scores = compare(model, x, lambda model: F.cross_entropy(model(x), LABELS))
+    assert (scores > 0).double().mean() > 0.8  # not a comparison of zeros
 
 
 @pytest.mark.parametrize("name", NARROW)
