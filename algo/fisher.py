@@ -234,8 +234,9 @@ class FisherPruner:
 
     def _watch(self, name: str, gated: Tensor) -> None:
         """When the gradient of a gated input comes, add its part of the derivative by the mask."""
-        if not gated.requires_grad:
+        if not torch.is_grad_enabled():
             return
+        gated.requires_grad_()  # also behind frozen layers, which would seem unimportant otherwise
         kept = gated.detach()
         axis = channel_axis(self.model.get_submodule(name), gated)
         samples = max(len(gated) // self.graph.layers[name].rows, 1)

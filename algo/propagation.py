@@ -104,6 +104,7 @@ class Propagation:
         return self.axes[name, dim]
 
     def channels(self, node: Any) -> Channels | None:
+        """Channels of an operand; None if it has none or is no node."""
         found = self.values.get(node) if isinstance(node, fx.Node) else None
         return found if isinstance(found, Channels) else None
 
@@ -173,10 +174,12 @@ def _bound(node: fx.Node) -> dict[str, Any]:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's value."""
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
 def because(node: fx.Node, why: str) -> str:
+    """A reason to keep channels: the operator, what it does, and where in the code and in the network."""
     name = str(node.target).removeprefix("aten.").split(".")[0]
     line, path = where(node), module_path(node)
     return f"{name} {why}" + (f", {line}" if line else "") + (f" in {path}" if path else "")

@@ -72,12 +72,12 @@ QUICK = ("2:4", "1:4", "1:8")
 FULL = ("2:4", "1:4", "2:8", "1:8", "1:16")
 FULL_RATES = (0.5, 1.0, 2.0)
 METHODS = ("one-shot", "gradual", "sr-ste", "s-ste", "wanda", "sparsegpt", "idp")
-VARIANTS = ("idp-late", "idp-distil", "idp-permuted", "sr-ste-distil")
-"""Tried as well: more steps for IDP's last level, the dense model as teacher, channels reordered first."""
+VARIANTS = ("idp-late", "idp-late-distil", "idp-late-distil-permuted", "sr-ste-distil")
+"""Tried as well: most steps for IDP's last level, the dense model as teacher, channels reordered first."""
 TITLES = {"one-shot": "one-shot magnitude + fine-tune", "gradual": "gradual magnitude", "sr-ste": "SR-STE from dense",
           "s-ste": "S-STE from dense", "wanda": "Wanda + fine-tune", "sparsegpt": "SparseGPT + fine-tune", "idp": "IDP",
-          "idp-late": "IDP, half of the steps at the last level", "idp-distil": "IDP, taught by the dense model",
-          "idp-permuted": "IDP, channels reordered first", "sr-ste-distil": "SR-STE, taught by the dense model"}
+          "idp-late": "IDP, 3/4 of the steps at the last level", "idp-late-distil": "the same, taught by the dense model",
+          "idp-late-distil-permuted": "the same, channels reordered first", "sr-ste-distil": "SR-STE, taught by the dense model"}
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,10 @@ def _sparse(cell: Cell, task: Task, model: nn.Module, dense: nn.Module, rate: fl
     base = cell.method.partition("-")[0] if cell.method.startswith("idp") else cell.method.removesuffix("-distil")
     config = TrainConfig(epochs=UNITS, lr=rate, weight_decay=setup.weight_decay, seed=cell.seed + 1)
     loss: LossFn = task.loss
-    if cell.method.endswith("distil"):
+    if "-distil" in cell.method:
         loss = distillation(copy.deepcopy(dense), task.logits, task.labels, DistillConfig(alpha=0.5, temperature=2.0))
     label = f"{cell.task} {cell.pattern} {cell.method}"
-    if cell.method == "idp-permuted":
+    if cell.method.endswith("-permuted"):
         first = task.inputs(task.batches(0)[0])
         permute_channels(model, pattern, tuple(x[:2] for x in first), seconds=20, seed=cell.seed)
     if base == "idp":
@@ -222,7 +222,7 @@ def _schedule(model: nn.Module, step: int, steps: int) -> None:
 
 def _idp(cell: Cell, task: Task, model: nn.Module, loss: LossFn, config: TrainConfig, progress: Progress) -> None:
     levels = [str(level) for level in idp_schedule(NM(cell.pattern))]
-    last = UNITS // 2 if cell.method == "idp-late" and len(levels) > 1 else UNITS // len(levels)
+    last = 3 * UNITS // 4 if "-late" in cell.method and len(levels) > 1 else UNITS // len(levels)
     rest = (UNITS - last) // max(1, len(levels) - 1)
     budget = dict.fromkeys(levels, max(1, rest)) | {levels[-1]: UNITS - rest * (len(levels) - 1)}
     run_idp(model, dict(match_patterns(model, {task.layers: cell.pattern})), task.batches, loss,

@@ -148,7 +148,7 @@ def settle(model):
     """Norms as after some training, so that no channel is like another; eval mode."""
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
-            for value, low in ((part.weight, 0.5), (part.bias, -0.5), (part.running_mean, -0.2), (part.running_var, 0.5)):
+            for value, low in ((part.weight, 0.5), (part.bias, -0.1), (part.running_mean, -0.5), (part.running_var, 0.5)):
                 nn.init.uniform_(value, low, low + 1)
     return model.eval()
 
