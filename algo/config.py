@@ -42,10 +42,12 @@ class MethodOptions:
     freeze: float = setting(0.25, "share of the steps, at the end, in which masks stay")
     levels: dict[str, tuple[int, ...]] = section(dict, 'idp: N of each level, such as {"1:8": [4, 2, 1]}')
     family: bool = setting(False, "idp: every N from M-1 down, each a model, instead of about half at each level")
+    budget: dict[str, int] = section(dict, 'idp: epochs of single levels, such as {"1:8": 4}; else train.epochs')
+    floor: float | None = setting(None, "idp: stop after the first level whose accuracy is below")
     calibration: int = setting(16, "wanda, sparsegpt: training batches that they see")
 
     def __post_init__(self) -> None:
-        IDPConfig(freeze=self.freeze, schedule=self.levels)
+        IDPConfig(freeze=self.freeze, schedule=self.levels, budget=self.budget)
         if self.calibration < 1:
             raise ValueError(f"calibration must be >= 1, not {self.calibration!r}")
 
@@ -56,6 +58,7 @@ class RunConfig(RunOptions):
 
     out: Path = setting(Path("out/train"), "folder of checkpoints, log and result")
     save_every: int = setting(200, "steps between checkpoints: all that a kill can lose; 0: an epoch")
+    flips_every: int = setting(0, "steps between counts of the mask bits that changed (flips.csv, flips.png); 0: none")
     device: Literal["cpu", "cuda", "auto"] = setting("cpu", "cpu, cuda, or auto: CUDA if there is any")
     threads: int | None = setting(None, "of torch, in each process; bits repeat for the same number only")
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from algo.checkpoint import difference, read_json, read_tensors, write_json, write_tensors
 from algo.compress import choose_format, row_bits
+from algo.distributed import from_main
 from algo.layers import sparse_layers, weight_names
 from algo.nm import NM
 from algo.sparsify import Pattern, freeze_masks, match_patterns, set_pattern, sparsify
@@ -236,8 +237,9 @@ def run_idp(
 def _accuracy(model: nn.Module, evaluate: Callable[[nn.Module], float], folder: Path | None) -> float:
     """Evaluate a level once, and keep the figure in its folder."""
     file = None if folder is None else folder / "accuracy.json"
-    if file is not None and file.exists():
-        return float(read_json(file)["accuracy"])
+    known = from_main(float(read_json(file)["accuracy"]) if file is not None and file.exists() else None)
+    if known is not None:
+        return known
     accuracy = float(evaluate(model.eval()))
     if file is not None:
         write_json(file, {"accuracy": accuracy})

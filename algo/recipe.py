@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from rich.progress import Progress
 from torch import nn
 
 from algo.checkpoint import difference, load_model, read_json, save_model, write_json
-from algo.config import Config, dump, flat
+from algo.config import Config, RunConfig, dump, flat
 from algo.distill import distillation
 from algo.distributed import barrier, from_main, is_main, to_device, world
-from algo.idp import IDPConfig, run_idp
+from algo.flips import FlipTracker, flips_plot
+from algo.idp import IDPConfig, family_plot, family_table, run_idp
 from algo.methods import METHODS
 from algo.nm import NM
 from algo.sparsify import advance, finalize, freeze_masks, model_patterns, sparsify
@@ -123,9 +124,13 @@ class _Stages:
 
     def score(self, name: str, model: nn.Module) -> float:
         """Evaluate, once for all processes."""
-        self.accuracy[name] = float(from_main(self.task.evaluate(model) if is_main() else 0.0))
-        model.eval()
+        self.accuracy[name] = self._evaluate(model)
         return self.accuracy[name]
+
+    def _evaluate(self, model: nn.Module) -> float:
+        accuracy = float(from_main(self.task.evaluate(model) if is_main() else 0.0))
+        model.eval()
+        return accuracy
 
     def dense(self, model: nn.Module, config: TrainConfig, folder: Path) -> None:
         """Train dense, or take the finished model."""
@@ -172,7 +177,16 @@ class _Stages:
         hold = config.train is not None
         sparsify(model, self._pattern(), method=config.method, hold=hold, **self._options())  # type: ignore[arg-type]
         if config.train is not None:
-            self._train(_name(config), model, loss, config.train, checkpoint, _hook(config.options.freeze))
+            tracker = self._tracker(model)
+            self._train(_name(config), model, loss, config.train, checkpoint, _hook(config.options.freeze, tracker, config.run))
+            if tracker is not None:
+                flips_plot(tracker.rows, config.run.out / "flips.png")
+
+    def _tracker(self, model: nn.Module) -> FlipTracker | None:
+        run = self.config.run
+        if not run.flips_every or not is_main() or (run.parallel == "fsdp" and world() > 1):
+            return None
+        return FlipTracker(model, run.out / "flips.csv")
 
     def _idp(self, model: nn.Module, loss: LossFn, folder: Path) -> None:
         config = self.config
@@ -181,17 +195,22 @@ class _Stages:
         given: dict[str, Any] = {} if config.options.decay is None else {"decay": config.options.decay}
         levels = IDPConfig(
             train=self._seeded(config.train, 1), freeze=config.options.freeze, schedule=config.options.levels,
-            levels="all" if config.options.family else "halving", **given,
+            levels="all" if config.options.family else "halving", budget=config.options.budget, floor=config.options.floor,
+            **given,
         )  # fmt: skip
 
         def on_level(level: Any) -> None:
-            self.score(level.name, model)
+            self.accuracy[level.name] = level.accuracy
             self.seconds[level.name] = round(level.training.seconds, 2) if level.training else 0.0
 
-        run_idp(
+        done = run_idp(
             model, self._pattern(), self.task.batches, loss, levels, exclude=config.exclude or None, out_dir=folder,
-            facts=self.facts, on_level=on_level, progress=self.progress, run=self.run,
+            facts=self.facts, evaluate=self._evaluate, on_level=on_level, progress=self.progress, run=self.run,
         )  # fmt: skip
+        if is_main() and done:
+            rows = family_table(model, done, value_bits=32)
+            write_json(folder / "family.json", {"levels": [asdict(row) for row in rows]})
+            family_plot(rows, folder / "family.png", dense_accuracy=self.accuracy.get("dense"))
 
     def _train(
         self, name: str, model: nn.Module, loss: LossFn, config: TrainConfig | None, checkpoint: Path, hook: StepFn | None
@@ -229,13 +248,15 @@ class _Stages:
         return options
 
 
-def _hook(freeze: float) -> StepFn:
-    """Tell methods with a schedule how far training is, and fix masks for the last part."""
+def _hook(freeze: float, tracker: FlipTracker | None, run: RunConfig) -> StepFn:
+    """Tell methods with a schedule how far training is, count flips, and fix masks for the last part."""
 
     def before_step(model: nn.Module, step: int, steps: int) -> None:
         advance(model, step, steps)
         if freeze and step >= round(steps * (1 - freeze)):
             freeze_masks(model)
+        if tracker is not None and step % run.flips_every == 0:
+            tracker.update(step)
 
     return before_step
 

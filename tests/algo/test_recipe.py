@@ -153,6 +153,24 @@ def test_idp_family(tmp_path: Path) -> None:
     assert list(run_recipe(chosen, task()).accuracy) == ["3:4", "2:4", "1:4", "final"]
 
 
+def test_idp_family_is_summed_up_and_stops_at_its_floor(tmp_path: Path) -> None:
+    options = MethodOptions(family=True, floor=2.0, budget={"3:4": 1})
+    chosen = config(tmp_path, method="idp", dense=None, pattern="1:4", options=options)
+    outcome = run_recipe(chosen, task())
+    (folder,) = tmp_path.rglob("family.json")
+    (level,) = json.loads(folder.read_text())["levels"]  # nothing reaches 200 %
+    assert level["name"] == "3:4" and level["accuracy"] == outcome.accuracy["3:4"]
+    assert folder.with_name("family.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_flips_are_counted(tmp_path: Path) -> None:
+    chosen = config(tmp_path, dense=None)
+    run_recipe(replace(chosen, run=replace(chosen.run, flips_every=2)), task())
+    lines = (tmp_path / "flips.csv").read_text().splitlines()
+    assert lines[0] == "step,layer,sad,weights,rate" and len(lines) > 3
+    assert (tmp_path / "flips.png").exists()
+
+
 def test_another_model_gets_the_pattern_everywhere_but_in_its_head(tmp_path: Path) -> None:
     other = task()
     object.__setattr__(other, "layers", "blocks.*")  # which this model has not
