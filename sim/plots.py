@@ -175,7 +175,7 @@ def columns(
         few = len(groups) <= 6  # few long names on two lines, many beside each other aslant
         axes.set_xticks(range(len(groups)), [name.replace(", ", "\n") if few else name for name in groups])
         if not few:
-            axes.tick_params(axis="x", labelrotation=40)
+            axes.set_xticks(range(len(groups)), groups, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_ylabel(label)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(0, limit)
