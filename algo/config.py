@@ -43,8 +43,9 @@ class MethodOptions:
     levels: dict[str, tuple[int, ...]] = section(dict, 'idp: N of each level, such as {"1:8": [4, 2, 1]}')
     family: bool = setting(False, "idp: every N from M-1 down, each a model, instead of about half at each level")
     budget: dict[str, int] = section(dict, 'idp: epochs of single levels, such as {"1:8": 4}; else train.epochs')
+    inherit: Literal["weights", "second-order"] = setting("weights", "idp: second-order starts each level by SparseGPT")
     floor: float | None = setting(None, "idp: stop after the first level whose accuracy is below")
-    calibration: int = setting(16, "wanda, sparsegpt: training batches that they see")
+    calibration: int = setting(16, "wanda, sparsegpt, idp second-order: training batches that they see")
 
     def __post_init__(self) -> None:
         IDPConfig(freeze=self.freeze, schedule=self.levels, budget=self.budget)

@@ -11,21 +11,25 @@ Ref: IDP, arXiv 2208.06118, as reconstructed from its abstract; SR-STE, arXiv 21
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from algo.checkpoint import difference, read_json, read_tensors, write_json, write_tensors
 from algo.compress import choose_format, row_bits
 from algo.distributed import from_main
 from algo.layers import sparse_layers, weight_names
+from algo.mask import group_minimum
 from algo.nm import NM
-from algo.sparsify import Pattern, freeze_masks, match_patterns, set_pattern, sparsify
+from algo.oneshot import Calibration, prune_calibrated
+from algo.sparsify import Pattern, finalize, freeze_masks, match_patterns, parametrizations, set_pattern, sparsify
 from algo.train import Batches, LossFn, RunOptions, TrainConfig, TrainResult, train
 
 __all__ = [
@@ -60,6 +64,10 @@ class IDPConfig:
         ``"halving"``: `idp_schedule`. ``"all"``: every N from M - 1 down, a family of models.
     budget
         Epochs of a level, by its name (``{"1:8": 4}``); others take ``train.epochs``.
+    inherit
+        What a level starts from. ``"weights"``: the weights of the level before, masked by magnitude. ``"second-order"``: what
+        SparseGPT makes of them, so that weights that stay make up for those that go; needs ``calibration``. Pruned weights keep
+        their sign and at most half the smallest magnitude that stays in their group, from which they can come back.
     floor
         Stop after the first level whose accuracy is below; None never stops. Needs ``evaluate``.
     """
@@ -70,6 +78,7 @@ class IDPConfig:
     schedule: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     levels: Literal["halving", "all"] = "halving"
     budget: Mapping[str, int] = field(default_factory=dict)
+    inherit: Literal["weights", "second-order"] = "weights"
     floor: float | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +91,8 @@ class IDPConfig:
             NM(levels[0], target.m)
         if self.levels not in ("halving", "all"):
             raise ValueError(f'levels must be "halving" or "all", not {self.levels!r}')
+        if self.inherit not in ("weights", "second-order"):
+            raise ValueError(f'inherit must be "weights" or "second-order", not {self.inherit!r}')
         for name, epochs in self.budget.items():
             if not isinstance(epochs, int) or epochs < 1:
                 raise ValueError(f"the budget of {name} must be a number of epochs >= 1, not {epochs!r}")
@@ -161,6 +172,7 @@ def run_idp(
     exclude: Iterable[str] | None = (),
     facts: Mapping[str, Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    calibration: Calibration | None = None,
     on_level: Callable[[Level], Mapping[str, Any] | None] | None = None,
     progress: Progress | None = None,
     run: RunOptions | None = None,
@@ -183,6 +195,8 @@ def run_idp(
         Anything else that decides the result (JSON values): compared on reuse.
     evaluate
         Model in eval mode -> accuracy in [0, 1], kept with each level.
+    calibration
+        Batches as `algo.sparsify.sparsify` takes them, for ``inherit="second-order"``.
     on_level
         Called after each level, finished now or before.
     run
@@ -200,6 +214,9 @@ def run_idp(
     """
     if config.floor is not None and evaluate is None:
         raise ValueError(f"a floor of {config.floor} needs evaluate=, which tells a model's accuracy")
+    if config.inherit == "second-order" and calibration is None:
+        raise ValueError('inherit="second-order" weighs weights by their inputs: give calibration=batches')
+    samples = list(calibration or ()) if config.inherit == "second-order" else None
     levels = idp_levels(match_patterns(model, pattern, exclude=exclude), config.schedule, family=config.levels == "all")
     epochs = 0
     done: list[Level] = []
@@ -222,6 +239,8 @@ def run_idp(
             dict(facts or {}),
             progress,
             run,
+            samples,
+            number == 0,
         )
         epochs += own.train.epochs
         if evaluate is not None:
@@ -232,6 +251,25 @@ def run_idp(
         if config.floor is not None and level.accuracy is not None and level.accuracy < config.floor:
             break
     return done
+
+
+@torch.no_grad()
+def _compensate(model: nn.Module, patterns: Mapping[str, NM], samples: list[Any], *, first: bool) -> None:
+    """Make SparseGPT's weights and masks those that a level starts with."""
+    twin = copy.deepcopy(model)
+    for _, _, mask in parametrizations(twin):
+        if first:
+            mask.mask = torch.ones_like(mask.mask)
+        mask.set_frozen(True)  # what the level before computed with
+    finalize(twin)
+    prune_calibrated(twin, patterns, method="sparsegpt", calibration=samples)
+    after = dict(twin.named_modules())
+    for name, weight, mask in parametrizations(model):
+        new = cast(Tensor, after[name].weight)
+        kept = new != 0
+        least = group_minimum(torch.where(kept, new.abs(), torch.inf), mask.pattern)
+        bound = torch.where(least.isinf(), torch.zeros_like(least), least / 2)
+        weight.copy_(torch.where(kept, new, weight.clamp(-bound, bound)))
 
 
 def _accuracy(model: nn.Module, evaluate: Callable[[nn.Module], float], folder: Path | None) -> float:
@@ -304,6 +342,8 @@ def _run_level(
     facts: Mapping[str, Any],
     progress: Progress | None,
     run: RunOptions | None,
+    samples: list[Any] | None,
+    first: bool,
 ) -> Level:
     identity = {
         "patterns": {name: str(nm) for name, nm in patterns.items()},
@@ -312,8 +352,12 @@ def _run_level(
         "train": asdict(config.train),
         "facts": facts,
     }
+    if samples is not None:
+        identity["inherit"] = config.inherit
     if folder is not None and _reuse(model, folder, identity):
         return Level(patterns, folder, None)
+    if samples is not None:
+        _compensate(model, patterns, samples, first=first)
 
     def freeze(model: nn.Module, step: int, steps: int) -> None:
         if step >= round(steps * (1 - config.freeze)):

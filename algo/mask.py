@@ -20,7 +20,7 @@ from torch import Tensor
 
 from algo.nm import NM
 
-__all__ = ["from_rows", "magnitude_mask", "magnitude_threshold", "rows"]
+__all__ = ["from_rows", "group_minimum", "magnitude_mask", "magnitude_threshold", "rows"]
 
 
 def rows(weight: Tensor) -> Tensor:
@@ -82,22 +82,20 @@ def magnitude_mask(weight: Tensor, pattern: NM) -> Tensor:
 @torch.no_grad()
 def magnitude_threshold(weight: Tensor, pattern: NM) -> Tensor:
     """The largest magnitude that is pruned in the group of each weight, of the weight's shape; 0 where none is."""
-    matrix = rows(weight).abs()
+    mask = magnitude_mask(weight, pattern)
+    return -group_minimum(-weight.abs().masked_fill(mask, 0), pattern)
+
+
+@torch.no_grad()
+def group_minimum(values: Tensor, pattern: NM) -> Tensor:
+    """The smallest value in the group of each element, of the same shape."""
+    matrix = rows(values)
     width = matrix.shape[-1]
     full = width - width % pattern.m
-    parts = [_group_threshold(matrix[..., :full], pattern.m, pattern.n)] if full else []
-    if full < width:
-        parts.append(_group_threshold(matrix[..., full:], width - full, pattern.kept(width - full)))
-    return from_rows(torch.cat(parts, dim=-1), weight.shape)
-
-
-def _group_threshold(matrix: Tensor, m: int, n: int) -> Tensor:
-    if n == m:
-        return torch.zeros_like(matrix)
-    groups = matrix.reshape(-1, m)
-    # amax of what the mask leaves out: faster than a sort, and the same
-    largest = groups.masked_fill(_group_mask(groups, m, n), 0).amax(dim=1, keepdim=True)
-    return largest.expand(-1, m).reshape(matrix.shape)
+    parts = [matrix[..., start:stop].unflatten(-1, (-1, size)) for start, stop, size in (
+        (0, full, pattern.m), (full, width, width - full)) if start < stop]
+    least = [part.amin(-1, keepdim=True).expand(part.shape).flatten(-2) for part in parts]
+    return from_rows(torch.cat(least, dim=-1), values.shape)
 
 
 def _group_mask(matrix: Tensor, m: int, n: int) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from algo.checkpoint import difference, load_model, read_json, save_model, write_json
 from algo.config import Config, RunConfig, dump, flat
@@ -196,7 +196,7 @@ class _Stages:
         levels = IDPConfig(
             train=self._seeded(config.train, 1), freeze=config.options.freeze, schedule=config.options.levels,
             levels="all" if config.options.family else "halving", budget=config.options.budget, floor=config.options.floor,
-            **given,
+            inherit=config.options.inherit, **given,
         )  # fmt: skip
 
         def on_level(level: Any) -> None:
@@ -205,7 +205,7 @@ class _Stages:
 
         done = run_idp(
             model, self._pattern(), self.task.batches, loss, levels, exclude=config.exclude or None, out_dir=folder,
-            facts=self.facts, evaluate=self._evaluate, on_level=on_level, progress=self.progress, run=self.run,
+            facts=self.facts, evaluate=self._evaluate, calibration=self._samples(), on_level=on_level, progress=self.progress, run=self.run,
         )  # fmt: skip
         if is_main() and done:
             rows = family_table(model, done, value_bits=32)
@@ -242,10 +242,14 @@ class _Stages:
         given = {name: getattr(config.options, name) for name in ("decay", "end", "precondition")}
         options = {name: value for name, value in given.items() if value is not None} | {"exclude": config.exclude or None}
         if config.method in METHODS and METHODS[config.method].kind == "calibrated":
-            batches = self.task.batches(0)
-            count = min(config.options.calibration, len(batches))
-            options["calibration"] = [self.task.inputs(to_device(batches[number], self.device)) for number in range(count)]
+            options["calibration"] = self._samples()
         return options
+
+    def _samples(self) -> list[tuple[Tensor, ...]]:
+        """Calibration data: the first training batches."""
+        batches = self.task.batches(0)
+        count = min(self.config.options.calibration, len(batches))
+        return [self.task.inputs(to_device(batches[number], self.device)) for number in range(count)]
 
 
 def _hook(freeze: float, tracker: FlipTracker | None, run: RunConfig) -> StepFn:

@@ -63,7 +63,7 @@ class Setup:
 TASKS = {
     "movies": Setup("MiniLM-L6, movie sentences", {"batch_size": 16, "max_length": 40, "test_size": 1024},
                     TrainConfig(epochs=1, lr=1e-4), 4096, 120, (1e-4,), 0.01),
-    "r8": Setup("MiniLM-L6, R8", {"batch_size": 16, "max_length": 40, "test_size": 1024},
+    "r8": Setup("MiniLM-L6, R8", {"batch_size": 16, "max_length": 32, "test_size": 1024},
                 TrainConfig(epochs=1, lr=1e-4), 4096, 120, (1e-4,), 0.01),
     "mnist5k": Setup("ViT, MNIST-5k", {"batch_size": 64, "test_size": 1000, "augment": True},
                      TrainConfig(epochs=20, lr=1.5e-3, weight_decay=0.05, schedule="cosine"), 4000, 240, (1e-3,), 0.05),
@@ -72,12 +72,14 @@ QUICK = ("2:4", "1:4", "1:8")
 FULL = ("2:4", "1:4", "2:8", "1:8", "1:16")
 FULL_RATES = (0.5, 1.0, 2.0)
 METHODS = ("one-shot", "gradual", "sr-ste", "s-ste", "wanda", "sparsegpt", "idp")
-VARIANTS = ("idp-late", "idp-late-distil", "idp-late-distil-permuted", "sr-ste-distil")
-"""Tried as well: most steps for IDP's last level, the dense model as teacher, channels reordered first."""
+VARIANTS = ("idp-late", "idp-late-obs", "idp-late-obs-distil", "idp-late-obs-distil-permuted", "sparsegpt-distil")
+"""Tried as well: most steps for IDP's last level, second-order inheritance, the dense model as teacher, channels reordered first."""
 TITLES = {"one-shot": "one-shot magnitude + fine-tune", "gradual": "gradual magnitude", "sr-ste": "SR-STE from dense",
           "s-ste": "S-STE from dense", "wanda": "Wanda + fine-tune", "sparsegpt": "SparseGPT + fine-tune", "idp": "IDP",
-          "idp-late": "IDP, 3/4 of the steps at the last level", "idp-late-distil": "the same, taught by the dense model",
-          "idp-late-distil-permuted": "the same, channels reordered first", "sr-ste-distil": "SR-STE, taught by the dense model"}
+          "idp-late": "IDP, 3/4 of the steps at the last level", "idp-late-obs": "the same, second-order inheritance",
+          "idp-late-obs-distil": "the same, taught by the dense model",
+          "idp-late-obs-distil-permuted": "the same, channels reordered first",
+          "sparsegpt-distil": "SparseGPT + fine-tune, taught by the dense model"}
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _sparse(cell: Cell, task: Task, model: nn.Module, dense: nn.Module, rate: fl
         return None
     before = None
     if base in ("one-shot", "wanda", "sparsegpt"):
-        samples = [task.inputs(batch) for unit in range(4) for batch in task.batches(unit)[:8]]
+        samples = _samples(task)
         method = "magnitude" if base == "one-shot" else base
         sparsify(model, pattern, method=method, calibration=samples, hold=True)  # type: ignore[arg-type]
         before = _scores(task, model)[1]
@@ -212,6 +214,11 @@ def _sparse(cell: Cell, task: Task, model: nn.Module, dense: nn.Module, rate: fl
         sparsify(model, pattern, method=base)  # type: ignore[arg-type]
     train(model, task.batches, loss, config, before_step=_schedule, progress=progress, label=label)
     return before
+
+
+def _samples(task: Task) -> list[tuple[torch.Tensor, ...]]:
+    """Calibration data: 32 training batches."""
+    return [task.inputs(batch) for unit in range(4) for batch in task.batches(unit)[:8]]
 
 
 def _schedule(model: nn.Module, step: int, steps: int) -> None:
@@ -225,8 +232,10 @@ def _idp(cell: Cell, task: Task, model: nn.Module, loss: LossFn, config: TrainCo
     last = 3 * UNITS // 4 if "-late" in cell.method and len(levels) > 1 else UNITS // len(levels)
     rest = (UNITS - last) // max(1, len(levels) - 1)
     budget = dict.fromkeys(levels, max(1, rest)) | {levels[-1]: UNITS - rest * (len(levels) - 1)}
+    second = "-obs" in cell.method
     run_idp(model, dict(match_patterns(model, {task.layers: cell.pattern})), task.batches, loss,
-            IDPConfig(train=config, freeze=FREEZE, budget=budget), progress=progress)
+            IDPConfig(train=config, freeze=FREEZE, budget=budget, inherit="second-order" if second else "weights"),
+            calibration=_samples(task) if second else None, progress=progress)
 
 
 def execute(cells: list[Cell], *, minutes: float | None = None) -> list[Cell]:

@@ -173,3 +173,37 @@ def test_stops_below_the_floor():
         IDPConfig(levels="some")
     with pytest.raises(ValueError, match="budget of 1:8"):
         IDPConfig(budget={"1:8": 0})
+
+
+def test_second_order_inheritance_starts_where_sparsegpt_ends():
+    from algo.idp import _compensate
+    from algo.sparsify import parametrizations, sparsify
+
+    model, twin = net().eval(), net().eval()
+    samples = [data(0)[0][0]]
+    sparsify(twin, "2:4", method="sparsegpt", calibration=samples)
+    sparsify(model, "2:4")
+    _compensate(model, {"0": NM("2:4"), "3": NM("2:4")}, samples, first=True)
+    x = torch.randn(5, 16)
+    assert torch.allclose(model(x), twin(x), atol=1e-6)
+    assert all((weight[~mask.new_mask(weight)] != 0).any() for _, weight, mask in parametrizations(model))  # they can come back
+    # the next level starts from what this one computed with
+    sparsify(twin, "1:4", method="sparsegpt", calibration=samples)
+    from algo.sparsify import set_pattern
+
+    set_pattern(model, "1:4")
+    _compensate(model, {"0": NM("1:4"), "3": NM("1:4")}, samples, first=False)
+    assert torch.allclose(model(x), twin(x), atol=1e-6)
+
+
+def test_second_order_inheritance_trains(tmp_path):
+    config = IDPConfig(train=TrainConfig(epochs=1, lr=0.01), inherit="second-order")
+    model = net()
+    run_idp(model, "1:4", data, loss_fn, config, out_dir=tmp_path, calibration=[data(0)[0][0]])
+    verify(model, finalize(model))
+    with pytest.raises(ValueError, match="give calibration=batches"):
+        run_idp(net(), "1:4", data, loss_fn, config)
+    with pytest.raises(ValueError, match="level-1-2of4: inherit was 'second-order', is now None"):
+        run_idp(net(), "1:4", data, loss_fn, IDPConfig(train=config.train), out_dir=tmp_path)
+    with pytest.raises(ValueError, match="inherit must be"):
+        IDPConfig(inherit="all")
