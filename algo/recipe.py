@@ -205,7 +205,8 @@ class _Stages:
 
         done = run_idp(
             model, self._pattern(), self.task.batches, loss, levels, exclude=config.exclude or None, out_dir=folder,
-            facts=self.facts, evaluate=self._evaluate, calibration=self._samples(), on_level=on_level, progress=self.progress, run=self.run,
+            facts=self.facts, evaluate=self._evaluate, calibration=self._samples(), on_level=on_level,
+            progress=self.progress, run=self.run,
         )  # fmt: skip
         if is_main() and done:
             rows = family_table(model, done, value_bits=32)

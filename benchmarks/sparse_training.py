@@ -73,7 +73,7 @@ FULL = ("2:4", "1:4", "2:8", "1:8", "1:16")
 FULL_RATES = (0.5, 1.0, 2.0)
 METHODS = ("one-shot", "gradual", "sr-ste", "s-ste", "wanda", "sparsegpt", "idp")
 VARIANTS = ("idp-late", "idp-late-obs", "idp-late-obs-distil", "idp-late-obs-distil-permuted", "sparsegpt-distil")
-"""Tried as well: most steps for IDP's last level, second-order inheritance, the dense model as teacher, channels reordered first."""
+"""Tried as well: most steps for IDP's last level, second-order inheritance, the dense model as teacher, channels reordered."""
 TITLES = {"one-shot": "one-shot magnitude + fine-tune", "gradual": "gradual magnitude", "sr-ste": "SR-STE from dense",
           "s-ste": "S-STE from dense", "wanda": "Wanda + fine-tune", "sparsegpt": "SparseGPT + fine-tune", "idp": "IDP",
           "idp-late": "IDP, 3/4 of the steps at the last level", "idp-late-obs": "the same, second-order inheritance",
