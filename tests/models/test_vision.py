@@ -6,11 +6,11 @@ from models import ResNetConfig, create_model, list_models
 from models.bert import CONFIGS as BERTS
 from models.vision import check_positive
 
-NAMES = [name for name in list_models() if name not in BERTS]
+NAMES = [name for name in list_models() if name not in BERTS and not name.startswith(("deit", "vit"))]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_image_network_runs(name):
+def test_every_convolutional_network_runs_on_any_size(name):
     with torch.device("meta"):
         model = create_model(name, num_classes=7)
         assert not model.training

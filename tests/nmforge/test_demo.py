@@ -92,7 +92,7 @@ def test_mix_of_patterns_without_verilator(tmp_path: Path) -> None:
 
 def test_a_pattern_without_a_layer_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"no Linear or Conv2d layer matches 'bert.encoder.\*.foo'"):
+    with pytest.raises(ValueError, match=r"no Linear or convolution layer matches 'bert.encoder.\*.foo'"):
         run(folder, pattern="*.foo=2:4")
     assert not folder.exists()
 
