@@ -1,4 +1,4 @@
-"""What the presets take of their devices, by open tools: resources, price of N:M support, products per DSP block, clock of ecp5.
+"""What the presets take of their devices, by open tools: resources, price of N:M support, products per DSP block.
 
 Writes ``docs/silicon.png``. No vendor tool is run.
 """
@@ -12,7 +12,6 @@ from benchmarks import Table, write_page
 from hw.arch import PRESETS, Arch
 from hw.devices import SPARE, device_of
 from hw.verilog import TOP_NAME, verilog
-from sim.place import place_and_route
 from sim.plots import points
 from sim.synth import TARGETS, Resources, synthesise
 
@@ -86,19 +85,6 @@ def _modules(found: dict[str, Resources], name: str) -> Table:
     )
 
 
-def _placed() -> list[Table]:
-    arch = PRESETS["ecp5"]
-    found = place_and_route(verilog(arch), top=TOP_NAME, clock_mhz=arch.clock_mhz, progress=_say)
-    used = tuple((kind, count, found.available[kind], f"{count / found.available[kind]:.1%}")
-                 for kind, count in found.used.items() if count)
-    path = tuple((name, ns) for name, ns in found.modules)
-    return [
-        Table(title=f"ecp5 placed and routed on {found.device}: {found.fmax_mhz} MHz (seed {found.seed}, {found.seconds:.0f} s)",
-              columns=("cell", "used", "available", "share"), rows=used, note=f"nextpnr-ecp5 {found.version}."),
-        Table(title="Its critical path by module", columns=("module", "ns"), rows=path),
-    ]
-
-
 def _plot(found: dict[str, Resources]) -> None:
     names = [name for name in ("sta256", "sta1024", "sta4096") if name in found]
     series = {"LUT": [found[name].luts for name in names], "DSP48E2": [found[name].dsps for name in names],
@@ -115,7 +101,7 @@ def run() -> list[Table]:
         presets,
         _options("Price of N:M support", lambda arch: replace(arch, sparse=False), "dense only", (*large, "sta4096")),
         _options("Products per DSP block", lambda arch: replace(arch, packing=not arch.packing), "the other kind", large),
-        _families(), _modules(found, "sta1024"), *_placed(),
+        _families(), _modules(found, "sta1024"),
     ]
     write_page(PAGE, "silicon", tables)
     return tables
