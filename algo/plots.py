@@ -14,16 +14,17 @@ __all__ = ["save_curves", "save_panels"]
 
 def save_panels(
     path: Path, names: Sequence[str], panels: Mapping[str, Sequence[float | None]], *,
-    lines: Mapping[str, tuple[str, float]] | None = None,
+    lines: Mapping[str, tuple[str, float]] | None = None, joined: bool = True,
 ) -> None:
     """One panel below the other over the same names; None leaves a gap.
 
-    ``lines`` gives a panel a horizontal line: its label and value.
+    ``lines`` gives a panel a horizontal line: its label and value. ``joined`` draws lines between the points, for names that have an
+    order.
     """
     figure = Figure(figsize=(max(5.0, 0.7 * len(names) + 2), 2.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
-        axis.plot(range(len(names)), [float("nan") if value is None else value for value in values], "o-")
+        axis.plot(range(len(names)), [float("nan") if value is None else value for value in values], "o-" if joined else "o")
         if lines and title in lines:
             label, value = lines[title]
             axis.axhline(value, linestyle="--", color="grey", label=label)
