@@ -18,8 +18,8 @@ def save_panels(
 ) -> None:
     """One panel below the other over the same names; None leaves a gap.
 
-    ``lines`` gives a panel a horizontal line: its label and value. ``joined`` draws lines between the points, for names that have an
-    order.
+    ``lines`` gives a panel a horizontal line: its label and value. ``joined`` draws lines between the points, for names that
+    have an order.
     """
     figure = Figure(figsize=(max(5.0, 0.7 * len(names) + 2), 2.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]

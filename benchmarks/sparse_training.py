@@ -293,7 +293,8 @@ def tables(cells: list[Cell], *, frozen: bool = False) -> list[Table]:
                      f"{means[method]:.2f}" if method in means else None))
     steps = ", ".join(f"{TASKS[task].steps} on {task}" for task in TASKS)
     note = f"Held-out accuracy in per cent; steps of training: {steps}. Empty: not run. "
-    note += f"Mean: of the {len(whole)} of {len(columns)} columns in which every method was run. One accuracy has a standard error of 1 to 2 points."
+    note += f"Mean: of the {len(whole)} of {len(columns)} columns in which every method was run. "
+    note += "One accuracy has a standard error of 1 to 2 points."
     result = [Table("Accuracy by task and pattern", ("method", *heads, "mean"), tuple(rows), note)]
     untrained = [(TITLES[m], *(_value(found.get((task, pattern, m, frozen)), lambda r: r["best"]["untrained"])
                                for task, pattern in columns))
