@@ -5,13 +5,8 @@
 
 from __future__ import annotations
 
-import io
 import linecache
-import logging
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +15,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from algo.count import ExampleInputs, as_arguments
+from algo.modes import quiet_export
 
 __all__ = ["UntraceableError", "capture", "module_path", "refusal", "where"]
 
@@ -55,7 +51,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
         raise TypeError(f"a torch.nn.Module is needed, not {type(model).__name__}")
     args, kwargs = as_arguments(example_inputs)
     try:
-        with _quiet():
+        with quiet_export():
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises whatever the module's own code raises
         raise refusal(model, error) from error
@@ -72,22 +68,6 @@ def module_path(node: fx.Node) -> str:
     """Name of the innermost module that an operator runs in; ``""`` is the whole."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return re.sub(r"@\d+$", "", stack[-1][0]) if stack else ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch silent about what it fails to record; attention stays one operator."""
-    log = logging.getLogger("torch")
-    level, fast = log.level, torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    log.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def refusal(model: nn.Module, error: BaseException, *, what: str = "cannot be traced") -> UntraceableError:

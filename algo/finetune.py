@@ -24,8 +24,8 @@ from typing import Any, TypeAlias
 from rich.progress import Progress
 from torch import nn
 
-from algo.checkpoint import difference, load_model, read_json, save_model, write_json
-from algo.idp import IDPConfig, Level, run_idp
+from algo.checkpoint import difference, load_model, save_model
+from algo.idp import IDPConfig, Level, run_idp, stage_accuracy
 from algo.nm import NM
 from algo.sparsify import Pattern, finalize, match_patterns
 from algo.train import Batches, LossFn, TrainConfig, train
@@ -142,7 +142,7 @@ def prune_pipeline(
         if level.folder is None:
             raise RuntimeError("run_idp was given a folder and reported a level without one")
         spent = level.training
-        accuracy = _accuracy(model, evaluate, level.folder)
+        accuracy = stage_accuracy(model, evaluate, level.folder)
         seconds = (spent.seconds, spent.cpu_seconds) if spent else (0.0, 0.0)
         stages.append(StageResult(level.name, accuracy, level.folder, *seconds))
 
@@ -189,7 +189,7 @@ def _dense_stage(
         if changed:
             raise ValueError(f"cannot reuse {folder}: {changed}. Set it back, or start over (fresh)")
         model.eval()
-        return StageResult("dense", _accuracy(model, evaluate, folder), folder, 0.0, 0.0)
+        return StageResult("dense", stage_accuracy(model, evaluate, folder), folder, 0.0, 0.0)
     epoch = folder / "epoch.safetensors"
     result = train(
         model,
@@ -205,18 +205,8 @@ def _dense_stage(
     save_model(model, folder, {"identity": identity, "losses": result.losses, "seconds": result.seconds})
     epoch.unlink(missing_ok=True)
     return StageResult(
-        "dense", _accuracy(model, evaluate, folder), folder, result.seconds, result.cpu_seconds
+        "dense", stage_accuracy(model, evaluate, folder), folder, result.seconds, result.cpu_seconds
     )
-
-
-def _accuracy(model: nn.Module, evaluate: EvaluateFn, folder: Path) -> float:
-    """Evaluate a stage once and keep the figure beside it."""
-    file = folder / "accuracy.json"
-    if file.exists():
-        return float(read_json(file)["accuracy"])
-    accuracy = float(evaluate(model))
-    write_json(file, {"accuracy": accuracy})
-    return accuracy
 
 
 def _folder_name(targets: Mapping[str, NM]) -> str:

@@ -29,7 +29,7 @@ from algo.layers import sparse_layers, weight_names
 from algo.mask import group_minimum
 from algo.nm import NM
 from algo.oneshot import Calibration, prune_calibrated
-from algo.sparsify import Pattern, finalize, freeze_masks, match_patterns, parametrizations, set_pattern, sparsify
+from algo.sparsify import Pattern, finalize, mask_schedule, match_patterns, parametrizations, set_pattern, sparsify
 from algo.train import Batches, LossFn, RunOptions, TrainConfig, TrainResult, train
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "idp_levels",
     "idp_schedule",
     "run_idp",
+    "stage_accuracy",
 ]
 
 
@@ -244,7 +245,7 @@ def run_idp(
         )
         epochs += own.train.epochs
         if evaluate is not None:
-            level = replace(level, accuracy=_accuracy(model, evaluate, folder))
+            level = replace(level, accuracy=stage_accuracy(model, evaluate, folder))
         done.append(level)
         if on_level is not None:
             on_level(level)
@@ -272,8 +273,8 @@ def _compensate(model: nn.Module, patterns: Mapping[str, NM], samples: list[Any]
         weight.copy_(torch.where(kept, new, weight.clamp(-bound, bound)))
 
 
-def _accuracy(model: nn.Module, evaluate: Callable[[nn.Module], float], folder: Path | None) -> float:
-    """Evaluate a level once, and keep the figure in its folder."""
+def stage_accuracy(model: nn.Module, evaluate: Callable[[nn.Module], float], folder: Path | None) -> float:
+    """Evaluate a level or another stage once, and keep the figure in its folder."""
     file = None if folder is None else folder / "accuracy.json"
     known = from_main(float(read_json(file)["accuracy"]) if file is not None and file.exists() else None)
     if known is not None:
@@ -359,10 +360,6 @@ def _run_level(
     if samples is not None:
         _compensate(model, patterns, samples, first=first)
 
-    def freeze(model: nn.Module, step: int, steps: int) -> None:
-        if step >= round(steps * (1 - config.freeze)):
-            freeze_masks(model)
-
     result = train(
         model,
         batches,
@@ -370,7 +367,7 @@ def _run_level(
         config.train,
         checkpoint=None if folder is None else folder / "epoch.safetensors",
         facts=identity,
-        before_step=freeze if config.freeze else None,
+        before_step=mask_schedule(config.freeze),
         run=run,
         progress=progress,
         label=f"prune to {_name(patterns)}",

@@ -80,9 +80,8 @@ def magnitude_mask(weight: Tensor, pattern: NM) -> Tensor:
 
 
 @torch.no_grad()
-def magnitude_threshold(weight: Tensor, pattern: NM) -> Tensor:
-    """The largest magnitude that is pruned in the group of each weight, of the weight's shape; 0 where none is."""
-    mask = magnitude_mask(weight, pattern)
+def magnitude_threshold(weight: Tensor, mask: Tensor, pattern: NM) -> Tensor:
+    """The largest magnitude that ``mask`` prunes in the group of each weight, of the weight's shape; 0 where none is."""
     return -group_minimum(-weight.abs().masked_fill(mask, 0), pattern)
 
 

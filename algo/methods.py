@@ -212,21 +212,20 @@ class SoftThreshold(NMParametrization):
 
     def __init__(self, weight: Tensor, pattern: NM) -> None:
         super().__init__(weight, pattern)
-        shrunk = _Shrink.apply(weight.detach(), magnitude_threshold(weight.detach(), pattern), weight.new_ones(()))
+        shrunk = _Shrink.apply(weight.detach(), magnitude_threshold(weight, self.mask, pattern), weight.new_ones(()))
         power = shrunk.square().sum()
         self.register_buffer("scale", torch.where(power > 0, (shrunk * weight.detach()).sum() / power, 1.0))
 
     def masked(self, weight: Tensor) -> Tensor:
         if self.is_frozen:
             return weight * self.mask
-        return cast(Tensor, _Shrink.apply(weight, magnitude_threshold(weight, self.pattern), self.scale))
+        return cast(Tensor, _Shrink.apply(weight, magnitude_threshold(weight, self.mask, self.pattern), self.scale))
 
     def freeze(self, weight: Tensor) -> None:
         if not self.is_frozen:
             with torch.no_grad():
-                mask = self.new_mask(weight)
+                self.mask = self.new_mask(weight)
                 weight.copy_(self.masked(weight))  # from now on the weights are what the layer computed with
-                self.mask = mask
             self.set_frozen(True)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from algo.layers import sparse_layers
 from algo.mask import magnitude_mask
+from algo.modes import evaluating
 from algo.nm import NM
 
 __all__ = ["Calibration", "prune_calibrated", "run_batch"]
@@ -62,18 +63,13 @@ def prune_calibrated(
         if isinstance(layer, nn.MultiheadAttention):
             raise ValueError(f"layer {name!r} is a torch.nn.MultiheadAttention: its projections are computed inside and cannot "
                              f"be calibrated; prune it by another method, or leave it out ({{{name!r}: 'dense', ...}})")
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
+    with evaluating(model):
         stages, repeated = _stages(model, layers, batches[0])
         for stage in stages:
             these = {name: layers[name] for name in stage}
             statistics = _gather(model, these, batches, repeated=repeated, gram=method == "sparsegpt")
             for name in stage:
                 _prune_layer(layers[name], patterns[name], statistics[name], method)
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _stages(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> tuple[list[list[str]], set[str]]:

@@ -22,6 +22,7 @@ from algo.channels import ChannelGroup, channel_groups
 from algo.count import ExampleInputs, as_arguments
 from algo.layers import Pattern, match_patterns
 from algo.mask import magnitude_mask, rows
+from algo.modes import evaluating
 from algo.nm import NM
 
 __all__ = ["PermutedGroup", "permute_channels", "search_order"]
@@ -73,9 +74,7 @@ def permute_channels(
     if not seconds > 0:
         raise ValueError(f"seconds must be > 0, not {seconds!r}")
     patterns = match_patterns(model, pattern, exclude=exclude)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         groups = [group for group in channel_groups(model, example_inputs).prunable if _readers(group, model, patterns)]
         sizes = {group.name: sum(m.numel() for m, _ in _readers(group, model, patterns)) for group in groups}
         generator, saved = torch.Generator().manual_seed(seed), _tensors(model, groups)
@@ -85,8 +84,6 @@ def permute_channels(
             share = seconds * sizes[group.name] / sum(sizes.values())
             found.append(_reorder(model, group, patterns, generator, share))
         _check_outputs(before, _outputs(model, example_inputs), saved)
-    finally:
-        model.train(was_training)
     return found
 
 

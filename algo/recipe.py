@@ -32,7 +32,7 @@ from algo.flips import FlipTracker, flips_plot
 from algo.idp import IDPConfig, family_plot, family_table, run_idp
 from algo.methods import METHODS
 from algo.nm import NM
-from algo.sparsify import advance, finalize, freeze_masks, model_patterns, sparsify
+from algo.sparsify import finalize, mask_schedule, model_patterns, sparsify
 from algo.tasks import Task
 from algo.train import LossFn, RunOptions, StepFn, TrainConfig, TrainResult, train
 from algo.verify import verify
@@ -205,8 +205,8 @@ class _Stages:
 
         done = run_idp(
             model, self._pattern(), self.task.batches, loss, levels, exclude=config.exclude or None, out_dir=folder,
-            facts=self.facts, evaluate=self._evaluate, calibration=self._samples(), on_level=on_level,
-            progress=self.progress, run=self.run,
+            facts=self.facts, evaluate=self._evaluate, on_level=on_level,
+            calibration=self._samples() if levels.inherit == "second-order" else None, progress=self.progress, run=self.run,
         )  # fmt: skip
         if is_main() and done:
             rows = family_table(model, done, value_bits=32)
@@ -256,10 +256,10 @@ class _Stages:
 def _hook(freeze: float, tracker: FlipTracker | None, run: RunConfig) -> StepFn:
     """Tell methods with a schedule how far training is, count flips, and fix masks for the last part."""
 
+    masks = mask_schedule(freeze)
+
     def before_step(model: nn.Module, step: int, steps: int) -> None:
-        advance(model, step, steps)
-        if freeze and step >= round(steps * (1 - freeze)):
-            freeze_masks(model)
+        masks(model, step, steps)
         if tracker is not None and step % run.flips_every == 0:
             tracker.update(step)
 

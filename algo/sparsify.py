@@ -7,7 +7,7 @@ Methods with a schedule are told of progress by `advance`, before each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -31,6 +31,7 @@ __all__ = [
     "advance",
     "finalize",
     "freeze_masks",
+    "mask_schedule",
     "match_patterns",
     "model_patterns",
     "parametrizations",
@@ -168,6 +169,17 @@ def advance(model: nn.Module, step: int, steps: int) -> None:
     """
     for _, weight, mask in parametrizations(model):
         mask.at(weight, step / steps)
+
+
+def mask_schedule(freeze: float) -> Callable[[nn.Module, int, int], None]:
+    """A ``before_step`` of `algo.train`: `advance`, and for the last share ``freeze`` of the steps, in [0, 1), `freeze_masks`."""
+
+    def before_step(model: nn.Module, step: int, steps: int) -> None:
+        advance(model, step, steps)
+        if freeze and step >= round(steps * (1 - freeze)):
+            freeze_masks(model)
+
+    return before_step
 
 
 def set_pattern(model: nn.Module, pattern: Pattern, *, exclude: Iterable[str] | None = None) -> dict[str, NM]:

@@ -30,7 +30,7 @@ from algo.layers import HEADS, match_patterns
 from algo.nm import NM
 from algo.permute import permute_channels
 from algo.plots import save_panels
-from algo.sparsify import advance, finalize, freeze_masks, sparsify
+from algo.sparsify import finalize, mask_schedule, sparsify
 from algo.tasks import Task
 from algo.train import LossFn, TrainConfig, progress_bars, train
 from algo.verify import verify
@@ -118,6 +118,14 @@ def quick() -> Iterator[Cell]:
     for task, setup in TASKS.items():
         for pattern in QUICK:
             for method in METHODS:
+                yield Cell(task, pattern, method, rates=setup.rates)
+
+
+def variants() -> Iterator[Cell]:
+    """The same for the variants."""
+    for task, setup in TASKS.items():
+        for pattern in QUICK:
+            for method in VARIANTS:
                 yield Cell(task, pattern, method, rates=setup.rates)
 
 
@@ -212,19 +220,13 @@ def _sparse(cell: Cell, task: Task, model: nn.Module, dense: nn.Module, rate: fl
         before = _scores(task, model)[1]
     else:
         sparsify(model, pattern, method=base)  # type: ignore[arg-type]
-    train(model, task.batches, loss, config, before_step=_schedule, progress=progress, label=label)
+    train(model, task.batches, loss, config, before_step=mask_schedule(FREEZE), progress=progress, label=label)
     return before
 
 
 def _samples(task: Task) -> list[tuple[torch.Tensor, ...]]:
     """Calibration data: 32 training batches."""
     return [task.inputs(batch) for unit in range(4) for batch in task.batches(unit)[:8]]
-
-
-def _schedule(model: nn.Module, step: int, steps: int) -> None:
-    advance(model, step, steps)
-    if step >= round(steps * (1 - FREEZE)):
-        freeze_masks(model)
 
 
 def _idp(cell: Cell, task: Task, model: nn.Module, loss: LossFn, config: TrainConfig, progress: Progress) -> None:
@@ -337,9 +339,7 @@ def run() -> list[Table]:
 
 def report(cells: list[Cell], missing: list[Cell]) -> list[Table]:
     """Write the page and the plot of what is there."""
-    extra = [Cell(task, pattern, method, rates=setup.rates)
-             for task, setup in TASKS.items() for pattern in QUICK for method in VARIANTS]
-    found = tables([*cells, *extra])
+    found = tables([*cells, *variants()])
     if missing:
         found.append(Table("Not run", ("cells",), ((str(len(missing)),),)))
     plot(cells, DOCS / "sparse-training.png")
@@ -359,11 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
-    if given.tier == "variants":
-        cells = [Cell(task, pattern, method, rates=setup.rates)
-                 for task, setup in TASKS.items() for pattern in QUICK for method in VARIANTS]
-    else:
-        cells = list(quick() if given.tier == "quick" else full())
+    cells = {"quick": quick, "variants": variants, "full": full}[given.tier]()
     chosen = [cell for cell in cells if given.task in (None, cell.task) and given.method in (None, cell.method)
               and given.pattern in (None, cell.pattern)]
     missing = execute(chosen, minutes=given.minutes)

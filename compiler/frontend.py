@@ -8,12 +8,8 @@ later (`compiler.passes.masks`) and everything that is really unsupported is rep
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import operator
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.utils import parametrize
 
+from algo.modes import evaluating, quiet_export
 from algo.nm import NM
 from algo.sparsify import pattern_of
 from algo.verify import PatternViolation, verify_weight
@@ -140,32 +137,11 @@ def _effective(module: nn.Module) -> nn.Module:
     return result
 
 
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode, no fused encoder kernel, torch silent about what it fails to trace; undone afterwards."""
-    log = logging.getLogger("torch")
-    level = log.level
-    training = [part for part in module.modules() if part.training]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    module.eval()
-    log.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for part in training:
-            part.training = True
-
-
 def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> ExportedProgram:
     """The module as functional aten operators; linear, layer_norm and attention stay whole."""
     args = tuple(value.clone() for value in args)  # one tensor given twice is two inputs
     kwargs = {name: value.clone() for name, value in kwargs.items()}
-    with _eval_mode(module), torch.no_grad():
+    with evaluating(module), quiet_export(), torch.no_grad():
         try:
             return torch.export.export(module, args, kwargs, strict=False).run_decompositions({})
         except Exception as error:  # torch.export raises whatever the module's own code raises
