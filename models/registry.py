@@ -12,7 +12,7 @@ from torch import nn
 
 from models.info import ModelInfo, Published
 
-__all__ = ["create_model", "describe_models", "list_models", "model_info", "register_model"]
+__all__ = ["create_model", "defined_in", "describe_models", "list_models", "model_info", "register_model"]
 
 
 class ModelBuilder(Protocol):
@@ -81,6 +81,18 @@ def model_info(name: str) -> ModelInfo:
     """
     _check(name)
     return _infos.get(name, ModelInfo(family="other"))
+
+
+def defined_in(name: str) -> str:
+    """Name of the module that registered a model.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; the message offers near ones.
+    """
+    _check(name)
+    return _builders[name].__module__
 
 
 def create_model(name: str, *, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
