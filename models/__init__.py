@@ -2,6 +2,8 @@
 
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
 from models.info import Input, ModelInfo, Published
+from models.llama import Llama, LlamaConfig, generate
+from models.llama_adapter import AdapterConfig, ClassTokens, LlamaAdapter
 from models.mobilenet import MobileNetConfig, MobileNetV2
 from models.registry import create_model, describe_models, list_models, model_info, register_model
 from models.regnet import RegNet, RegNetConfig
@@ -10,10 +12,15 @@ from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 
 __all__ = [
+    "AdapterConfig",
     "BertClassifier",
     "BertConfig",
     "BertModel",
+    "ClassTokens",
     "Input",
+    "Llama",
+    "LlamaAdapter",
+    "LlamaConfig",
     "MobileNetConfig",
     "MobileNetV2",
     "ModelInfo",
@@ -26,6 +33,7 @@ __all__ = [
     "ViTConfig",
     "create_model",
     "describe_models",
+    "generate",
     "list_models",
     "load_tokenizer",
     "mean_pool",

@@ -69,7 +69,8 @@ def print_models(rows: Sequence[Mapping[str, Any]]) -> None:
         numbers = (_scaled(row[quantity]) for quantity in ("params", "macs", "activations"))
         table.add_row(row["name"], row["family"], *numbers, shapes, row["paper"] or "")
     console = out()
-    console.print(table, width=max(console.width, 112), crop=False)  # figures are not cut off on a narrow terminal
+    console.width = max(console.width, 112)  # figures are not cut off on a narrow terminal
+    console.print(table)
 
 
 def _scaled(value: int | None) -> str:
