@@ -76,7 +76,7 @@ CONFIGS = {
     "llama_65b": LlamaConfig(layers=80, hidden=8192, heads=64, norm_eps=1e-5),
     "llama_tiny": LlamaConfig(layers=4, hidden=64, heads=4, intermediate=160, vocabulary=512, positions=128),
     "llama_tiny_gqa": LlamaConfig(layers=4, hidden=64, heads=4, kv_heads=2, intermediate=160, vocabulary=512, positions=128),
-    "llama_small": LlamaConfig(layers=6, hidden=192, heads=6, intermediate=512, vocabulary=2048, positions=256),
+    "llama_small": LlamaConfig(layers=6, hidden=128, heads=4, intermediate=352, vocabulary=1024, positions=256),
 }
 
 Cache: TypeAlias = Sequence[tuple[Tensor, Tensor]]
@@ -438,7 +438,7 @@ llama_30b = _register("llama_30b", "LLaMA-30B (33B in the paper), 32.5 G paramet
 llama_65b = _register("llama_65b", "LLaMA-65B, 65.3 G parameters.")
 llama_tiny = _register("llama_tiny", "4 layers of 64 channels, for tests.")
 llama_tiny_gqa = _register("llama_tiny_gqa", "4 layers of 64 channels, two heads sharing keys and values, for tests.")
-llama_small = _register("llama_small", "6 layers of 192 channels, trained in minutes by benchmarks/train_llama.py.")
+llama_small = _register("llama_small", "6 layers of 128 channels, trained in minutes by benchmarks/train_llama.py.")
 
 _TABLE = "arXiv 2302.13971, table 2"
 describe_models(
