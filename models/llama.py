@@ -91,7 +91,7 @@ class Prompt(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """One layer's cache before a step: keys and values (B, G, P, d), the places (S,) of the new tokens, and what they see (S, P)."""
+    """A layer's cache before a step: keys and values (B, G, P, d), places (S,) of the new tokens, and what they see (S, P)."""
 
     keys: Tensor
     values: Tensor

@@ -4,9 +4,9 @@ Ref: R. Zhang et al., LLaMA-Adapter, arXiv 2303.16199, section 3 (eq. 1 to 8), a
 alpaca_finetuning_v1), which differs from the paper and is followed here: the gate goes through tanh, scores are divided by the
 square root of a head's channels rather than of all, and a gate has one value a head.
 
-In a layer with a prompt, attention is that of the base plus tanh(gate) * softmax(q k_a / sqrt(d)) v_a, with k_a and v_a the prompt
-through the layer's own frozen weights, without rotation. That is the code's concatenation of two softmaxes, written as the sum
-of its parts, and a gate of zero gives the base to the bit.
+In a layer with a prompt, attention is that of the base plus tanh(gate) * softmax(q k_a / sqrt(d)) v_a, with k_a and v_a the
+prompt through the layer's own frozen weights, without rotation. That is the code's concatenation of two softmaxes, written as
+the sum of its parts, and a gate of zero gives the base to the bit.
 
 Shapes: B sequences, S tokens, C hidden channels, K prompt tokens, L layers with a prompt (the upper ones), H heads, F features.
 """
@@ -145,7 +145,7 @@ class LlamaAdapter(nn.Module):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are learned, by the names of the authors' checkpoint."""
         first = self.base.config.layers - self.config.layers
-        named = {"adapter_query.weight": self.adapter_query.weight}
+        named: dict[str, nn.Parameter] = {"adapter_query.weight": self.adapter_query.weight}  # type: ignore[dict-item]
         named |= {f"layers.{first + number}.attention.gate": gate for number, gate in enumerate(self.gates)}
         if self.projection is not None:
             named |= {f"projection.{name}": value for name, value in self.projection.named_parameters()}
@@ -171,7 +171,7 @@ class LlamaAdapter(nn.Module):
                 own[name].copy_(value)
 
 
-def _known(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+def _known(state: Mapping[str, Tensor], own: Mapping[str, nn.Parameter], layers: int) -> dict[str, Tensor]:
     """Without the gates that the authors' file has for the layers below the prompts."""
     unused = {f"layers.{number}.attention.gate" for number in range(layers)} - set(own)
     return {name: value for name, value in state.items() if name not in unused}
@@ -180,7 +180,7 @@ def _known(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layers: int) 
 class ClassTokens(nn.Module):
     """Global features of several depths of a `ViT`: images (B, channels, H, W) -> (B, len(depths) * C).
 
-    They are the class token after each of the blocks ``depths`` (counted from 1), normalised by the ViT's last norm, side by side.
+    They are the class token after each of the blocks ``depths`` (counted from 1), each normalised by the ViT's last norm.
     """
 
     def __init__(self, vit: ViT, depths: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -80,7 +81,7 @@ def _files(path: Path) -> list[Path]:
     if index.is_file() and not (path / "model.safetensors").is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{index} is no index of shards ({type(error).__name__}: {error})") from None
         files = [path / name for name in names]
     else:
@@ -111,7 +112,7 @@ def _entries(file: Path) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error})") from None
     for name, shape in zip(names, shapes, strict=True):
-        yield name, shape, lambda name=name: _read(file, name)
+        yield name, shape, partial(_read, file, name)
 
 
 _DTYPES = {
@@ -137,13 +138,21 @@ def load_weights(
     Raises
     ------
     ValueError
-        See `check_fit`; nothing is loaded then.
+        See `check_fit`; what fitted may be loaded then.
     """
     own = model.state_dict()
     left = {key for key in keep if key not in state or state[key].shape != own[key].shape}
     state = {key: value for key, value in state.items() if key not in left} | {key: own[key] for key in left}
-    check_fit(own, state, name=name, where=where)
-    model.load_state_dict(state)
+    seen: dict[str, Tensor] = {}
+    # After the hooks that rename others' keys to ours, which are older than this one:
+    hook = model.register_load_state_dict_pre_hook(lambda _, renamed, *rest: seen.update(renamed))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        check_fit(own, seen, name=name, where=where)
+        raise ValueError(f"the weights in {where} do not fit {name}: {error}") from None
+    finally:
+        hook.remove()
 
 
 def stream_weights(

@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from algo.channels import channel_groups
+from algo.fisher import FisherPruner
+from algo.sparsify import finalize, model_patterns, sparsify
+from algo.verify import verify
 from models import Llama, LlamaConfig, create_model, generate
 from models.llama import CONFIGS, _choose, llama_key, rotate, rotation
 
@@ -288,3 +292,42 @@ def test_wrong_use():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             generate(model, **options)
+
+
+# -- sparse and pruned ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_gqa", "llama_adapter_tiny"])
+def test_made_sparse(name):
+    torch.manual_seed(0)
+    model, ids = create_model(name), tokens(CONFIGS["llama_tiny"])
+    sparsify(model, "2:4", method="magnitude", exclude=["*output"])  # a name that does not tell that it is a head
+    finalize(model)
+    verify(model, model_patterns(model))
+    patterns = {layer: str(nm) for layer, nm in model_patterns(model).items()}
+    prefix = "base." if "adapter" in name else ""
+    assert patterns[f"{prefix}layers.3.attention.wk"] == "2:4" and f"{prefix}output" not in patterns and len(patterns) == 4 * 7
+    weight = model.get_submodule(f"{prefix}layers.0.feed_forward.w2").weight
+    assert (weight.unflatten(1, (-1, 4)) != 0).sum(-1).max() == 2
+    assert torch.isfinite(model(ids)).all()
+
+
+@pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_gqa"])
+def test_fisher_pruning_takes_channels_of_the_feed_forward_layers_only(name):
+    torch.manual_seed(0)
+    model, ids = create_model(name, layers=2).train(), tokens(CONFIGS[name])
+    graph = channel_groups(model, ids)
+    assert [sorted(group.inputs) for group in graph.prunable] == [[f"layers.{n}.feed_forward.w2"] for n in range(2)]
+    kept = " ".join(str(group.kept) for group in graph.groups if group.kept)
+    assert "norm" in kept and "view" in kept or "unflatten" in kept  # the residual stream and the heads, each with its reason
+    pruner = FisherPruner(model, ids, target=0.95, interval=1)
+    while not pruner.done:
+        model.zero_grad()
+        model(ids).logsumexp(-1).mean().backward()
+        pruner.step()
+    with torch.no_grad():
+        gated = model(ids)
+    pruner.finish()
+    widths = [layer.feed_forward.w1.out_features for layer in model.layers]
+    assert sum(widths) < 320 and [layer.feed_forward.w2.in_features for layer in model.layers] == widths
+    assert torch.allclose(model(ids), gated, atol=1e-5)
