@@ -238,7 +238,7 @@ describe_models(
         family="LLaMA-Adapter", paper="2303.16199", inputs=_TOKENS,
         note="learned: 30 x 10 x 4096 + 30 x 32 = 1,229,760 (paper: 1.2 M); the base is frozen",
     ),
-    {"llama_adapter_7b": Published(source="LLaMA-7B + arXiv 2303.16199's 1,229,760", parameters=6_739_645_376)},
+    {"llama_adapter_7b": Published(source="LLaMA-7B and 1,229,760, counted in the authors' code", parameters=6_739_645_376)},
 )  # fmt: skip
 describe_models(
     ("llama_adapter_tiny", "llama_adapter_small"),

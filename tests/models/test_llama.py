@@ -120,7 +120,10 @@ def test_llama_7b_on_the_meta_device_in_under_a_second():
     assert size == 6_738_415_616
 
 
-@pytest.mark.parametrize(("name", "width"), [("llama_7b", 11008), ("llama_13b", 13824), ("llama_30b", 17920), ("llama_65b", 22016)])
+WIDTHS = {"llama_7b": 11008, "llama_13b": 13824, "llama_30b": 17920, "llama_65b": 22016}
+
+
+@pytest.mark.parametrize(("name", "width"), WIDTHS.items())
 def test_feed_forward_widths(name, width):
     """The intermediate_size of each published checkpoint."""
     assert CONFIGS[name].feed_forward == width
