@@ -220,8 +220,8 @@ def run() -> list[Table]:
     columns = ("arm", "steps", "seeds", "AP (%)", "AP50 (%)", "AP50, all seeds (%)", "CPU time (s)")
     note = (
         f"Held-out tiles, mean over the seeds. Deformable-DETR in two stages on a ResNet-18 of a quarter of the width, from "
-        f"random weights; batches of {BATCH} tiles of {SIZE} x {SIZE} pixels. Random mirroring in all arms. CPU time on one core, "
-        "evaluation of the quarters included."
+        f"random weights; batches of {BATCH} tiles of {SIZE} x {SIZE} pixels. Random mirroring in all arms. CPU time on one core "
+        "of a shared machine, evaluation of the quarters included."
     )
     heart = tuple((name, *(overfit(**options)[key] for key in ("ap_before", "ap", "ap50"))) for name, options in
                   (("plain", {}), ("FeatAug-Flip", {"feataug": "flip"})))

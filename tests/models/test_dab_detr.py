@@ -34,7 +34,8 @@ def test_losses_and_gradients_equal_transformers(pair):
     images, mask, targets = scene()
     labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets]
     expected = theirs(images, pixel_mask=mask.long(), labels=labels)
-    criterion = DetectionCriterion(matcher=BoxMatcher(focal=True, class_weight=2.0))  # transformers weighs classes by 1 in the loss
+    # transformers weighs classes by 2 in matching and by 1 in the loss
+    criterion = DetectionCriterion(matcher=BoxMatcher(focal=True, class_weight=2.0))
     losses = criterion(ours(images, mask), targets)
     assert theirs.loss_function is DeformableDetrForObjectDetectionLoss
     assert sum(losses.values()).item() == pytest.approx(expected.loss.item(), rel=1e-5)

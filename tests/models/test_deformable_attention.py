@@ -45,10 +45,11 @@ def test_samples_equal_a_loop():
 
     ours = sample_levels(value, SIZES, locations, weights).view(2, 9, 4, 6)
     for batch, query, head in ((0, 0, 0), (1, 8, 3), (0, 5, 2)):
-        expected = sum(
-            weights[batch, query, head, level, point] * look(batch, head, level, *locations[batch, query, head, level, point].tolist())
-            for level in range(3) for point in range(2)
-        )  # fmt: skip
+        expected = torch.zeros(6, dtype=torch.float64)
+        for level in range(3):
+            for point in range(2):
+                place = (batch, query, head, level, point)
+                expected += weights[place] * look(batch, head, level, *locations[place].tolist())
         assert torch.allclose(ours[batch, query, head], expected)
 
 
