@@ -1,6 +1,10 @@
 """Model definitions, one readable file each, and the registry of their names."""
 
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
+from models.dab_detr import DabDetr, DabDetrConfig
+from models.deformable_detr import DeformableDetr, DeformableDetrConfig
+from models.detection import Detections, DetectorOutput, Target, pad_images
+from models.detr import Detr, DetrConfig
 from models.info import Input, ModelInfo, Published
 from models.llama import Llama, LlamaConfig, generate
 from models.llama_adapter import AdapterConfig, ClassTokens, LlamaAdapter
@@ -17,6 +21,14 @@ __all__ = [
     "BertConfig",
     "BertModel",
     "ClassTokens",
+    "DabDetr",
+    "DabDetrConfig",
+    "DeformableDetr",
+    "DeformableDetrConfig",
+    "Detections",
+    "DetectorOutput",
+    "Detr",
+    "DetrConfig",
     "Input",
     "Llama",
     "LlamaAdapter",
@@ -29,6 +41,7 @@ __all__ = [
     "RegNetConfig",
     "ResNet",
     "ResNetConfig",
+    "Target",
     "ViT",
     "ViTConfig",
     "create_model",
@@ -38,5 +51,6 @@ __all__ = [
     "load_tokenizer",
     "mean_pool",
     "model_info",
+    "pad_images",
     "register_model",
 ]
