@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import register_model
-from models.vision import build_vision_model, initialise_convolutions
+from models.vision import build_vision_model, check_images, initialise_convolutions
 
 __all__ = ["CONFIGS", "InvertedResidual", "MobileNetConfig", "MobileNetV2"]
 
@@ -125,6 +125,7 @@ class MobileNetV2(nn.Module):
         nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, 3)
         x = nn.functional.adaptive_avg_pool2d(self.features(x), 1)
         return self.classifier(torch.flatten(x, 1))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import register_model
-from models.vision import build_vision_model, check_positive, initialise_convolutions
+from models.vision import build_vision_model, check_images, check_positive, initialise_convolutions
 
 __all__ = ["CONFIGS", "RegNet", "RegNetConfig", "stage_shapes"]
 
@@ -135,6 +135,7 @@ class RegNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, 3)
         x = self.avgpool(self.trunk_output(self.stem(x)))
         return self.fc(torch.flatten(x, 1))
 
