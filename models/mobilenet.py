@@ -1,6 +1,7 @@
 """MobileNetV2 of any width.
 
-Ref: M. Sandler et al., MobileNetV2, arXiv 1801.04381, table 2. State dicts have torchvision's key names.
+Ref: M. Sandler et al., MobileNetV2, arXiv 1801.04381, table 2. State dicts have torchvision's key names;
+timm's load too.
 
 Shapes: B images, C channels, H and W pixels.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import register_model
+from models.timm_names import mobilenet_names, on_load
 from models.vision import build_vision_model, check_images, initialise_convolutions
 
 __all__ = ["CONFIGS", "InvertedResidual", "MobileNetConfig", "MobileNetV2"]
@@ -123,6 +125,7 @@ class MobileNetV2(nn.Module):
         initialise_convolutions(self)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
+        self.register_load_state_dict_pre_hook(on_load(mobilenet_names(config.stages)))
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, 3)
