@@ -80,7 +80,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         config, nodes = self.config, len(self.fc) + 1
         mean = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        rows = [mean.new_zeros(len(x), nodes)]
+        rows = [torch.zeros(len(x), nodes, dtype=x.dtype, device=x.device)]
         for layer in self.fc:
             edges = threshold_edges(layer(mean).sigmoid(), config.threshold, straight_through=config.straight_through)
             rows.append(F.pad(edges, (0, nodes - edges.shape[1])))

@@ -145,7 +145,7 @@ class ODConv2d(nn.Conv2d):
         self.attention = KernelAttention(self, reduction=reduction)
 
     def forward(self, input: Tensor) -> Tensor:
-        run = torch.ops.nmforge.dynamic_conv2d if self.form == "dynamic" else static_conv2d
+        run = torch.ops.nmforge.dynamic_conv2d if self.form == "dynamic" else torch.ops.nmforge.static_conv2d
         y = run(
             input, self.weight, *self.attention(input), self.kernels, self.stride, self.padding, self.dilation, self.groups
         )
@@ -222,14 +222,15 @@ def static_conv2d(
     return y if filters is None else y * filters
 
 
+# One operator each in an exported graph, so that channel pruning and compilers see a convolution where there is one; whoever does
+# not know it decomposes it to torch's own (ExportedProgram.run_decompositions).
 _LIBRARY = torch.library.Library("nmforge", "FRAGMENT")
-_LIBRARY.define(
-    "dynamic_conv2d(Tensor input, Tensor weight, Tensor channel, Tensor? filters, Tensor? position, Tensor? kernel, "
-    "int kernels, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
-)
-# One operator in an exported graph, so that channel pruning and compilers can see a convolution where there is one; whoever does
-# not know it decomposes it (ExportedProgram.run_decompositions).
-_LIBRARY.impl("dynamic_conv2d", dynamic_conv2d, "CompositeImplicitAutograd")
+for _form in (dynamic_conv2d, static_conv2d):
+    _LIBRARY.define(
+        f"{_form.__name__}(Tensor input, Tensor weight, Tensor channel, Tensor? filters, Tensor? position, Tensor? kernel, "
+        "int kernels, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
+    )
+    _LIBRARY.impl(_form.__name__, _form, "CompositeImplicitAutograd")
 
 
 def convert(

@@ -6,7 +6,7 @@ from models import ResNetConfig, create_model, list_models
 from models.bert import CONFIGS as BERTS
 from models.vision import check_positive
 
-NAMES = [name for name in list_models() if name not in BERTS and not name.startswith(("deit", "vit"))]
+NAMES = [name for name in list_models() if name not in BERTS and not name.startswith(("deit", "vit", "ceit"))]
 
 
 @pytest.mark.parametrize("name", NAMES)
