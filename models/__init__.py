@@ -1,14 +1,17 @@
 """Model definitions, one readable file each, and the registry of their names."""
 
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
+from models.ceit import CeiT, CeiTConfig
 from models.dab_detr import DabDetr, DabDetrConfig
 from models.deformable_detr import DeformableDetr, DeformableDetrConfig
 from models.detection import Detections, DetectorOutput, Target, pad_images
 from models.detr import Detr, DetrConfig
+from models.dgnet import RouterConfig, dynamic_graph
 from models.info import Input, ModelInfo, Published
 from models.llama import Llama, LlamaConfig, generate
 from models.llama_adapter import AdapterConfig, ClassTokens, LlamaAdapter
 from models.mobilenet import MobileNetConfig, MobileNetV2
+from models.odconv import ODConv2d
 from models.registry import create_model, describe_models, list_models, model_info, register_model
 from models.regnet import RegNet, RegNetConfig
 from models.resnet import ResNet, ResNetConfig
@@ -20,6 +23,8 @@ __all__ = [
     "BertClassifier",
     "BertConfig",
     "BertModel",
+    "CeiT",
+    "CeiTConfig",
     "ClassTokens",
     "DabDetr",
     "DabDetrConfig",
@@ -36,16 +41,19 @@ __all__ = [
     "MobileNetConfig",
     "MobileNetV2",
     "ModelInfo",
+    "ODConv2d",
     "Published",
     "RegNet",
     "RegNetConfig",
     "ResNet",
     "ResNetConfig",
+    "RouterConfig",
     "Target",
     "ViT",
     "ViTConfig",
     "create_model",
     "describe_models",
+    "dynamic_graph",
     "generate",
     "list_models",
     "load_tokenizer",

@@ -1,6 +1,7 @@
 """MobileNetV2 of any width.
 
-Ref: M. Sandler et al., MobileNetV2, arXiv 1801.04381, table 2. State dicts have torchvision's key names.
+Ref: M. Sandler et al., MobileNetV2, arXiv 1801.04381, table 2. State dicts have torchvision's key names;
+timm's load too.
 
 Shapes: B images, C channels, H and W pixels.
 """
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
-from models.vision import build_vision_model, initialise_convolutions
+from models.timm_names import mobilenet_names, on_load
+from models.vision import build_vision_model, check_images, initialise_convolutions
 
 __all__ = ["CONFIGS", "InvertedResidual", "MobileNetConfig", "MobileNetV2"]
 
@@ -124,8 +126,10 @@ class MobileNetV2(nn.Module):
         initialise_convolutions(self)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
+        self.register_load_state_dict_pre_hook(on_load(mobilenet_names(config.stages)))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, 3)
         x = nn.functional.adaptive_avg_pool2d(self.features(x), 1)
         return self.classifier(torch.flatten(x, 1))
 

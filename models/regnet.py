@@ -2,7 +2,7 @@
 
 Ref: I. Radosavovic et al., Designing Network Design Spaces, arXiv 2003.13678, section 3.3 and eq. 2-4; the
 constants of each size are those of table 7's networks as released by the authors (pycls). State dicts have
-torchvision's key names.
+torchvision's key names; timm's load too.
 
 Shapes: B images, C channels, H and W pixels.
 """
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
-from models.vision import build_vision_model, check_positive, initialise_convolutions
+from models.timm_names import on_load, regnet_names
+from models.vision import build_vision_model, check_images, check_positive, initialise_convolutions
 
 __all__ = ["CONFIGS", "RegNet", "RegNetConfig", "stage_shapes"]
 
@@ -134,8 +135,10 @@ class RegNet(nn.Module):
         initialise_convolutions(self)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
+        self.register_load_state_dict_pre_hook(on_load(regnet_names()))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, 3)
         x = self.avgpool(self.trunk_output(self.stem(x)))
         return self.fc(torch.flatten(x, 1))
 

@@ -7,11 +7,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from models.weights import read_weights
 
-__all__ = ["build_vision_model", "check_positive", "initialise_convolutions"]
+__all__ = ["build_vision_model", "check_images", "check_positive", "initialise_convolutions"]
 
 Config = TypeVar("Config")
 
@@ -34,6 +34,18 @@ def check_positive(config: Any, *, zero: Collection[str] = ()) -> None:
                 raise ValueError(f"{field.name} must hold integers >= {least}, not {value!r}")
         if value == ():
             raise ValueError(f"{field.name} must not be empty")
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Refuse what is not a batch of images with so many channels.
+
+    Raises
+    ------
+    ValueError
+        Shows both shapes.
+    """
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"images must be (B, {channels}, H, W), not {tuple(x.shape)}")
 
 
 def initialise_convolutions(model: nn.Module) -> None:
