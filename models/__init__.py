@@ -1,6 +1,10 @@
 """Model definitions, one readable file each, and the registry of their names."""
 
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
+from models.dab_detr import DabDetr, DabDetrConfig
+from models.deformable_detr import DeformableDetr, DeformableDetrConfig
+from models.detection import Detections, DetectorOutput, Target, pad_images
+from models.detr import Detr, DetrConfig
 from models.mobilenet import MobileNetConfig, MobileNetV2
 from models.registry import create_model, list_models, register_model
 from models.regnet import RegNet, RegNetConfig
@@ -12,17 +16,27 @@ __all__ = [
     "BertClassifier",
     "BertConfig",
     "BertModel",
+    "DabDetr",
+    "DabDetrConfig",
+    "DeformableDetr",
+    "DeformableDetrConfig",
+    "Detections",
+    "DetectorOutput",
+    "Detr",
+    "DetrConfig",
     "MobileNetConfig",
     "MobileNetV2",
     "RegNet",
     "RegNetConfig",
     "ResNet",
     "ResNetConfig",
+    "Target",
     "ViT",
     "ViTConfig",
     "create_model",
     "list_models",
     "load_tokenizer",
     "mean_pool",
+    "pad_images",
     "register_model",
 ]

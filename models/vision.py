@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +16,10 @@ __all__ = ["build_vision_model", "check_positive", "initialise_convolutions"]
 Config = TypeVar("Config")
 
 
-def check_positive(config: Any) -> None:
+def check_positive(config: Any, *, zero: Collection[str] = ()) -> None:
     """Refuse a whole number, or a tuple of them, below 1 in a configuration; None and other kinds pass.
+
+    The fields named in ``zero`` may be 0.
 
     Raises
     ------
@@ -25,11 +27,11 @@ def check_positive(config: Any) -> None:
         Names the field.
     """
     for field in fields(config):
-        value = getattr(config, field.name)
+        value, least = getattr(config, field.name), 0 if field.name in zero else 1
         whole = "int" in str(field.type)
         for item in value if isinstance(value, tuple) else (value,):
-            if whole and item is not None and (not isinstance(item, int) or item < 1):
-                raise ValueError(f"{field.name} must hold integers >= 1, not {value!r}")
+            if whole and item is not None and (not isinstance(item, int) or item < least):
+                raise ValueError(f"{field.name} must hold integers >= {least}, not {value!r}")
         if value == ():
             raise ValueError(f"{field.name} must not be empty")
 
