@@ -1,8 +1,9 @@
 """Model definitions, one readable file each, and the registry of their names."""
 
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
+from models.info import Input, ModelInfo, Published
 from models.mobilenet import MobileNetConfig, MobileNetV2
-from models.registry import create_model, list_models, register_model
+from models.registry import create_model, describe_models, list_models, model_info, register_model
 from models.regnet import RegNet, RegNetConfig
 from models.resnet import ResNet, ResNetConfig
 from models.tokenizer import load_tokenizer
@@ -12,8 +13,11 @@ __all__ = [
     "BertClassifier",
     "BertConfig",
     "BertModel",
+    "Input",
     "MobileNetConfig",
     "MobileNetV2",
+    "ModelInfo",
+    "Published",
     "RegNet",
     "RegNetConfig",
     "ResNet",
@@ -21,8 +25,10 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "create_model",
+    "describe_models",
     "list_models",
     "load_tokenizer",
     "mean_pool",
+    "model_info",
     "register_model",
 ]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.registry import register_model
+from models.info import Input, ModelInfo
+from models.registry import describe_models, register_model
 from models.weights import distribution_file, read_weights
 
 __all__ = ["CONFIGS", "BertClassifier", "BertConfig", "BertModel", "from_huggingface", "mean_pool"]
@@ -277,3 +278,12 @@ def tinybert_4(
 ) -> nn.Module:
     """TinyBERT-4-312, 14.4 M parameters."""
     return _build("tinybert_4", pretrained, num_classes, overrides)
+
+
+_TOKENS = (Input("input_ids", (1, 128), torch.int64),)
+describe_models(
+    ("bert_base",),
+    ModelInfo(family="BERT", paper="1810.04805", inputs=_TOKENS, note="without the pooler (590,592 parameters)"),
+)
+describe_models(("minilm_l6",), ModelInfo(family="BERT", paper="2002.10957", inputs=_TOKENS))
+describe_models(("tinybert_4",), ModelInfo(family="BERT", paper="1909.10351", inputs=_TOKENS))

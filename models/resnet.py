@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.registry import register_model
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
 from models.vision import build_vision_model, check_positive, initialise_convolutions
 
 __all__ = ["CONFIGS", "BasicBlock", "Bottleneck", "ResNet", "ResNetConfig"]
@@ -165,3 +166,33 @@ def resnet101(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.
 def resnext50_32x4d(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """ResNeXt-50 with 32 groups of 4 channels, 25.0 M parameters."""
     return _build("resnext50_32x4d", pretrained, overrides)
+
+
+_TORCHVISION = "torchvision's model page"
+_FISHER = "arXiv 2108.00708, table 1"
+describe_models(
+    ("resnet18", "resnet34", "resnet50", "resnet101"),
+    ModelInfo(family="ResNet", paper="1512.03385", inputs=image(3, 224), note="v1.5: the stride is in the 3x3 convolution"),
+    {
+        "resnet18": Published(source=_TORCHVISION, parameters=11_689_512, macs=1_814_000_000, within=5e-4),
+        "resnet34": Published(source=_TORCHVISION, parameters=21_797_672, macs=3_664_000_000, within=5e-4),
+        "resnet50": (
+            Published(source=_TORCHVISION, parameters=25_557_032),
+            Published(source=_FISHER, macs=4_089_000_000, activations=11_110_000, within=5e-4),
+        ),
+        "resnet101": (
+            Published(source=_TORCHVISION, parameters=44_549_160),
+            Published(source=_FISHER, macs=7_801_000_000, activations=16_230_000, within=5e-4),
+        ),
+    },
+)
+describe_models(
+    ("resnext50_32x4d",),
+    ModelInfo(family="ResNeXt", paper="1611.05431", inputs=image(3, 224)),
+    {
+        "resnext50_32x4d": (
+            Published(source=_TORCHVISION, parameters=25_028_904),
+            Published(source=_FISHER, macs=4_230_000_000, activations=14_400_000, within=5e-4),
+        ),
+    },
+)

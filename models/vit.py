@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.registry import register_model
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
 from models.weights import read_weights
 
 __all__ = ["CONFIGS", "ViT", "ViTConfig"]
@@ -204,3 +205,15 @@ deit_tiny = _register("deit_tiny", "DeiT-T/16, 5.7 M parameters.")
 deit_small = _register("deit_small", "DeiT-S/16, 22.1 M parameters.")
 deit_base = _register("deit_base", "DeiT-B/16 or ViT-B/16, 86.6 M parameters.")
 vit_mnist = _register("vit_mnist", "4 layers of 96 channels for 28 x 28 digits, 0.3 M parameters.")
+
+
+describe_models(
+    ("deit_tiny", "deit_small", "deit_base"),
+    ModelInfo(family="DeiT", paper="2012.12877", inputs=image(3, 224)),
+    {
+        "deit_tiny": Published(source="timm 1.0.31, deit_tiny_patch16_224", parameters=5_717_416),
+        "deit_small": Published(source="timm 1.0.31, deit_small_patch16_224", parameters=22_050_664),
+        "deit_base": Published(source="timm 1.0.31, deit_base_patch16_224", parameters=86_567_656),
+    },
+)
+describe_models(("vit_mnist",), ModelInfo(family="ViT", paper="2010.11929", inputs=image(1, 28), note="ours, for digits"))
