@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from models.weights import read_weights
 
-__all__ = ["build_vision_model", "check_positive", "initialise_convolutions"]
+__all__ = ["DropPath", "build_vision_model", "check_images", "check_positive", "initialise_convolutions"]
 
 Config = TypeVar("Config")
 
@@ -34,6 +35,35 @@ def check_positive(config: Any) -> None:
             raise ValueError(f"{field.name} must not be empty")
 
 
+def check_images(x: Tensor, channels: int) -> None:
+    """Refuse what is not a batch of images with so many channels.
+
+    Raises
+    ------
+    ValueError
+        Shows both shapes.
+    """
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"images must be (B, {channels}, H, W), not {tuple(x.shape)}")
+
+
+class DropPath(nn.Module):
+    """In training, a residual branch is left out for some samples, with this probability; the others are scaled up.
+
+    Ref: G. Huang et al., Deep Networks with Stochastic Depth, arXiv 1603.09382.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.probability:
+            return x
+        keep = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.probability
+        return x * keep / (1 - self.probability)
+
+
 def initialise_convolutions(model: nn.Module) -> None:
     """Normal weights that keep the variance of gradients (fan out) in convolutions; ones and zeros in norms.
 
@@ -52,8 +82,10 @@ def build_vision_model(
     config: Config,
     pretrained: bool | str | Path,
     overrides: dict[str, Any],
+    *,
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> nn.Module:
-    """Build ``kind(config)`` with some fields changed, and load weights from a path.
+    """Build ``kind(config)`` with some fields changed, and load weights from a path, their names changed by ``rename``.
 
     Raises
     ------
@@ -69,7 +101,7 @@ def build_vision_model(
     model = kind(replace(config, **overrides))  # type: ignore[type-var]
     if pretrained is not False:
         try:
-            model.load_state_dict(read_weights(pretrained))
+            model.load_state_dict(rename(read_weights(pretrained)))
         except RuntimeError as error:
             raise ValueError(f"the weights in {pretrained} do not fit {name}: {error}") from None
     return model
