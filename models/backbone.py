@@ -89,17 +89,18 @@ class ResNetBackbone(nn.Module):
                 self.add_module(name, child)
         if frozen_norm:
             freeze_batch_norm(self)
-        frozen = [self.conv1, self.bn1][: 2 * frozen_stages] + [self.stage(number + 1) for number in range(frozen_stages - 1)]
-        for module in frozen:
-            module.requires_grad_(False)
+        for number in range(frozen_stages):
+            for part in (f"layer{number}",) if number else ("conv1", "bn1"):
+                self.get_submodule(part).requires_grad_(False)
 
     def stage(self, number: int) -> nn.Module:
         """The blocks of a stage, counted from 1."""
         return self.get_submodule(f"layer{number}")
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        maps = []
+        x, maps = images, []
+        for part in ("conv1", "bn1", "relu", "maxpool"):
+            x = self.get_submodule(part)(x)
         for number in range(1, self.stages[-1] + 1):
             x = self.stage(number)(x)
             if number in self.stages:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,8 +21,9 @@ from models.losses import box_l1_loss, check_finite, class_loss, giou_loss, sigm
 from models.matcher import BoxMatcher
 
 __all__ = [
-    "Detections",
+    "Augmentation",
     "DetectionCriterion",
+    "Detections",
     "Detector",
     "DetectorOutput",
     "Level",
@@ -201,7 +202,7 @@ class DetectionCriterion:
 
     def _layer(self, prediction: Prediction, targets: Sequence[Target]) -> dict[str, Tensor]:
         logits, boxes = prediction
-        pairs = [self.matcher(*image, target.labels, target.boxes) for *image, target in zip(logits, boxes, targets)]
+        pairs = [self.matcher(*image, target.labels, target.boxes) for image, target in zip(zip(logits, boxes), targets)]
         image = torch.cat([torch.full_like(queries, number) for number, (queries, _) in enumerate(pairs)])
         query = torch.cat([queries for queries, _ in pairs])
         labels = torch.cat([target.labels[objects] for target, (_, objects) in zip(targets, pairs)])
@@ -236,6 +237,14 @@ def _object_count(targets: Sequence[Target], device: torch.device) -> Tensor:
     return count.clamp(min=1)
 
 
+class Augmentation(Protocol):
+    """Several copies of a batch in training; see `models.feataug`."""
+
+    def losses(
+        self, detector: Detector, images: Tensor, mask: Tensor, targets: Sequence[Target]
+    ) -> dict[str, Tensor]: ...
+
+
 class Detector(nn.Module):
     """A detector in two halves, so that features can be augmented between them: `extract` and `detect`.
 
@@ -245,10 +254,13 @@ class Detector(nn.Module):
         Classes of objects, "no object" not counted.
     criterion
         What `losses` computes.
+    augmentation
+        FeatAug or DataAug, which `losses` applies in training mode, or None. Nothing else of a detector knows about it.
     """
 
     num_classes: int
     criterion: DetectionCriterion
+    augmentation: Augmentation | None = None
 
     def extract(self, images: Tensor, mask: Tensor) -> list[Level]:
         """Images (B, 3, H, W) and their mask (B, H, W) -> feature maps that the transformer reads, finest first."""
@@ -272,7 +284,10 @@ class Detector(nn.Module):
 
     def losses(self, images: Tensor, targets: Sequence[Target], mask: Tensor | None = None) -> dict[str, Tensor]:
         """Weighted losses by name of images with known objects; see `DetectionCriterion` and `check_targets`."""
+        mask = self.check_images(images, mask)
         check_targets(targets, images=len(images), classes=self.num_classes)
+        if self.training and self.augmentation is not None:
+            return self.augmentation.losses(self, images, mask, targets)
         return self.criterion(self(images, mask), targets)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Sine encodings of positions: of the cells of a feature map, and of points and boxes.
 
-Ref: A. Vaswani et al., arXiv 1706.03762, section 3.5; N. Carion et al., DETR, arXiv 2005.12872, appendix A.4; S. Liu et al., DAB-DETR,
-arXiv 2201.12329, section 4.2.
+Ref: A. Vaswani et al., arXiv 1706.03762, section 3.5; N. Carion et al., DETR, arXiv 2005.12872, appendix A.4; S. Liu et al.,
+DAB-DETR, arXiv 2201.12329, section 4.2.
 
 Shapes: B images, H and W cells, C channels.
 """

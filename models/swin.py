@@ -12,8 +12,8 @@ Shapes: B images, H x W positions of a map, C channels, N = window^2 positions o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.backbone import register_backbone
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
 from models.vision import DropPath, build_vision_model, check_images, check_positive
@@ -262,27 +263,47 @@ class Swin(_Trunk):
 
 
 class SwinBackbone(_Trunk):
-    """The backbone: (B, channels, H, W) -> a map (B, C << stage, H / (4 << stage), ...) of each stage, each with its own norm.
+    """The backbone: (B, channels, H, W) -> a map (B, channels[i], H / strides[i], W / strides[i]) of each stage that is asked for.
 
-    Every second block is shifted whatever the map's size, as the authors' segmentation code has it.
+    Each has its own norm; sizes are rounded up. Every second block is shifted whatever the map's size, as the authors'
+    segmentation code has it.
+
+    Parameters
+    ----------
+    stages
+        Which stages give a map, ascending, the first being 1; None: all.
+    frozen_stages
+        How many stages do not learn, the patches counted as the first.
 
     Members
     -------
-    widths, strides
+    channels, strides
         Channels of each map, and pixels a position.
     """
 
-    def __init__(self, config: SwinConfig) -> None:
+    def __init__(self, config: SwinConfig, *, stages: Sequence[int] | None = None, frozen_stages: int = 0) -> None:
         super().__init__(config)
-        self.widths = config.widths
-        self.strides = tuple(config.patch << stage for stage in range(len(config.blocks)))
-        for stage, width in enumerate(config.widths):
-            self.add_module(f"norm{stage}", nn.LayerNorm(width))
+        last = len(config.blocks)
+        stages = tuple(range(1, last + 1)) if stages is None else tuple(stages)
+        if not stages or list(stages) != sorted(set(stages)) or not all(1 <= stage <= last for stage in stages):
+            raise ValueError(f"stages must ascend within 1 to {last}, not {stages}")
+        if not 0 <= frozen_stages <= last + 1:
+            raise ValueError(f"frozen_stages must be in 0 to {last + 1}, not {frozen_stages!r}")
+        self.stages = stages
+        self.channels = tuple(config.widths[stage - 1] for stage in stages)
+        self.strides = tuple(config.patch << stage - 1 for stage in stages)
+        del self.layers[stages[-1] :]
+        self.layers[-1].downsample = None
+        for stage, width in zip(stages, self.channels):
+            self.add_module(f"norm{stage - 1}", nn.LayerNorm(width))
         self.apply(_initialise)
+        for part in [self.patch_embed, *self.layers][:frozen_stages]:
+            part.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self._maps(x, always_shift=True)
-        return [self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2).contiguous() for stage, x in enumerate(maps)]
+        normed = [self.get_submodule(f"norm{stage - 1}")(maps[stage - 1]) for stage in self.stages]
+        return [x.permute(0, 3, 1, 2).contiguous() for x in normed]
 
 
 def _initialise(module: nn.Module) -> None:
@@ -352,6 +373,21 @@ def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = [value, *(state[f"{match[1]}{other}.{match[3]}"] for other in others)]
             joined[f"{match[1]}qkv.{match[3]}"] = torch.cat(parts)
     return joined
+
+
+@register_backbone(*CONFIGS)
+def _backbone(
+    name: str,
+    *,
+    stages: Sequence[int],
+    width: int | None = None,
+    frozen_norm: bool = False,
+    frozen_stages: int = 0,
+    drop_path: float = 0.3,
+) -> nn.Module:
+    """A backbone; 0.3 is the stochastic depth of MaskFormer for all sizes. There is no batch norm for ``frozen_norm`` to freeze."""
+    config = replace(CONFIGS[name], drop_path=drop_path, **({} if width is None else {"width": width}))
+    return SwinBackbone(config, stages=stages, frozen_stages=frozen_stages)
 
 
 def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:

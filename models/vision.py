@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,10 @@ __all__ = ["DropPath", "build_vision_model", "check_images", "check_positive", "
 Config = TypeVar("Config")
 
 
-def check_positive(config: Any) -> None:
+def check_positive(config: Any, *, zero: Collection[str] = ()) -> None:
     """Refuse a whole number, or a tuple of them, below 1 in a configuration; None and other kinds pass.
+
+    The fields named in ``zero`` may be 0.
 
     Raises
     ------
@@ -26,11 +28,11 @@ def check_positive(config: Any) -> None:
         Names the field.
     """
     for field in fields(config):
-        value = getattr(config, field.name)
+        value, least = getattr(config, field.name), 0 if field.name in zero else 1
         whole = "int" in str(field.type)
         for item in value if isinstance(value, tuple) else (value,):
-            if whole and item is not None and (not isinstance(item, int) or item < 1):
-                raise ValueError(f"{field.name} must hold integers >= 1, not {value!r}")
+            if whole and item is not None and (not isinstance(item, int) or item < least):
+                raise ValueError(f"{field.name} must hold integers >= {least}, not {value!r}")
         if value == ():
             raise ValueError(f"{field.name} must not be empty")
 
@@ -48,20 +50,20 @@ def check_images(x: Tensor, channels: int) -> None:
 
 
 class DropPath(nn.Module):
-    """In training, a residual branch is left out for some samples, with this probability; the others are scaled up.
+    """In training, a residual branch is left out for a random share ``rate`` of the samples; the others are scaled up.
 
     Ref: G. Huang et al., Deep Networks with Stochastic Depth, arXiv 1603.09382.
     """
 
-    def __init__(self, probability: float) -> None:
+    def __init__(self, rate: float) -> None:
         super().__init__()
-        self.probability = probability
+        self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.probability:
+        if not self.training or not self.rate:
             return x
-        keep = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.probability
-        return x * keep / (1 - self.probability)
+        keep = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
 
 
 def initialise_convolutions(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ import transformers
 from safetensors.torch import save_file
 
 from models import create_model
+from models.backbone import Backbone, build_backbone
 from models.swin import CONFIGS, Swin, SwinBackbone, SwinConfig, _offsets, _shift_mask, official_names
 
 SMALL = {"width": 12, "blocks": (2, 2, 2), "heads": (1, 2, 4), "window": 4, "num_classes": 5}
@@ -32,7 +33,7 @@ def test_backbone_equals_transformers_at_any_size(size):
     with torch.no_grad():
         expected, maps = theirs(x).feature_maps, ours(x)
     for stage, (a, b) in enumerate(zip(maps, expected, strict=True)):
-        assert a.shape[1] == ours.widths[stage] and a.shape[2] == -(-size[0] // ours.strides[stage])
+        assert a.shape[1] == ours.channels[stage] and a.shape[2] == -(-size[0] // ours.strides[stage])
         assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
 
 
@@ -103,7 +104,7 @@ def test_bias_and_mask():
 
 def test_drop_path_leaves_out_whole_branches():
     model = Swin(SwinConfig(**SMALL, drop_path=0.5))
-    rates = [block.drop_path.probability for layer in model.layers for block in layer.blocks]
+    rates = [block.drop_path.rate for layer in model.layers for block in layer.blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     torch.manual_seed(0)
     kept = model.layers[-1].blocks[-1].drop_path.train()(torch.ones(2000, 2, 2, 1))
@@ -142,3 +143,28 @@ def test_wrong_use(tmp_path):
 def test_published_configurations_differ_only_in_size():
     assert CONFIGS["swin_base_384"].window == CONFIGS["swin_large_384"].window == 12
     assert {config.num_classes for config in CONFIGS.values()} == {1000}
+
+
+def test_backbone_of_some_stages():
+    torch.manual_seed(0)
+    whole, part = SwinBackbone(CONFIG).eval(), SwinBackbone(CONFIG, stages=(2,), frozen_stages=2).eval()
+    state = whole.state_dict()
+    part.load_state_dict({name: state[name] for name in part.state_dict()})
+    x = torch.randn(1, 3, 33, 40)
+    assert len(part(x)) == 1 and torch.equal(part(x)[0], whole(x)[1])
+    assert (part.channels, part.strides) == ((24,), (8,))
+    learns = {name.split(".")[0] + name.split(".")[1] for name, value in part.named_parameters() if value.requires_grad}
+    assert learns == {"layers1", "norm1weight", "norm1bias"}
+    with pytest.raises(ValueError, match=r"stages must ascend within 1 to 3, not \(2, 4\)"):
+        SwinBackbone(CONFIG, stages=(2, 4))
+    with pytest.raises(ValueError, match="frozen_stages must be in 0 to 4, not 5"):
+        SwinBackbone(CONFIG, frozen_stages=5)
+
+
+def test_registered_as_backbones():
+    with torch.device("meta"):
+        backbone = build_backbone("swin_base_384", stages=(1, 2, 3, 4))
+        assert [tuple(x.shape) for x in backbone(torch.empty(1, 3, 70, 64))] == [
+            (1, 128, 18, 16), (1, 256, 9, 8), (1, 512, 5, 4), (1, 1024, 3, 2)]  # fmt: skip
+        narrow = build_backbone("swin_tiny", stages=(4,), width=24, drop_path=0.0)
+    assert narrow.channels == (192,) and isinstance(backbone, Backbone)
