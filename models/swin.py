@@ -391,7 +391,7 @@ def _backbone(
 
 
 def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, Swin, CONFIGS[name], pretrained, overrides, rename=official_names)
+    return build_vision_model(name, Swin, CONFIGS[name], pretrained, overrides, rename=lambda state, own: official_names(state))
 
 
 @register_model

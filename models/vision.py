@@ -85,9 +85,11 @@ def build_vision_model(
     pretrained: bool | str | Path,
     overrides: dict[str, Any],
     *,
-    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+    rename: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] = lambda state, own: dict(state),
 ) -> nn.Module:
-    """Build ``kind(config)`` with some fields changed, and load weights from a path, their names changed by ``rename``.
+    """Build ``kind(config)`` with some fields changed, and load weights from a path.
+
+    ``rename`` gets the file's state dict and the model's own, and gives the file's under our names.
 
     Raises
     ------
@@ -103,7 +105,7 @@ def build_vision_model(
     model = kind(replace(config, **overrides))  # type: ignore[type-var]
     if pretrained is not False:
         try:
-            model.load_state_dict(rename(read_weights(pretrained)))
+            model.load_state_dict(rename(read_weights(pretrained), model.state_dict()))
         except RuntimeError as error:
             raise ValueError(f"the weights in {pretrained} do not fit {name}: {error}") from None
     return model
