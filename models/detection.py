@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -30,6 +30,7 @@ __all__ = [
     "Prediction",
     "Target",
     "check_targets",
+    "object_count",
     "pad_images",
     "resize_mask",
 ]
@@ -207,7 +208,7 @@ class DetectionCriterion:
         query = torch.cat([queries for queries, _ in pairs])
         labels = torch.cat([target.labels[objects] for target, (_, objects) in zip(targets, pairs)])
         expected = torch.cat([target.boxes[objects] for target, (_, objects) in zip(targets, pairs)])
-        count, matched = _object_count(targets, logits.device), boxes[image, query]
+        count, matched = object_count(targets, logits.device), boxes[image, query]
         return {
             "class": self.class_weight * self._classes(logits, image, query, labels, count),
             "l1": self.l1_weight * box_l1_loss(matched, expected).sum() / count,
@@ -228,8 +229,8 @@ def _suffixed(losses: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
     return {name + suffix: value for name, value in losses.items()}
 
 
-def _object_count(targets: Sequence[Target], device: torch.device) -> Tensor:
-    """Objects in the batch, the mean over the processes, at least 1."""
+def object_count(targets: Sequence[Any], device: torch.device) -> Tensor:
+    """How many ``labels`` the targets of a batch have, the mean over the processes, at least 1: float32 scalar."""
     count = torch.tensor(float(sum(len(target.labels) for target in targets)), device=device)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(count)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from models.weights import read_weights
 
-__all__ = ["build_vision_model", "check_images", "check_positive", "initialise_convolutions"]
+__all__ = ["DropPath", "build_vision_model", "check_images", "check_positive", "initialise_convolutions"]
 
 Config = TypeVar("Config")
 
@@ -48,6 +49,23 @@ def check_images(x: Tensor, channels: int) -> None:
         raise ValueError(f"images must be (B, {channels}, H, W), not {tuple(x.shape)}")
 
 
+class DropPath(nn.Module):
+    """In training, a residual branch is left out for a random share ``rate`` of the samples; the others are scaled up.
+
+    Ref: G. Huang et al., Deep Networks with Stochastic Depth, arXiv 1603.09382.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        keep = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
 def initialise_convolutions(model: nn.Module) -> None:
     """Normal weights that keep the variance of gradients (fan out) in convolutions; ones and zeros in norms.
 
@@ -66,8 +84,12 @@ def build_vision_model(
     config: Config,
     pretrained: bool | str | Path,
     overrides: dict[str, Any],
+    *,
+    rename: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] = lambda state, own: dict(state),
 ) -> nn.Module:
     """Build ``kind(config)`` with some fields changed, and load weights from a path.
+
+    ``rename`` gets the file's state dict and the model's own, and gives the file's under our names.
 
     Raises
     ------
@@ -83,7 +105,7 @@ def build_vision_model(
     model = kind(replace(config, **overrides))  # type: ignore[type-var]
     if pretrained is not False:
         try:
-            model.load_state_dict(read_weights(pretrained))
+            model.load_state_dict(rename(read_weights(pretrained), model.state_dict()))
         except RuntimeError as error:
             raise ValueError(f"the weights in {pretrained} do not fit {name}: {error}") from None
     return model
