@@ -94,7 +94,7 @@ def encode(tokenizer: Tokenizer, example: Example, max_length: int) -> tuple[lis
         if not words:
             raise ValueError(f"instruction and answer take {len(prompt) + len(answer)} tokens, more than {max_length}")
         over = len(prompt) + len(answer) - max_length
-        words = words[: len(words) - max(1, over // 4)]
+        words = words[: len(words) - max(1, over // 3)]
         prompt, answer = parts(" ".join(words))
     return prompt + answer, [IGNORED] * len(prompt) + answer
 

@@ -47,9 +47,9 @@ TOPICS = {
 }  # fmt: skip
 TOPIC = "What is this article about?"
 OPINION = "Did the author like the film?"
-LENGTH, HELD_OUT, PER_EPOCH = 112, 500, 3000
+LENGTH, HELD_OUT, KNOWN, PER_EPOCH = 64, 500, 3000, 1500
 PRETRAINING = TrainConfig(epochs=4, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=0.05, schedule="cosine", clip=1.0)
-TUNING = TrainConfig(epochs=5, lr=9e-3, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
+TUNING = TrainConfig(epochs=5, lr=3e-2, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
 WINDOWS = 1700
 """Windows of 128 tokens in an epoch of pre-training."""
 
@@ -81,7 +81,7 @@ def _data(vocabulary: int) -> Data:
         OUT.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer([*texts, *(prompt_of(part[0]) + part[0].answer for part in (topics, opinions))], vocabulary)
         tokenizer.save(str(file))
-    rows = [encode(tokenizer, example, LENGTH) for example in (*topics, *opinions)]
+    rows = [encode(tokenizer, example, LENGTH) for example in (*topics[:KNOWN], *opinions[:KNOWN])]
     held = [example.text for example in (*held_topics, *held_opinions)]
     return Data(tokenizer, _stream(tokenizer, texts), _stream(tokenizer, held), rows, held_topics, held_opinions)
 
@@ -150,8 +150,8 @@ def _tuned(name: str, base: Llama, data: Data, *, gated: bool) -> tuple[LlamaAda
     if not gated:
         for gate in model.gates:
             nn.init.constant_(gate, 20.0).requires_grad_(False)  # tanh(20) is 1 in float32
-    batches = example_batches(data.train, size=PER_EPOCH, batch_size=32, seed=0)
-    held = data.topics[:200] + data.opinions[:200]
+    batches = example_batches(data.train, size=PER_EPOCH, batch_size=16, seed=0)
+    held = data.topics[:150] + data.opinions[:150]
     return model, _stage(name, model, batches, TUNING, lambda model: _held_out(model, data.tokenizer, held)[0])
 
 

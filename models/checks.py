@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor
 __all__ = ["check_images", "check_multiple", "check_options", "check_positive", "check_share", "check_tokens"]
 
 
-def check_positive(config: Any) -> None:
+def check_positive(config: Any, *, zero: Collection[str] = ()) -> None:
     """Refuse a whole number, or a tuple of them, below 1 in a configuration; None and other kinds pass.
+
+    The fields named in ``zero`` may be 0.
 
     Raises
     ------
@@ -20,12 +22,12 @@ def check_positive(config: Any) -> None:
         Names the field.
     """
     for field in fields(config):
-        value = getattr(config, field.name)
+        value, least = getattr(config, field.name), 0 if field.name in zero else 1
         whole = "int" in str(field.type)
         for item in value if isinstance(value, tuple) else (value,):
-            if whole and item is not None and (not isinstance(item, int) or item < 1):
+            if whole and item is not None and (not isinstance(item, int) or item < least):
                 kind = "hold integers" if isinstance(value, tuple) else "be an integer"
-                raise ValueError(f"{field.name} must {kind} >= 1, not {value!r}")
+                raise ValueError(f"{field.name} must {kind} >= {least}, not {value!r}")
         if value == ():
             raise ValueError(f"{field.name} must not be empty")
 

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from models.detection import DetectionCriterion, Detector, DetectorOutput, Level, Prediction, resize_mask
 from models.detr import Attention, FeedForward, Mlp, build_detector, check_detector, detector_backbone
+from models.info import ModelInfo, Published, image
 from models.matcher import BoxMatcher
 from models.position import encode_coordinates, inverse_sigmoid, sine_position
-from models.registry import register_model
+from models.registry import describe_models, register_model
 
 __all__ = ["CONFIGS", "DabDetr", "DabDetrConfig"]
 
@@ -214,3 +215,13 @@ def dab_detr_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> 
 def dab_detr_tiny(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """DAB-DETR on a ResNet-18 of a quarter of the width, 60 queries, one class."""
     return build_detector("dab_detr_tiny", DabDetr, CONFIGS["dab_detr_tiny"], pretrained, overrides)
+
+
+describe_models(
+    ("dab_detr_r50",),
+    ModelInfo(family="DAB-DETR", paper="2201.12329", inputs=image(3, 800, 1066)),
+    {"dab_detr_r50": Published(source="transformers 5.23.0, DabDetrForObjectDetection", parameters=43_671_517)},
+)
+describe_models(
+    ("dab_detr_tiny",), ModelInfo(family="DAB-DETR", paper="2201.12329", inputs=image(3, 128), note="ours, for tests")
+)

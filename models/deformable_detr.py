@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from models.deformable_attention import DeformableAttention
 from models.detection import DetectionCriterion, Detector, DetectorOutput, Level, Prediction, resize_mask
 from models.detr import Attention, FeedForward, Mlp, build_detector, check_detector, detector_backbone
+from models.info import ModelInfo, Published, image
 from models.matcher import BoxMatcher
 from models.position import encode_coordinates, inverse_sigmoid, sine_position
-from models.registry import register_model
+from models.registry import describe_models, register_model
 
 __all__ = ["CONFIGS", "DeformableDetr", "DeformableDetrConfig"]
 
@@ -370,3 +371,41 @@ deformable_detr_tiny = _register(
     "deformable_detr_tiny", "Three maps of a ResNet-18 of a quarter of the width, 60 queries: trains in minutes on a CPU."
 )
 h_deformable_detr_tiny = _register("h_deformable_detr_tiny", "The same in two stages, with 120 more queries matched one-to-many.")
+
+
+_COUNTED = "transformers 5.23.0, DeformableDetrForObjectDetection"
+describe_models(
+    ("deformable_detr_r50", "deformable_detr_r50_refine", "deformable_detr_r50_two_stage", "deformable_detr_r50_tricks"),
+    ModelInfo(family="Deformable-DETR", paper="2010.04159", inputs=image(3, 800, 1066)),
+    {
+        "deformable_detr_r50": (
+            Published(source=_COUNTED, parameters=40_069_665),
+            Published(
+                source="the authors' README", parameters=40_000_000, macs=173_000_000_000, within=0.08,
+                note="mean of COCO images, here one of 4:3",
+            ),
+        ),
+        "deformable_detr_r50_refine": Published(source=_COUNTED, parameters=40_732_725),
+        "deformable_detr_r50_two_stage": Published(source=_COUNTED, parameters=41_181_529),
+        "deformable_detr_r50_tricks": Published(
+            source=_COUNTED, parameters=47_562_073, note="two stages, ffn 2048: 47,485,273 there; and 300 queries of 256"
+        ),
+    },
+)  # fmt: skip
+describe_models(
+    ("h_deformable_detr_r50",),
+    ModelInfo(family="H-Deformable-DETR", paper="2207.13080", inputs=image(3, 800, 1066)),
+    {
+        "h_deformable_detr_r50": Published(
+            source=_COUNTED, parameters=47_946_073, note="two stages, ffn 2048: 47,485,273 there; and 1,800 queries of 256"
+        ),
+    },
+)
+describe_models(
+    ("deformable_detr_tiny",),
+    ModelInfo(family="Deformable-DETR", paper="2010.04159", inputs=image(3, 128), note="ours, for tests"),
+)
+describe_models(
+    ("h_deformable_detr_tiny",),
+    ModelInfo(family="H-Deformable-DETR", paper="2207.13080", inputs=image(3, 128), note="ours, for tests"),
+)

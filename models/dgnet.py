@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import mobilenet, regnet, resnet
-from models.registry import register_model
+from models.info import ModelInfo, image
+from models.registry import describe_models, register_model
 from models.vision import build_vision_model
 
 __all__ = [
@@ -341,3 +342,12 @@ def _register(name: str, kind: Callable[..., nn.Module], config: Any, title: str
 
 for _name, (_kind, _config, _title) in NETWORKS.items():
     _register(_name, _kind, _config, _title)
+
+
+describe_models(
+    tuple(NETWORKS),
+    ModelInfo(
+        family="DG-Net", paper="2010.01097", inputs=image(3, 224), reconstruction=True,
+        note="no figures to compare with; routers add n (n - 1) / 2 edges of C + 1 parameters to a stage of n nodes",
+    ),
+)  # fmt: skip

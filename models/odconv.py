@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from models import mobilenet, resnet
-from models.registry import register_model
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
 from models.vision import build_vision_model
 
 __all__ = [
@@ -384,3 +385,36 @@ def _register(name: str, base: str, kernels: int) -> Callable[..., nn.Module]:
 
 for _name, (_base, _kernels) in NETWORKS.items():
     _register(_name, _base, _kernels)
+
+
+def _figures(parameters: int | float, macs: float) -> tuple[Published, ...]:
+    """Parameters, exact or in M, and M multiply-adds of the README. Its counter also takes pooling and the products of kernels
+    with their attentions; its ResNet-50 and 101 are those of v1, with the stride in the 1x1 convolution, not the released code's."""
+    source = "OSVAI/ODConv, README"
+    counted = Published(source="OSVAI/ODConv at 0901cc1, counted", parameters=int(parameters))
+    rounded = Published(source=source, parameters=round(parameters * 1e6), within=2e-3)
+    note = "counts pooling and attended kernels too, and ResNet-50 and 101 as v1"
+    return (
+        counted if isinstance(parameters, int) else rounded,
+        Published(source=source, macs=round(macs * 1e6), within=0.06, note=note),
+    )
+
+
+describe_models(
+    tuple(NETWORKS),
+    ModelInfo(family="ODConv", paper="2209.07947", inputs=image(3, 224)),
+    {
+        "odconv_resnet18_1x": _figures(11_943_944, 1838),
+        "odconv_resnet18_4x": _figures(44_901_640, 1916),
+        "odconv_resnet50_1x": _figures(28_635_112, 3916),
+        "odconv_resnet50_4x": _figures(90_670_888, 4080),
+        "odconv_resnet101_1x": _figures(50_818_769, 7675),
+        "odconv_resnet101_2x": _figures(90_441_623, 7802),
+        "odconv_mobilenetv2_1x": _figures(4_940_185, 311.8),
+        "odconv_mobilenetv2_4x": _figures(11_512_149, 327.1),
+        "odconv_mobilenetv2_075_1x": _figures(3.51, 217.1),
+        "odconv_mobilenetv2_075_4x": _figures(7.50, 226.3),
+        "odconv_mobilenetv2_050_1x": _figures(2.43, 101.8),
+        "odconv_mobilenetv2_050_4x": _figures(4.44, 106.4),
+    },
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,43 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.weights import read_weights
+from models.checks import check_images, check_options, check_positive
+from models.weights import load_weights, read_weights
 
 __all__ = ["DropPath", "build_vision_model", "check_images", "check_positive", "initialise_convolutions"]
 
 Config = TypeVar("Config")
-
-
-def check_positive(config: Any, *, zero: Collection[str] = ()) -> None:
-    """Refuse a whole number, or a tuple of them, below 1 in a configuration; None and other kinds pass.
-
-    The fields named in ``zero`` may be 0.
-
-    Raises
-    ------
-    ValueError
-        Names the field.
-    """
-    for field in fields(config):
-        value, least = getattr(config, field.name), 0 if field.name in zero else 1
-        whole = "int" in str(field.type)
-        for item in value if isinstance(value, tuple) else (value,):
-            if whole and item is not None and (not isinstance(item, int) or item < least):
-                raise ValueError(f"{field.name} must hold integers >= {least}, not {value!r}")
-        if value == ():
-            raise ValueError(f"{field.name} must not be empty")
-
-
-def check_images(x: Tensor, channels: int) -> None:
-    """Refuse what is not a batch of images with so many channels.
-
-    Raises
-    ------
-    ValueError
-        Shows both shapes.
-    """
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"images must be (B, {channels}, H, W), not {tuple(x.shape)}")
 
 
 class DropPath(nn.Module):
@@ -96,16 +65,10 @@ def build_vision_model(
     ValueError
         Unknown override, weights that do not fit, or ``pretrained=True``: no package carries weights.
     """
-    known = [field.name for field in fields(config)]  # type: ignore[arg-type]
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise ValueError(f"{name} has no option {unknown[0]!r}: it has {', '.join(known)}")
+    check_options(name, overrides, (field.name for field in fields(config)))  # type: ignore[arg-type]
     if pretrained is True:
         raise ValueError(f"no installable package carries weights of {name}: give pretrained= a path")
     model = kind(replace(config, **overrides))  # type: ignore[type-var]
     if pretrained is not False:
-        try:
-            model.load_state_dict(rename(read_weights(pretrained), model.state_dict()))
-        except RuntimeError as error:
-            raise ValueError(f"the weights in {pretrained} do not fit {name}: {error}") from None
+        load_weights(model, rename(read_weights(pretrained), model.state_dict()), name=name, where=pretrained)
     return model

@@ -18,6 +18,9 @@ class Sizes:
 def test_positive():
     for fine in (Sizes(), Sizes(heads=2), Sizes(rate=-1.0)):
         check_positive(fine)
+    check_positive(Sizes(width=0, heads=0), zero=("width", "heads"))
+    with pytest.raises(ValueError, match="width must be an integer >= 0, not -1"):
+        check_positive(Sizes(width=-1), zero=("width",))
     for sizes, message in (
         (Sizes(width=0), "width must be an integer >= 1, not 0"), (Sizes(heads=-1), "heads must be an integer >= 1, not -1"),
         (Sizes(width=2.0), "width must be an integer >= 1, not 2.0"), (Sizes(stages=()), "stages must not be empty"),

@@ -92,8 +92,8 @@ def test_predict_counts_pixels_of_the_image_not_the_padding():
     [
         ({"hidden": 30}, "hidden must be a multiple of 4 and of heads, not 30 with 8 heads"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
-        ({"queries": 0}, "queries must hold integers >= 1, not 0"),
-        ({"frozen_stages": -1}, "frozen_stages must hold integers >= 0, not -1"),
+        ({"queries": 0}, "queries must be an integer >= 1, not 0"),
+        ({"frozen_stages": -1}, "frozen_stages must be an integer >= 0, not -1"),
         ({"backbone": "resnet5"}, "unknown backbone 'resnet5': did you mean"),
         ({"layers": 3}, "detr_r50 has no option 'layers': it has feataug, dataaug, backbone"),
         ({"feataug": "flip", "dataaug": "flip"}, "give feataug or dataaug, not both"),

@@ -161,7 +161,7 @@ def test_wrong_use(tmp_path):
     for change, message in (
         ({"hidden": 48}, "hidden must be a multiple of 32 and of heads, not 48 with 4 heads"),
         ({"heads": 5}, "hidden must be a multiple of 32 and of heads, not 64 with 5 heads"),
-        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), not -0.1"), ({"queries": 0}, "queries must hold integers >= 1"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), not -0.1"), ({"queries": 0}, "queries must be an integer >= 1"),
         ({"backbone": "resnet19"}, "unknown backbone 'resnet19': did you mean resnet18"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -130,7 +130,7 @@ def test_wrong_use(tmp_path):
     for change, message in (
         ({"heads": (1, 2)}, r"heads and blocks must have one entry a stage, not \(1, 2\) and \(2, 2, 2\)"),
         ({"heads": (1, 2, 5)}, "width must be a multiple of heads in each stage, not 48 channels with 5 heads"),
-        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), not 1.0"), ({"window": 0}, "window must hold integers >= 1"),
+        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), not 1.0"), ({"window": 0}, "window must be an integer >= 1"),
         ({"depth": 3}, "swin_tiny has no option 'depth'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
