@@ -265,7 +265,7 @@ describe_models(
     {
         "detr_r50": (
             Published(source="transformers 5.23.0, DetrForObjectDetection", parameters=41_524_768),
-            Published(source="the paper, table 1", macs=86_000_000_000, within=0.08, note="mean of 100 COCO images, here one of 4:3"),
+            Published(source="the paper, table 1", macs=86_000_000_000, within=0.08, note="mean of COCO images, here one of 4:3"),
         ),
     },
 )
