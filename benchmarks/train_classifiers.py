@@ -6,7 +6,8 @@ stops before a run that would start later than that. ``python -m benchmarks trai
 the table of docs/models-classifiers.md.
 
 Data: MNIST-5k (`algo.data`), 4,000 digits to train on, 1,000 held out, shifted by up to 2 pixels in training. A base and what
-extends it have the same data in the same order, epochs, batch, optimiser and learning rate; nothing is chosen by the held-out digits.
+extends it have the same data in the same order, epochs, batch, optimiser and learning rate; nothing is chosen by the held-out
+digits.
 """
 
 import argparse
@@ -100,7 +101,8 @@ def execute(run: Run) -> None:
     hook: StepFn | None = temperature_schedule() if network.anneal else None
     config = TrainConfig(**(asdict(network.train) | {"seed": run.seed}))
     with progress_bars() as progress:
-        found = train(model, task.batches, task.loss, config, before_step=hook, progress=progress, label=f"{run.network} {run.seed}")
+        label = f"{run.network} {run.seed}"
+        found = train(model, task.batches, task.loss, config, before_step=hook, progress=progress, label=label)
     cost = count(model, next(iter(task.held_out())).pixels[:1])
     facts = {
         "accuracy": task.evaluate(model), "losses": [round(loss, 5) for loss in found.losses], "parameters": cost.parameters,

@@ -8,8 +8,8 @@ With attentions a_w (kernel), a_f (filter, that is output channel), a_c (input c
 ``y = (sum_n a_w[n] * a_f * a_c * a_s * W[n]) conv x``. None of a_f, a_c and a_s depends on n here, as in the code. Two forms give
 that same y:
 
-* ``dynamic``: a_c scales the input, a_f the output, and one kernel is mixed for each sample: about the MACs of a plain convolution,
-  but weights that depend on the data;
+* ``dynamic``: a_c scales the input, a_f the output, and one kernel is mixed for each sample: about the MACs of a plain
+  convolution, but weights that depend on the data;
 * ``static``: a_c and a_s scale the input's patches, the weights multiply them as they are, and a_w and a_f scale the results:
   n times the MACs, but every weight is constant, as an accelerator with compressed, N:M sparse weights needs.
 
@@ -48,8 +48,8 @@ class KernelAttention(nn.Module):
     """Attention of one convolution: (B, C, H, W) -> channel (B, C, 1, 1), filter (B, O, 1, 1), position (B, P), kernel (B, n).
 
     Mean over the pixels, a layer of max(16, C * reduction) channels with batch norm and ReLU, and a linear head for each;
-    sigmoid for the first three, softmax for the kernel, both of the logits over ``temperature``. A head that has nothing to say is
-    left out and gives None (all ones): filter of a depth-wise convolution, position of a 1x1, kernel if there is one.
+    sigmoid for the first three, softmax for the kernel, both of the logits over ``temperature``. A head that has nothing to
+    say is left out and gives None (all ones): filter of a depth-wise convolution, position of a 1x1, kernel if there is one.
     """
 
     def __init__(self, conv: ODConv2d, *, reduction: float, min_width: int = 16) -> None:
@@ -212,7 +212,8 @@ def static_conv2d(
     height, width = (
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     )
-    patches = F.unfold(x, size, dilation, padding, stride).unflatten(1, (groups, -1, size.numel()))  # (B, g, C / g, P, L)
+    patches = F.unfold(x, size, tuple(dilation), tuple(padding), tuple(stride))
+    patches = patches.unflatten(1, (groups, -1, size.numel()))  # (B, g, C / g, P, L)
     if position is not None:
         patches = patches * position[:, None, None, :, None]
     rows = weight.flatten(1).unflatten(0, (kernels, groups, -1))  # (n, g, O / g, C / g * P)

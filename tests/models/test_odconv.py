@@ -301,9 +301,11 @@ def test_fisher_prunes_dynamic_convolutions(name, options):
 
 def test_wrong_use():
     for options, message in (
-        ({"kernels": 0}, "kernels must be an integer >= 1, not 0"), ({"reduction": 0}, "reduction must be above 0 and at most 1, not 0"),
-        ({"form": "fast"}, "form must be one of dynamic, static, not 'fast'"), ({"padding": "same"}, "padding must be given in pixels"),
-    ):  # fmt: skip
+        ({"kernels": 0}, "kernels must be an integer >= 1, not 0"),
+        ({"reduction": 0}, "reduction must be above 0 and at most 1, not 0"),
+        ({"form": "fast"}, "form must be one of dynamic, static, not 'fast'"),
+        ({"padding": "same"}, "padding must be given in pixels"),
+    ):
         with pytest.raises(ValueError, match=message):
             ODConv2d(4, 4, 3, **options)
     with pytest.raises(ValueError, match="odconv_resnet18_1x has no option 'depth': it has kernels, reduction, form, bottleneck"):
