@@ -27,7 +27,7 @@ from algo.count import count
 from algo.train import StepFn, TrainConfig, progress_bars, train
 from benchmarks import DOCS, RESULTS, Table, environment, write_page
 from models import create_model
-from models.dgnet import edge_density, graphs, skip_edges
+from models.dgnet import RouterConfig, edge_density, graphs, skip_edges
 from models.odconv import temperature_schedule
 from nmforge.tasks import get_task
 
@@ -63,7 +63,11 @@ NETWORKS = {
     "dgnet444": Network(
         "the same as DG-Net", "dgnet_resnet18", SMALL | {"blocks": (4, 4, 4)}, CONVOLUTIONAL, "resnet444"
     ),
-}
+    "dgnet444-03": Network(
+        "the same, threshold 0.3, straight through", "dgnet_resnet18",
+        SMALL | {"blocks": (4, 4, 4), "threshold": 0.3, "straight_through": True}, CONVOLUTIONAL, "resnet444",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,17 +178,18 @@ def _percent(results: list[dict], value: Callable[[dict], float]) -> str:
 
 def _densities() -> Table:
     rows = []
-    for result in _results("dgnet444"):
-        for stage in result["density"]:
-            rows.append((
-                f"seed {result['setting']['run']['seed']}, {stage['stage']}", stage["nodes"], stage["edges"],
-                f"{100 * stage['density']:.1f}", f"{100 * stage['needed']:.1f}", f"{100 * result['accuracy_skipping']:.2f}",
-            ))  # fmt: skip
+    for name, network in NETWORKS.items():
+        results = _results(name) if "dgnet" in network.model else []
+        for parts in zip(*(result["density"] for result in results)):
+            kept, needed = (100 * mean(part[key] for part in parts) for key in ("density", "needed"))
+            threshold = network.options.get("threshold", RouterConfig.threshold)
+            rows.append((f"threshold {threshold}, {parts[0]['stage']}", parts[0]["nodes"], parts[0]["edges"], len(parts),
+                         round(kept, 1), round(needed, 1), _percent(results, lambda result: result["accuracy_skipping"])))
     return Table(
         "What the routers of DG-Net keep",
-        ("stage", "nodes", "edges", "kept (%)", "nodes needed (%)", "accuracy with skipping (%)"),
+        ("stage", "nodes", "edges", "seeds", "edges kept (%)", "nodes needed (%)", "accuracy with skipping (%)"),
         tuple(rows),
-        "Mean over the held-out digits.",
+        "Mean over the held-out digits and seeds.",
     )
 
 

@@ -35,9 +35,20 @@ from models.registry import register_model
 from models.vision import build_vision_model
 
 __all__ = [
-    "DynamicSequence", "FixedRouter", "Router", "RouterConfig", "StageDensity", "chain", "dynamic_graph", "edge_density", "graphs",
-    "needed_nodes", "skip_edges", "threshold_edges",
-]  # fmt: skip
+    "NETWORKS",
+    "DynamicSequence",
+    "FixedRouter",
+    "Router",
+    "RouterConfig",
+    "StageDensity",
+    "chain",
+    "dynamic_graph",
+    "edge_density",
+    "graphs",
+    "needed_nodes",
+    "skip_edges",
+    "threshold_edges",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,17 @@ from models.registry import register_model
 from models.vision import build_vision_model
 
 __all__ = [
-    "FORMS", "SHORTCUTS", "KernelAttention", "ODConv2d", "convert", "dynamic_conv2d", "set_temperature", "static_conv2d",
+    "FORMS",
+    "NETWORKS",
+    "SHORTCUTS",
+    "KernelAttention",
+    "ODConv2d",
+    "convert",
+    "dynamic_conv2d",
+    "set_temperature",
+    "static_conv2d",
     "temperature_schedule",
-]  # fmt: skip
+]
 
 FORMS = ("dynamic", "static")
 
