@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import nmforge as nf
+from algo.checkpoint import save_model
+from algo.train import TrainConfig, train
 from models import ODConv2d, create_model
 from models.odconv import NETWORKS, KernelAttention, convert, set_temperature, temperature_schedule
 from tests.models.small import fisher_prunes, overfit
@@ -231,6 +233,23 @@ def test_temperature():
     assert torch.allclose(conv.attention(x)[3], torch.full((2, 3), 1 / 3), atol=1e-4)
 
 
+def test_the_schedule_is_a_hook_of_the_training_loop():
+    torch.manual_seed(0)
+    model, seen = create_model("odconv_resnet18_4x", width=8, blocks=(1,), num_classes=3), []
+    schedule = temperature_schedule(start=5, share=0.5)
+
+    def hook(model, step, steps):
+        schedule(model, step, steps)
+        seen.append(model.layer1[0].conv1.attention.temperature)
+
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4) % 3)] * 2
+    train(
+        model, lambda epoch: batches, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        TrainConfig(epochs=2, lr=1e-3), before_step=hook,
+    )  # fmt: skip
+    assert seen == pytest.approx([5, 3, 1, 1])
+
+
 def test_dropout_before_the_classifier():
     model = create_model("odconv_resnet18_4x", width=8, blocks=(1,), dropout=0.2)
     assert model.drop.p == 0.2
@@ -285,7 +304,7 @@ def test_sparse():
     ("odconv_resnet18_4x", {"width": 8, "blocks": (1,), "form": "static"}),
     ("odconv_mobilenetv2_1x", {"width": 0.25, "stages": ((1, 16, 1, 1), (6, 24, 2, 2)), "head": 64, "dropout": 0.0}),
 ])  # fmt: skip
-def test_fisher_prunes_dynamic_convolutions(name, options):
+def test_fisher_prunes_dynamic_convolutions(name, options, tmp_path):
     torch.manual_seed(0)
     model, x = create_model(name, num_classes=4, **options), torch.randn(3, 3, 32, 32)
     randomise(model, 0.3)
@@ -297,6 +316,11 @@ def test_fisher_prunes_dynamic_convolutions(name, options):
         if isinstance(part, ODConv2d):
             assert part.weight.shape[:2] == (part.kernels * part.out_channels, part.in_channels // part.groups)
             assert part.attention.fc.in_channels == part.attention.channel_fc.out_channels == part.in_channels
+    save_model(model, tmp_path, {})
+    again = create_model(name, num_classes=4, **options)
+    nf.load_pruned(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
 
 
 def test_wrong_use():
