@@ -52,13 +52,14 @@ class Loadable(Protocol):
     def state(self) -> dict[str, Tensor]: ...
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
     """Write tensors and JSON facts to one safetensors file: to a temporary name first, then renamed.
 
     Of several processes only the main one writes.
     """
     if not is_main():
         return
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     # A clone each: safetensors refuses tensors that share memory, and views would store more than they show.
@@ -70,7 +71,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
     os.replace(temporary, path)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote.
 
     Raises
@@ -80,6 +81,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ValueError
         Truncated, altered in its structure, or not written by nmforge.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -92,21 +94,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged ({error}): delete it or start over") from None
 
 
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, facts: Mapping[str, Any]) -> None:
     """Write JSON, sorted and indented: to a temporary name first, then renamed. Of several processes only the main
     one writes."""
     if not is_main():
         return
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object; ValueError if it is damaged or not an object."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it or start over") from None
     if not isinstance(facts, dict):
@@ -175,7 +178,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def save_model(model: nn.Module, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+def save_model(model: nn.Module, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write a dense or finalised model to ``folder``: ``model.safetensors`` and ``model.json`` with the
     patterns.
 
@@ -192,12 +195,13 @@ def save_model(model: nn.Module, folder: Path, facts: Mapping[str, Any] | None =
         raise ValueError(f"layer {training[0]!r} is still in training: call finalize() before saving")
     patterns = model_patterns(model)
     verify(model, patterns)
+    folder = Path(folder)
     write_tensors(folder / "model.safetensors", model.state_dict())
     named = {name: str(nm) for name, nm in patterns.items()}
     write_json(folder / "model.json", {"patterns": named, "facts": dict(facts or {})})
 
 
-def load_model(model: nn.Module, folder: Path) -> dict[str, Any]:
+def load_model(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     """Load what `save_model` wrote into a model of the same shape, in place; its layers get their
     ``nm_pattern``.
 
@@ -213,6 +217,7 @@ def load_model(model: nn.Module, folder: Path) -> dict[str, Any]:
     ValueError
         Damaged files, weights of another model, or weights that break their pattern (`PatternViolation`).
     """
+    folder = Path(folder)
     if not (folder / "model.json").is_file():
         raise FileNotFoundError(f"no model in {folder}: model.json is missing")
     described = read_json(folder / "model.json")

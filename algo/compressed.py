@@ -72,7 +72,7 @@ def storage(model: nn.Module, *, format: Format | None = None) -> list[StorageRo
 
 
 def save_compressed(
-    model: nn.Module, path: Path, facts: Mapping[str, Any] | None = None, *, format: Format | None = None
+    model: nn.Module, path: str | Path, facts: Mapping[str, Any] | None = None, *, format: Format | None = None
 ) -> None:
     """Write a finalised model with its sparse weights packed.
 
@@ -97,7 +97,7 @@ def save_compressed(
     write_tensors(path, state, {"compressed": described, "facts": dict(facts or {})})
 
 
-def read_compressed(path: Path) -> tuple[dict[str, Tensor], dict[str, NM], dict[str, Any]]:
+def read_compressed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, NM], dict[str, Any]]:
     """State dict with dense tensors, pattern by weight name, and the facts of what `save_compressed` wrote.
 
     Raises
@@ -133,7 +133,7 @@ def _unpack(values: Tensor, positions: Tensor, entry: Mapping[str, Any]) -> Tens
     return from_rows(matrix, shape).contiguous()
 
 
-def load_compressed(model: nn.Module, path: Path) -> dict[str, Any]:
+def load_compressed(model: nn.Module, path: str | Path) -> dict[str, Any]:
     """Load a compressed checkpoint into a model of the same shape, in place; its layers get their ``nm_pattern``.
 
     Returns

@@ -120,8 +120,8 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield place
-        # DistributedDataParallel leaks its group (torch 2.13), whose threads then outlive it: if one still holds a tensor when the
-        # interpreter goes, the process aborts. All are done when a barrier is.
+        # DistributedDataParallel leaks its group (torch 2.13), whose threads then outlive it: if one still holds a tensor when
+        # the interpreter goes, the process aborts. All are done when a barrier is.
         barrier()
     finally:
         if joined:

@@ -42,8 +42,8 @@ class FlipTracker:
         A CSV file to append rows to: step, layer, sad, weights, rate.
     """
 
-    def __init__(self, model: nn.Module, path: Path | None = None) -> None:
-        self._model, self._path = model, path
+    def __init__(self, model: nn.Module, path: str | Path | None = None) -> None:
+        self._model, self._path = model, None if path is None else Path(path)
         self._masks: dict[tuple[str, int], Tensor] = {}
         self._step: int | None = None
         self.rows: list[Flips] = []
@@ -85,7 +85,7 @@ class FlipTracker:
             writer.writerows((row.step, row.layer, row.sad, row.weights, f"{row.rate:.3e}") for row in rows)
 
 
-def flips_plot(rows: Sequence[Flips], path: Path) -> None:
+def flips_plot(rows: Sequence[Flips], path: str | Path) -> None:
     """Draw each layer's flip rate against the step, as a PNG."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:

@@ -315,7 +315,7 @@ def family_table(model: nn.Module, levels: Iterable[Level], *, value_bits: int =
     return found
 
 
-def family_plot(rows: Iterable[FamilyRow], path: Path, *, dense_accuracy: float | None = None) -> None:
+def family_plot(rows: Iterable[FamilyRow], path: str | Path, *, dense_accuracy: float | None = None) -> None:
     """Draw accuracy, storage and the bound of the speed-up of a family against its patterns, as a PNG."""
     from algo.plots import save_panels
 

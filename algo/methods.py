@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from algo.mask import magnitude_mask, magnitude_threshold
 from algo.nm import NM
@@ -33,16 +34,19 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
-        ctx.save_for_backward(weight, mask)
+        masked = weight * mask  # two fifths of the time of torch.where; its minus zeros go in `finalize`
+        ctx.save_for_backward(weight, masked)
         ctx.decay = decay
-        return torch.where(mask, weight, 0.0)  # not a product: a third of its time, and no minus zeros
+        return masked
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        weight, mask = ctx.saved_tensors
+        weight, masked = ctx.saved_tensors
         gradient = gradients[0]
         if ctx.decay:
-            gradient = torch.where(mask, gradient, gradient.add(weight, alpha=ctx.decay))
+            pruned = weight - masked  # exactly 0 where the mask keeps
+            gradient = torch.add(gradient, pruned, alpha=ctx.decay, out=pruned)
         return gradient, None, None
 
 

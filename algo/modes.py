@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "quiet_export"]
+__all__ = ["evaluating", "plain_attention", "quiet_export"]
 
 
 @contextmanager
@@ -27,16 +27,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_export() -> Iterator[None]:
-    """Torch silent about what it fails to trace; attention stays one operator, not a fused encoder kernel."""
-    log = logging.getLogger("torch")
-    level, fast = log.level, torch.backends.mha.get_fastpath_enabled()
+def plain_attention() -> Iterator[None]:
+    """Torch's attention and encoder modules run operator by operator, not as one fused kernel."""
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Torch silent about what it fails to trace; `plain_attention`."""
+    log = logging.getLogger("torch")
+    level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        with plain_attention(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         log.setLevel(level)
-        torch.backends.mha.set_fastpath_enabled(fast)

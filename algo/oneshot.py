@@ -10,17 +10,19 @@ error; the weights to the right make up for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from algo.layers import sparse_layers
+from algo.layers import sparse_layers, weight_names
 from algo.mask import magnitude_mask
-from algo.modes import evaluating
+from algo.modes import evaluating, plain_attention
 from algo.nm import NM
 
 __all__ = ["Calibration", "prune_calibrated", "run_batch"]
@@ -43,6 +45,15 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A weight, or rows of it, that meets one input: a layer's, or queries, keys or values of torch's attention."""
+
+    layer: nn.Module
+    weight: Tensor
+    pattern: NM
+
+
 @torch.no_grad()
 def prune_calibrated(
     model: nn.Module, patterns: Mapping[str, NM], *, method: Literal["wanda", "sparsegpt"], calibration: Calibration
@@ -52,28 +63,30 @@ def prune_calibrated(
     Raises
     ------
     ValueError
-        No batch, a layer that no batch reaches, or a layer whose weights cannot be followed (torch's attention modules, whose
-        input projection has no input of its own).
+        No batch, or a layer that no batch reaches.
     """
     batches = list(calibration)
     if not batches:
         raise ValueError("calibration has no batches")
-    layers = {name: layer for name, layer in sparse_layers(model) if name in patterns}
-    for name, layer in layers.items():
-        if isinstance(layer, nn.MultiheadAttention):
-            raise ValueError(f"layer {name!r} is a torch.nn.MultiheadAttention: its projections are computed inside and cannot "
-                             f"be calibrated; prune it by another method, or leave it out ({{{name!r}: 'dense', ...}})")
-    with evaluating(model):
-        stages, repeated = _stages(model, layers, batches[0])
+    parts: dict[str, _Part] = {}
+    for name, layer in sparse_layers(model):
+        if name in patterns:
+            weights = [getattr(layer, weight).detach() for weight in weight_names(layer)]
+            if isinstance(layer, nn.MultiheadAttention):
+                weights = weights if len(weights) == 3 else list(weights[0].chunk(3))
+            parts |= {f"{name}.{'qkv'[i]}" if len(weights) > 1 else name: _Part(layer, weight, patterns[name])
+                      for i, weight in enumerate(weights)}
+    with evaluating(model), plain_attention():
+        stages, repeated = _stages(model, parts, batches[0])
         for stage in stages:
-            these = {name: layers[name] for name in stage}
+            these = {name: parts[name] for name in stage}
             statistics = _gather(model, these, batches, repeated=repeated, gram=method == "sparsegpt")
             for name in stage:
-                _prune_layer(layers[name], patterns[name], statistics[name], method)
+                _prune_part(parts[name], statistics[name], method)
 
 
-def _stages(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> tuple[list[list[str]], set[str]]:
-    """Layers by order of execution, those that take the same tensor one after another together; and those that run again."""
+def _stages(model: nn.Module, parts: Mapping[str, _Part], batch: Any) -> tuple[list[list[str]], set[str]]:
+    """Parts by order of execution, those that take the same tensor one after another together; and those that run again."""
     stages: list[list[str]] = []
     seen: set[str] = set()
     repeated: set[str] = set()
@@ -90,35 +103,59 @@ def _stages(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> tu
             stages.append([name])
         last[:] = [x]
 
-    with _watched(layers, note):
+    with _watched(model, parts, note):
         run_batch(model, batch)
-    missed = [name for name in layers if name not in seen]
+    missed = [name for name in parts if name not in seen]
     if missed:
         raise ValueError(f"the calibration data never reach layer {missed[0]!r}: leave it out of the pattern")
     return stages, repeated
 
 
 @contextmanager
-def _watched(layers: Mapping[str, nn.Module], note: Callable[[str, Tensor], None]) -> Any:
-    """Call ``note(name, input)`` whenever a layer runs."""
-    handles = [layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])) for name, layer in layers.items()]
+def _watched(model: nn.Module, parts: Mapping[str, _Part], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``note(name, input)`` whenever a part's weight is used."""
+    # Torch's attention multiplies with weights of its parts without calling them: there the products are watched.
+    inside = {id(module) for attention in model.modules() if isinstance(attention, nn.MultiheadAttention)
+              for module in (attention, attention.out_proj)}
+    products = {name: part.weight for name, part in parts.items() if id(part.layer) in inside}
+    handles = [part.layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+               for name, part in parts.items() if name not in products]
     try:
-        yield
+        with _Products(products, note) if products else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+class _Products(TorchDispatchMode):
+    """Watch matrix products for weights, by their addresses; one product may use the rows of several."""
+
+    def __init__(self, weights: Mapping[str, Tensor], note: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self.weights, self.note = weights, note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            x, transposed = args[-2:]
+            first = transposed.data_ptr()
+            last = first + transposed.shape[-1] * x.shape[-1] * x.element_size()
+            for name, weight in self.weights.items():
+                if first <= weight.data_ptr() < last and weight.shape[1] == x.shape[-1]:
+                    self.note(name, x)
+        return func(*args, **(kwargs or {}))
+
+
 def _gather(
-    model: nn.Module, stage: Mapping[str, nn.Module], batches: Sequence[Any], *, repeated: set[str], gram: bool
+    model: nn.Module, stage: Mapping[str, _Part], batches: Sequence[Any], *, repeated: set[str], gram: bool
 ) -> dict[str, Tensor]:
-    """Sum over all tokens of x xᵀ ``(groups, K, K)``, or of its diagonal ``(groups, K)``, for each layer; float64 sums of
-    float32 products. Layers of a stage take the same input and so share one sum if they read it alike."""
+    """Sum over all tokens of x xᵀ ``(groups, K, K)``, or of its diagonal ``(groups, K)``, for each part; float64 sums of
+    float32 products."""
     sums: dict[str, Tensor] = {}
     left: set[str] = set()
 
     def note(name: str, x: Tensor) -> None:
-        columns = _columns(stage[name], x)
+        columns = _columns(stage[name].layer, x)
         found = columns.transpose(1, 2) @ columns if gram else columns.square().sum(1)
         sums[name] = sums[name] + found if name in sums else found.double()
         left.discard(name)
@@ -126,7 +163,7 @@ def _gather(
         if not left and not repeated & stage.keys():
             raise _Enough
 
-    with _watched(stage, note):
+    with _watched(model, stage, note):
         for batch in batches:
             left = set(stage)
             try:
@@ -138,17 +175,16 @@ def _gather(
 
 def _columns(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer's input as ``(groups, tokens, K)``, K in the order of `_matrix`."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         return x.reshape(1, -1, x.shape[-1]).float()
-    conv = cast("nn.Conv1d | nn.Conv2d", layer)
-    around = [pad for pad in reversed(_padding(conv)) for _ in range(2)]
-    x = F.pad(x.float(), around, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    around = [pad for pad in reversed(_padding(layer)) for _ in range(2)]
+    x = F.pad(x.float(), around, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     if x.ndim == 3:  # a picture of height 1
         x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
     patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (B, I * kh * kw, L)
     batch, _, places = patches.shape
-    groups, inner = conv.groups, x.shape[1] // conv.groups
+    groups, inner = layer.groups, x.shape[1] // layer.groups
     # (B, g, I/g, pixels, L) -> (g, B, L, pixels, I/g): input channels last, as in the weight
     return patches.reshape(batch, groups, inner, -1, places).permute(1, 0, 4, 3, 2).reshape(groups, batch * places, -1)
 
@@ -163,16 +199,16 @@ def _padding(layer: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
     return tuple(layer.padding)
 
 
-def _matrix(layer: nn.Module) -> Tensor:
+def _matrix(weight: Tensor, groups: int) -> Tensor:
     """The weight as ``(groups, O / groups, pixels, I / groups)``, a copy."""
-    weight = cast(Tensor, layer.weight).detach().float()
+    weight = weight.float()
     weight = weight[:, None] if weight.ndim == 2 else weight.flatten(2).transpose(1, 2)
-    groups = getattr(layer, "groups", 1)
     return weight.reshape(groups, -1, *weight.shape[1:]).clone()
 
 
-def _prune_layer(layer: nn.Module, pattern: NM, statistics: Tensor, method: str) -> None:
-    matrix = _matrix(layer)
+def _prune_part(part: _Part, statistics: Tensor, method: str) -> None:
+    weight, pattern = part.weight, part.pattern
+    matrix = _matrix(weight, getattr(part.layer, "groups", 1))
     groups, outputs, pixels, inner = matrix.shape
     if method == "wanda":
         norms = statistics.sqrt().float().reshape(groups, 1, pixels, inner)
@@ -185,7 +221,6 @@ def _prune_layer(layer: nn.Module, pattern: NM, statistics: Tensor, method: str)
                   for p in range(pixels) for start in range(0, inner, pattern.m)]
         pruned = [_sparsegpt(part, gram, bounds, pattern) for part, gram in zip(flat, statistics, strict=True)]
         matrix = torch.stack(pruned).reshape(matrix.shape)
-    weight = cast(Tensor, layer.weight)
     rows = matrix.reshape(groups * outputs, pixels, inner)
     weight.copy_(rows[:, 0] if weight.ndim == 2 else rows.transpose(1, 2).reshape(weight.shape))
 

@@ -13,7 +13,7 @@ __all__ = ["save_curves", "save_panels"]
 
 
 def save_panels(
-    path: Path, names: Sequence[str], panels: Mapping[str, Sequence[float | None]], *,
+    path: str | Path, names: Sequence[str], panels: Mapping[str, Sequence[float | None]], *,
     lines: Mapping[str, tuple[str, float]] | None = None, joined: bool = True,
 ) -> None:
     """One panel below the other over the same names; None leaves a gap.
@@ -36,7 +36,7 @@ def save_panels(
 
 
 def save_curves(
-    path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, log: bool = False
+    path: str | Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, log: bool = False
 ) -> None:
     """Several curves, each its x and y values, in one picture; ``log`` makes the y axis logarithmic."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -53,7 +53,8 @@ def save_curves(
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     FigureCanvasAgg(figure).print_png(str(temporary))

@@ -229,8 +229,9 @@ def finalize(model: nn.Module) -> dict[str, NM]:
         values = {}
         for weight_name, original, mask in masks:
             mask.freeze(original)
-            # A layer that was parametrised and is no longer must hand out a leaf that trains again.
-            values[weight_name] = baked.setdefault(id(original), nn.Parameter(getattr(layer, weight_name).detach().clone()))
+            # A layer that was parametrised and is no longer must hand out a leaf that trains again. A sum, not a copy: no minus
+            # zeros of masked weights.
+            values[weight_name] = baked.setdefault(id(original), nn.Parameter(getattr(layer, weight_name).detach() + 0.0))
         _remove_parametrizations(layer, list(values))
         for weight_name, value in values.items():
             setattr(layer, weight_name, value)

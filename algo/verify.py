@@ -118,7 +118,7 @@ class WeightCheck:
     density: float
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint: a ``.safetensors`` file, a ``.pt``, ``.pth`` or ``.bin`` file (a state dict; only tensors are
     unpickled), or a folder with such files (shards).
 
@@ -129,6 +129,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     ValueError
         Not a checkpoint of a known kind, or damaged.
     """
+    path = Path(path)
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
         if not files:
@@ -150,7 +151,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def check_checkpoint(path: Path, patterns: Mapping[str, str | NM]) -> list[WeightCheck]:
+def check_checkpoint(path: str | Path, patterns: Mapping[str, str | NM]) -> list[WeightCheck]:
     """Check the weights of a checkpoint whose names match a glob (the first that matches decides), in its order.
 
     Only floating-point or integer tensors of 2 to 4 dimensions count as weights. ``"dense"`` leaves weights out.

@@ -57,9 +57,9 @@ def test_difference_names_the_first_key(tmp_path):
 def test_model_round_trip_keeps_patterns(tmp_path):
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
     sparsify(model, {"0": "2:4"}, method="magnitude")
-    save_model(model, tmp_path, {"accuracy": 0.5})
+    save_model(model, str(tmp_path), {"accuracy": 0.5})
     other = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
-    assert load_model(other, tmp_path) == {"accuracy": 0.5}
+    assert load_model(other, str(tmp_path)) == {"accuracy": 0.5}
     assert torch.equal(other[0].weight, model[0].weight)
     assert pattern_of(other[0]) == NM("2:4") and pattern_of(other[1]) is None
 

@@ -24,7 +24,7 @@ def net(dtype=torch.float32):
 def test_round_trip(tmp_path, dtype, format):
     model, other = net(dtype), net(dtype)
     patterns = sparsify(model, {"0": "2:4", "2": "3:8", "3": "1:4", "*": "dense"}, method="magnitude")
-    save_compressed(model, tmp_path / "m.safetensors", {"accuracy": 0.5}, format=format)
+    save_compressed(model, str(tmp_path / "m.safetensors"), {"accuracy": 0.5}, format=format)
     assert load_compressed(other, tmp_path / "m.safetensors") == {"accuracy": 0.5}
     assert model_patterns(other) == patterns == {"0": NM("2:4"), "2": NM("3:8"), "3": NM("1:4")}
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):

@@ -15,7 +15,7 @@ def test_counts_mask_bits_and_writes_them(tmp_path):
     sparsify(model, "2:4")
     with torch.no_grad():
         model["a"].parametrizations.weight.original.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
-    tracker = FlipTracker(model, tmp_path / "flips.csv")
+    tracker = FlipTracker(model, str(tmp_path / "flips.csv"))
     assert tracker.update(0) == []
     with torch.no_grad():
         model["a"].parametrizations.weight.original[0, 3] = 9  # enters, and 3.0 leaves: two bits

@@ -1,5 +1,7 @@
 """Pruning by calibration data against the definitions."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from algo.verify import verify
 ])
 def test_columns_times_matrix_is_the_layer(layer, shape):
     x = torch.randn(shape)
-    columns, matrix = _columns(layer, x), _matrix(layer).flatten(2)
+    columns, matrix = _columns(layer, x), _matrix(layer.weight.detach(), getattr(layer, "groups", 1)).flatten(2)
     found = torch.einsum("gtk,gok->tgo", columns, matrix).flatten(1) + layer.bias
     expected = layer(x)
     expected = expected.flatten(0, -2) if isinstance(layer, nn.Linear) else expected.flatten(2).transpose(1, 2).flatten(0, 1)
@@ -116,5 +118,43 @@ def test_errors():
         sparsify(model, "2:4", method="wanda", calibration=[])
     with pytest.raises(ValueError, match="never reach layer 'b'"):
         sparsify(model, "2:4", method="wanda", calibration=[torch.randn(2, 8)])
-    with pytest.raises(ValueError, match="is a torch.nn.MultiheadAttention"):
-        sparsify(nn.MultiheadAttention(8, 2), "2:4", method="wanda", calibration=[(torch.randn(2, 2, 8),) * 3])
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("kind", ["self", "cross", "sizes"])
+def test_torch_attention_is_its_projections(method, kind):
+    """The same weights as Linear layers, with the same inputs, are pruned alike."""
+    torch.manual_seed(0)
+    width = 12 if kind == "sizes" else 16
+    attention = nn.MultiheadAttention(16, 4, batch_first=True, kdim=width, vdim=width).train()
+    query, other = torch.randn(3, 5, 16), torch.randn(3, 7, width)
+    batches = [(query, query, query)] * 2 if kind == "self" else [(query, other, other)] * 2
+    weights = attention.in_proj_weight.chunk(3) if kind != "sizes" else [
+        attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+    expected = []
+    for weight, x in zip(weights, batches[0], strict=True):
+        layer = nn.Linear(*weight.shape[::-1], bias=False)
+        layer.weight = nn.Parameter(weight.detach().clone())
+        sparsify(layer, "2:4", method=method, calibration=[x, x])
+        expected.append(layer.weight)
+    dense = attention.out_proj.weight.detach().clone()
+    found = sparsify(attention, "2:4", method=method, calibration=batches)
+    assert list(found) == ["", "out_proj"] and attention.training
+    verify(attention, found)
+    weights = attention.in_proj_weight.chunk(3) if kind != "sizes" else [
+        attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights, expected, strict=True))
+    assert not torch.equal(attention.out_proj.weight, dense)
+
+
+def test_torch_encoder_layer_by_layer():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2, enable_nested_tensor=False)
+    x = torch.randn(4, 6, 16)
+    dense = encoder.eval()(x)
+    errors = []
+    for method in ("magnitude", "sparsegpt"):
+        model = copy.deepcopy(encoder)
+        verify(model, sparsify(model, "2:4", method=method, calibration=[x]))
+        errors.append((model(x) - dense).square().mean().item())
+    assert errors[1] < errors[0]
