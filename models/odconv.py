@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -273,21 +273,34 @@ def convert(
         None is left to convert, a layer pads with other than zeros, or is parametrised (convert first, then sparsify).
     """
     globs = tuple(exclude)
-    plain = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Conv2d)]
-    names = [name for name, part in plain[0 if stem else 1 :] if not isinstance(part, ODConv2d) and ".attention." not in name]
-    names = [name for name in names if name and not any(fnmatchcase(name, glob) for glob in globs)]
+    found = _convolutions(model)
+    names = [name for name in found[0 if stem else 1 :] if not any(fnmatchcase(name, glob) for glob in globs)]
     if not names:
         raise ValueError(f"{type(model).__name__} has no convolution to make dynamic, but for the first and {', '.join(globs)}")
+    made: dict[int, ODConv2d] = {}  # a layer that is used in several places stays one
     for name in names:
         part = model.get_submodule(name)
-        assert isinstance(part, nn.Conv2d)
         owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, _dynamic(name, part, kernels=kernels, reduction=reduction, form=form))
+        if id(part) not in made:
+            made[id(part)] = _dynamic(name, cast(nn.Conv2d, part), kernels=kernels, reduction=reduction, form=form)
+        setattr(model.get_submodule(owner), own, made[id(part)])
     return tuple(names)
 
 
+def _convolutions(model: nn.Module) -> list[str]:
+    """Names of plain convolutions, not those of the attention of dynamic ones; of subclasses, only parametrised ones."""
+    named = list(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." for name, part in named if isinstance(part, ODConv2d))
+    plain = [name for name, part in named if type(part) is nn.Conv2d or _parametrised(part)]
+    return [name for name in plain if name and not name.startswith(inside)]
+
+
+def _parametrised(part: nn.Module) -> bool:
+    return isinstance(part, nn.Conv2d) and parametrize.is_parametrized(part)
+
+
 def _dynamic(name: str, part: nn.Conv2d, **options: Any) -> ODConv2d:
-    if parametrize.is_parametrized(part):
+    if _parametrised(part):
         raise ValueError(f"layer {name!r} is parametrised: convert() first, then sparsify()")
     if part.padding_mode != "zeros" or isinstance(part.padding, str):
         raise ValueError(f"layer {name!r} pads by {part.padding_mode!r}, {part.padding!r}: only zeros, in pixels, are known")

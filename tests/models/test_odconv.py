@@ -194,6 +194,17 @@ def test_which_layers_are_converted():
     assert alone(torch.zeros(2, 2, 7, 7, dtype=torch.float64)).shape == (2, 4, 3, 3)
 
 
+def test_shared_layers_stay_shared_and_others_convolutions_stay():
+    class Own(nn.Conv2d):
+        """Somebody's convolution that computes something else."""
+
+    shared = nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), shared, Own(4, 4, 1))
+    assert convert(model) == ("1", "3") and model[1] is model[3] and type(model[4]) is Own
+    again = nn.Sequential(model[0], model[1], nn.Conv2d(4, 2, 1))
+    assert convert(again) == ("2",) and again[1] is model[1]
+
+
 def test_the_authors_checkpoints_load():
     torch.manual_seed(0)
     model = create_model("odconv_resnet18_4x", width=8, blocks=(1, 1))
