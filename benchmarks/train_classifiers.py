@@ -1,6 +1,6 @@
 """Do CeiT, ODConv and DG-Net learn better than the networks they extend? Each beside its base at equal budget, on real digits.
 
-``python -m benchmarks.train_classifiers [--seeds N] [--minutes M]``: every run (network, seed) is kept in
+``python -m benchmarks.train_classifiers [NETWORK ...] [--seeds N] [--minutes M]``: every run (network, seed) is kept in
 ``benchmarks/results/train_classifiers/``; runs that are there are not run again, so it can be stopped at any time. ``--minutes``
 stops before a run that would start later than that. ``python -m benchmarks train_classifiers`` runs what is missing and writes
 the table of docs/models-classifiers.md.
@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -127,10 +127,10 @@ def _routing(model: nn.Module, task) -> dict[str, object]:
     return {"density": [asdict(row) for row in rows], "accuracy_skipping": skipped}
 
 
-def missing(seeds: int, minutes: float | None = None) -> list[Run]:
+def missing(seeds: int, minutes: float | None = None, networks: Sequence[str] = tuple(NETWORKS)) -> list[Run]:
     """Do the runs that are not there, seed by seed; those that are left."""
     stop = None if minutes is None else time.monotonic() + 60 * minutes
-    runs = [Run(network, seed) for seed in range(seeds) for network in NETWORKS]
+    runs = [Run(network, seed) for seed in range(seeds) for network in networks]
     for one in runs:
         if one.result is None and (stop is None or time.monotonic() < stop):
             execute(one)
@@ -196,10 +196,11 @@ def _densities() -> Table:
 def main(arguments: list[str] | None = None) -> int:
     """Runs without the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_classifiers", description=__doc__)
+    parser.add_argument("networks", nargs="*", choices=[*NETWORKS, []], metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--minutes", type=float)
     given = parser.parse_args(arguments)
-    left = missing(given.seeds, given.minutes)
+    left = missing(given.seeds, given.minutes, given.networks or tuple(NETWORKS))
     print(f"{len(left)} runs are left")
     return 0
 
