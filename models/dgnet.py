@@ -170,6 +170,8 @@ class DynamicSequence(nn.Module):
         return x
 
     def _run(self, first: Tensor, adjacency: Tensor, nodes: list[nn.Module]) -> Tensor:
+        if adjacency.shape != (len(first), len(nodes) + 1, len(nodes) + 1):
+            raise ValueError(f"{len(first)} samples and {len(nodes) + 1} nodes need as many graphs, not {tuple(adjacency.shape)}")
         if self.skip and not self.training:
             return _skipping(first, adjacency, nodes)
         outputs = [first]

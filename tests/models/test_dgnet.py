@@ -276,6 +276,10 @@ def test_wrong_use():
         FixedRouter(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="strictly lower triangular: edges come from earlier nodes"):
         FixedRouter(torch.eye(3))
+    model = create_model("dgnet_resnet18", width=8, blocks=(2,))
+    model.layer1.routers["0"] = FixedRouter(chain(3))
+    with pytest.raises(ValueError, match=r"4 samples and 2 nodes need as many graphs, not \(4, 3, 3\)"):
+        model(torch.zeros(4, 3, 32, 32))
     with pytest.raises(ValueError, match="dgnet_resnet18 has no option 'tau': it has threshold, straight_through"):
         create_model("dgnet_resnet18", tau=0.1)
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), not \(2, 1, 32, 32\)"):
