@@ -130,8 +130,8 @@ def layer(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channe
 def dynamic_convolution(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channels | None:
     """Kernels stacked in one weight and mixed for each sample (models.odconv): an output is a channel of every kernel.
 
-    Attention over channels goes with them. The layers that compute it are parts of this layer, not layers of their own: they read what it
-    reads, and a gate on its input is a gate on theirs.
+    Attention over channels goes with them. The layers that compute it are parts of this layer, not layers of their own: they
+    read what it reads, and a gate on its input is a gate on theirs.
     """
     given, weight, groups = arguments["input"], arguments["weight"], arguments["groups"]
     owner = _owner(walk, node, weight)
@@ -147,7 +147,8 @@ def dynamic_convolution(walk: Propagation, node: fx.Node, arguments: dict[str, A
     for attention, ids in ((arguments["channel"], inputs), (arguments.get("filters"), outputs)):
         if attention is not None:
             walk.join_channels(attention, ids, because(node, "has attention that is not pruned"))
-    walk.refuse([item for item in (arguments.get("position"), arguments.get("kernel")) if item is not None], because(node, "mixes by them"))
+    mixing = [item for item in (arguments.get("position"), arguments.get("kernel")) if item is not None]
+    walk.refuse(mixing, because(node, "mixes by them"))
     walk.calls = [call for call in walk.calls if not call.layer.startswith(f"{owner}.")]
     positions = math.prod(shape_of(node)) // len(outputs)
     walk.calls.append(

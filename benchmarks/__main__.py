@@ -15,7 +15,7 @@ FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "data
 """Modules that take a few minutes each."""
 
 SLOW: tuple[str, ...] = (
-    "comparison", "cycle_set", "fisher", "silicon", "placement", "sparse_training", "train_llama", "train_detr",
+    "comparison", "cycle_set", "fisher", "silicon", "placement", "sparse_training", "train_llama", "train_detr", "train_classifiers",
 )
 """Modules that run only when named, or with ``--slow``."""
 

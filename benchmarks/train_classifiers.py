@@ -1,19 +1,20 @@
 """Do CeiT, ODConv and DG-Net learn better than the networks they extend? Each beside its base at equal budget, on real digits.
 
-``python -m benchmarks.train_classifiers [--seeds N] [--minutes M]``: every run (network, seed) is kept in
+``python -m benchmarks.train_classifiers [NETWORK ...] [--seeds N] [--minutes M]``: every run (network, seed) is kept in
 ``benchmarks/results/train_classifiers/``; runs that are there are not run again, so it can be stopped at any time. ``--minutes``
 stops before a run that would start later than that. ``python -m benchmarks train_classifiers`` runs what is missing and writes
 the table of docs/models-classifiers.md.
 
 Data: MNIST-5k (`algo.data`), 4,000 digits to train on, 1,000 held out, shifted by up to 2 pixels in training. A base and what
-extends it have the same data in the same order, epochs, batch, optimiser and learning rate; nothing is chosen by the held-out digits.
+extends it have the same data in the same order, epochs, batch, optimiser and learning rate; nothing is chosen by the held-out
+digits.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,7 +27,7 @@ from algo.count import count
 from algo.train import StepFn, TrainConfig, progress_bars, train
 from benchmarks import DOCS, RESULTS, Table, environment, write_page
 from models import create_model
-from models.dgnet import edge_density, graphs, skip_edges
+from models.dgnet import RouterConfig, edge_density, graphs, skip_edges
 from models.odconv import temperature_schedule
 from nmforge.tasks import get_task
 
@@ -62,7 +63,11 @@ NETWORKS = {
     "dgnet444": Network(
         "the same as DG-Net", "dgnet_resnet18", SMALL | {"blocks": (4, 4, 4)}, CONVOLUTIONAL, "resnet444"
     ),
-}
+    "dgnet444-03": Network(
+        "the same, threshold 0.3, straight through", "dgnet_resnet18",
+        SMALL | {"blocks": (4, 4, 4), "threshold": 0.3, "straight_through": True}, CONVOLUTIONAL, "resnet444",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def execute(run: Run) -> None:
     hook: StepFn | None = temperature_schedule() if network.anneal else None
     config = TrainConfig(**(asdict(network.train) | {"seed": run.seed}))
     with progress_bars() as progress:
-        found = train(model, task.batches, task.loss, config, before_step=hook, progress=progress, label=f"{run.network} {run.seed}")
+        label = f"{run.network} {run.seed}"
+        found = train(model, task.batches, task.loss, config, before_step=hook, progress=progress, label=label)
     cost = count(model, next(iter(task.held_out())).pixels[:1])
     facts = {
         "accuracy": task.evaluate(model), "losses": [round(loss, 5) for loss in found.losses], "parameters": cost.parameters,
@@ -121,10 +127,10 @@ def _routing(model: nn.Module, task) -> dict[str, object]:
     return {"density": [asdict(row) for row in rows], "accuracy_skipping": skipped}
 
 
-def missing(seeds: int, minutes: float | None = None) -> list[Run]:
+def missing(seeds: int, minutes: float | None = None, networks: Sequence[str] = tuple(NETWORKS)) -> list[Run]:
     """Do the runs that are not there, seed by seed; those that are left."""
     stop = None if minutes is None else time.monotonic() + 60 * minutes
-    runs = [Run(network, seed) for seed in range(seeds) for network in NETWORKS]
+    runs = [Run(network, seed) for seed in range(seeds) for network in networks]
     for one in runs:
         if one.result is None and (stop is None or time.monotonic() < stop):
             execute(one)
@@ -172,27 +178,29 @@ def _percent(results: list[dict], value: Callable[[dict], float]) -> str:
 
 def _densities() -> Table:
     rows = []
-    for result in _results("dgnet444"):
-        for stage in result["density"]:
-            rows.append((
-                f"seed {result['setting']['run']['seed']}, {stage['stage']}", stage["nodes"], stage["edges"],
-                f"{100 * stage['density']:.1f}", f"{100 * stage['needed']:.1f}", f"{100 * result['accuracy_skipping']:.2f}",
-            ))  # fmt: skip
+    for name, network in NETWORKS.items():
+        results = _results(name) if "dgnet" in network.model else []
+        for parts in zip(*(result["density"] for result in results)):
+            kept, needed = (100 * mean(part[key] for part in parts) for key in ("density", "needed"))
+            threshold = network.options.get("threshold", RouterConfig.threshold)
+            rows.append((f"threshold {threshold}, {parts[0]['stage']}", parts[0]["nodes"], parts[0]["edges"], len(parts),
+                         round(kept, 1), round(needed, 1), _percent(results, lambda result: result["accuracy_skipping"])))
     return Table(
         "What the routers of DG-Net keep",
-        ("stage", "nodes", "edges", "kept (%)", "nodes needed (%)", "accuracy with skipping (%)"),
+        ("stage", "nodes", "edges", "seeds", "edges kept (%)", "nodes needed (%)", "accuracy with skipping (%)"),
         tuple(rows),
-        "Mean over the held-out digits.",
+        "Mean over the held-out digits and seeds.",
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs without the report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_classifiers", description=__doc__)
+    parser.add_argument("networks", nargs="*", choices=[*NETWORKS, []], metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--minutes", type=float)
     given = parser.parse_args(arguments)
-    left = missing(given.seeds, given.minutes)
+    left = missing(given.seeds, given.minutes, given.networks or tuple(NETWORKS))
     print(f"{len(left)} runs are left")
     return 0
 

@@ -134,7 +134,7 @@ class LocallyEnhancedFeedForward(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, the whole branch of a random share ``rate`` of the samples is zero, the others are scaled up.
+    """Stochastic depth: in training, the branch of a random share ``rate`` of the samples is zero, the others are scaled up.
 
     Ref: G. Huang et al., arXiv 1603.09382.
     """

@@ -1,9 +1,9 @@
 """DG-Net: the blocks of a stage as nodes of a complete directed acyclic graph, whose edges are chosen for every sample.
 
 Ref: K. Yuan et al., Dynamic Graph: Learning Instance-aware Connectivity for Neural Networks, arXiv 2010.01097. **A
-reconstruction**: there is no public code, and of the paper's text only the abstract was at hand. From there: every stage is a complete
-graph of its blocks, a router gives edge weights for each sample, edges above a threshold are kept, a batch has one adjacency matrix
-(B, n, n) a stage; ResNet, ResNeXt, RegNet and MobileNetV2 are the bases. Our choices:
+reconstruction**: there is no public code, and of the paper's text only the abstract was at hand. From there: every stage is a
+complete graph of its blocks, a router gives edge weights for each sample, edges above a threshold are kept, a batch has one
+adjacency matrix (B, n, n) a stage; ResNet, ResNeXt, RegNet and MobileNetV2 are the bases. Our choices:
 
 * node 0 is the block that changes the shape, the last node is the stage's output; node i computes
   ``x_i = f_i(sum_{j < i} A[i, j] x_j)``, without normalising over the edges; a node without edges reads zeros;
@@ -12,7 +12,8 @@ graph of its blocks, a router gives edge weights for each sample, edges above a 
 * the threshold is 0.1; the gradient of a dropped edge is zero, or goes straight through;
 * routers start near 0.9 for the edge from the node before and 0.15 for the others, so that the chain leads.
 
-The paper's accuracies are not reproduced. With the chain alone (`FixedRouter`) it is the static network, bit for bit, and keeps its key names.
+The paper's accuracies are not reproduced. With the chain alone (`FixedRouter`) it is the static network, bit for bit; blocks keep
+the static network's key names.
 
 Shapes: B images, C channels, H and W pixels, n nodes of a stage.
 """
@@ -35,15 +36,27 @@ from models.registry import describe_models, register_model
 from models.vision import build_vision_model
 
 __all__ = [
-    "DynamicSequence", "FixedRouter", "Router", "RouterConfig", "StageDensity", "chain", "dynamic_graph", "edge_density", "graphs",
-    "needed_nodes", "skip_edges", "threshold_edges",
-]  # fmt: skip
+    "NETWORKS",
+    "DynamicSequence",
+    "FixedRouter",
+    "Router",
+    "RouterConfig",
+    "StageDensity",
+    "chain",
+    "dynamic_graph",
+    "edge_density",
+    "graphs",
+    "needed_nodes",
+    "skip_edges",
+    "threshold_edges",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How edges are chosen: ``threshold`` in [0, 1); ``straight_through`` gives dropped edges a gradient as if they were kept;
-    ``chain_edge`` and ``skip_edge`` in (0, 1) are initial weights of the edge from the node before, and of the others."""
+    """How edges are chosen: ``threshold`` in [0, 1); ``straight_through`` gives dropped edges a gradient as if they were
+    kept; ``chain_edge`` and ``skip_edge`` in (0, 1) are initial weights of the edge from the node before, and of the
+    others."""
 
     threshold: float = 0.1
     straight_through: bool = False
@@ -158,6 +171,8 @@ class DynamicSequence(nn.Module):
         return x
 
     def _run(self, first: Tensor, adjacency: Tensor, nodes: list[nn.Module]) -> Tensor:
+        if adjacency.shape != (len(first), len(nodes) + 1, len(nodes) + 1):
+            raise ValueError(f"{len(first)} samples and {len(nodes) + 1} nodes need as many graphs, not {tuple(adjacency.shape)}")
         if self.skip and not self.training:
             return _skipping(first, adjacency, nodes)
         outputs = [first]
@@ -247,7 +262,8 @@ def _stages(model: nn.Module) -> list[tuple[str, list[list[str]]]]:
     elif isinstance(model, mobilenet.MobileNetV2):
         return [("features", _mobilenet_stages(model.config))]
     else:
-        raise TypeError(f"dynamic graphs are for ResNet, ResNeXt, RegNet and MobileNetV2 of this package, not {type(model).__name__}")
+        kind = type(model).__name__
+        raise TypeError(f"dynamic graphs are for ResNet, ResNeXt, RegNet and MobileNetV2 of this package, not {kind}")
     stages = [(name, [part for part, _ in model.get_submodule(name).named_children()]) for name in names]
     return [(name, [nodes] if len(nodes) > 1 else []) for name, nodes in stages]
 
@@ -292,7 +308,7 @@ def graphs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class StageDensity:
-    """One stage: ``edges`` of the complete graph, the mean share of them that is kept, and of nodes that are needed, in [0, 1]."""
+    """One stage: ``edges`` of the complete graph, and the mean shares of edges kept and of nodes needed, in [0, 1]."""
 
     stage: str
     nodes: int

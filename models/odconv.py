@@ -8,8 +8,8 @@ With attentions a_w (kernel), a_f (filter, that is output channel), a_c (input c
 ``y = (sum_n a_w[n] * a_f * a_c * a_s * W[n]) conv x``. None of a_f, a_c and a_s depends on n here, as in the code. Two forms give
 that same y:
 
-* ``dynamic``: a_c scales the input, a_f the output, and one kernel is mixed for each sample: about the MACs of a plain convolution,
-  but weights that depend on the data;
+* ``dynamic``: a_c scales the input, a_f the output, and one kernel is mixed for each sample: about the MACs of a plain
+  convolution, but weights that depend on the data;
 * ``static``: a_c and a_s scale the input's patches, the weights multiply them as they are, and a_w and a_f scale the results:
   n times the MACs, but every weight is constant, as an accelerator with compressed, N:M sparse weights needs.
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,17 @@ from models.registry import describe_models, register_model
 from models.vision import build_vision_model
 
 __all__ = [
-    "FORMS", "SHORTCUTS", "KernelAttention", "ODConv2d", "convert", "dynamic_conv2d", "set_temperature", "static_conv2d",
+    "FORMS",
+    "NETWORKS",
+    "SHORTCUTS",
+    "KernelAttention",
+    "ODConv2d",
+    "convert",
+    "dynamic_conv2d",
+    "set_temperature",
+    "static_conv2d",
     "temperature_schedule",
-]  # fmt: skip
+]
 
 FORMS = ("dynamic", "static")
 
@@ -49,8 +57,8 @@ class KernelAttention(nn.Module):
     """Attention of one convolution: (B, C, H, W) -> channel (B, C, 1, 1), filter (B, O, 1, 1), position (B, P), kernel (B, n).
 
     Mean over the pixels, a layer of max(16, C * reduction) channels with batch norm and ReLU, and a linear head for each;
-    sigmoid for the first three, softmax for the kernel, both of the logits over ``temperature``. A head that has nothing to say is
-    left out and gives None (all ones): filter of a depth-wise convolution, position of a 1x1, kernel if there is one.
+    sigmoid for the first three, softmax for the kernel, both of the logits over ``temperature``. A head that has nothing to
+    say is left out and gives None (all ones): filter of a depth-wise convolution, position of a 1x1, kernel if there is one.
     """
 
     def __init__(self, conv: ODConv2d, *, reduction: float, min_width: int = 16) -> None:
@@ -213,7 +221,8 @@ def static_conv2d(
     height, width = (
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     )
-    patches = F.unfold(x, size, dilation, padding, stride).unflatten(1, (groups, -1, size.numel()))  # (B, g, C / g, P, L)
+    patches = F.unfold(x, size, tuple(dilation), tuple(padding), tuple(stride))
+    patches = patches.unflatten(1, (groups, -1, size.numel()))  # (B, g, C / g, P, L)
     if position is not None:
         patches = patches * position[:, None, None, :, None]
     rows = weight.flatten(1).unflatten(0, (kernels, groups, -1))  # (n, g, O / g, C / g * P)
@@ -265,21 +274,34 @@ def convert(
         None is left to convert, a layer pads with other than zeros, or is parametrised (convert first, then sparsify).
     """
     globs = tuple(exclude)
-    plain = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Conv2d)]
-    names = [name for name, part in plain[0 if stem else 1 :] if not isinstance(part, ODConv2d) and ".attention." not in name]
-    names = [name for name in names if name and not any(fnmatchcase(name, glob) for glob in globs)]
+    found = _convolutions(model)
+    names = [name for name in found[0 if stem else 1 :] if not any(fnmatchcase(name, glob) for glob in globs)]
     if not names:
         raise ValueError(f"{type(model).__name__} has no convolution to make dynamic, but for the first and {', '.join(globs)}")
+    made: dict[int, ODConv2d] = {}  # a layer that is used in several places stays one
     for name in names:
         part = model.get_submodule(name)
-        assert isinstance(part, nn.Conv2d)
         owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, _dynamic(name, part, kernels=kernels, reduction=reduction, form=form))
+        if id(part) not in made:
+            made[id(part)] = _dynamic(name, cast(nn.Conv2d, part), kernels=kernels, reduction=reduction, form=form)
+        setattr(model.get_submodule(owner), own, made[id(part)])
     return tuple(names)
 
 
+def _convolutions(model: nn.Module) -> list[str]:
+    """Names of plain convolutions, not those of the attention of dynamic ones; of subclasses, only parametrised ones."""
+    named = list(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." for name, part in named if isinstance(part, ODConv2d))
+    plain = [name for name, part in named if type(part) is nn.Conv2d or _parametrised(part)]
+    return [name for name in plain if name and not name.startswith(inside)]
+
+
+def _parametrised(part: nn.Module) -> bool:
+    return isinstance(part, nn.Conv2d) and parametrize.is_parametrized(part)
+
+
 def _dynamic(name: str, part: nn.Conv2d, **options: Any) -> ODConv2d:
-    if parametrize.is_parametrized(part):
+    if _parametrised(part):
         raise ValueError(f"layer {name!r} is parametrised: convert() first, then sparsify()")
     if part.padding_mode != "zeros" or isinstance(part.padding, str):
         raise ValueError(f"layer {name!r} pads by {part.padding_mode!r}, {part.padding!r}: only zeros, in pixels, are known")

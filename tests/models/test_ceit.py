@@ -166,6 +166,14 @@ def test_sparse():
     assert not any(row.violations for row in nf.sparsity_report(model))
 
 
+def test_what_calibrated_methods_cannot_see_is_named():
+    images = [torch.randn(2, 2, 16, 16)]
+    with pytest.raises(ValueError, match="the calibration data never reach layer 'lca.attn.qkv': leave it out of the pattern"):
+        nf.sparsify(tiny(), "2:4", method="wanda", calibration=images)
+    chosen = nf.sparsify(tiny(), "2:4", method="wanda", calibration=images, exclude=("head", "lca.attn.qkv"))
+    assert "blocks.0.leff.conv3" in chosen
+
+
 def test_fisher_prunes_the_hidden_channels():
     torch.manual_seed(0)
     model = create_model("ceit_mnist", layers=2, hidden=24)

@@ -239,7 +239,8 @@ def test_sparse():
     before = {name: value.clone() for name, value in graphs(model, torch.ones(1, 3, 32, 32)).items()}
     model.train()(torch.randn(3, 3, 32, 32)).sum().backward()
     nf.finalize(model)
-    assert not any(row.violations for row in nf.sparsity_report(model)) and before.keys() == graphs(model, torch.ones(2, 3, 32, 32)).keys()
+    assert not any(row.violations for row in nf.sparsity_report(model))
+    assert before.keys() == graphs(model, torch.ones(2, 3, 32, 32)).keys()
 
 
 @pytest.mark.parametrize("name", ["dgnet_resnet18", "dgnet_mobilenetv2"])
@@ -256,12 +257,12 @@ def test_fisher_prunes_blocks_and_routers_inputs(name):
 def test_fisher_refuses_what_skips():
     model = lively("dgnet_resnet18")
     skip_edges(model)
-    with pytest.raises(nf.UntraceableError, match="DynamicSequence 'layer1' cannot be traced .* what runs next depends on values"):
+    with pytest.raises(nf.UntraceableError, match="DynamicSequence 'layer1' cannot be traced .* depends on values"):
         nf.channel_groups(model, torch.randn(2, 3, 32, 32))
 
 
 def test_wrong_use():
-    with pytest.raises(TypeError, match="dynamic graphs are for ResNet, ResNeXt, RegNet and MobileNetV2 of this package, not Linear"):
+    with pytest.raises(TypeError, match="dynamic graphs are for ResNet, .* of this package, not Linear"):
         dynamic_graph(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="this ResNet has dynamic graphs already"):
         dynamic_graph(create_model("dgnet_resnet18", width=8, blocks=(2,)))
@@ -275,6 +276,10 @@ def test_wrong_use():
         FixedRouter(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="strictly lower triangular: edges come from earlier nodes"):
         FixedRouter(torch.eye(3))
+    model = create_model("dgnet_resnet18", width=8, blocks=(2,))
+    model.layer1.routers["0"] = FixedRouter(chain(3))
+    with pytest.raises(ValueError, match=r"4 samples and 2 nodes need as many graphs, not \(4, 3, 3\)"):
+        model(torch.zeros(4, 3, 32, 32))
     with pytest.raises(ValueError, match="dgnet_resnet18 has no option 'tau': it has threshold, straight_through"):
         create_model("dgnet_resnet18", tau=0.1)
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), not \(2, 1, 32, 32\)"):

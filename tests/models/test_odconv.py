@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import nmforge as nf
+from algo.checkpoint import save_model
+from algo.train import TrainConfig, train
 from models import ODConv2d, create_model
 from models.odconv import NETWORKS, KernelAttention, convert, set_temperature, temperature_schedule
 from tests.models.small import fisher_prunes, overfit
@@ -192,6 +194,17 @@ def test_which_layers_are_converted():
     assert alone(torch.zeros(2, 2, 7, 7, dtype=torch.float64)).shape == (2, 4, 3, 3)
 
 
+def test_shared_layers_stay_shared_and_others_convolutions_stay():
+    class Own(nn.Conv2d):
+        """Somebody's convolution that computes something else."""
+
+    shared = nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), shared, Own(4, 4, 1))
+    assert convert(model) == ("1", "3") and model[1] is model[3] and type(model[4]) is Own
+    again = nn.Sequential(model[0], model[1], nn.Conv2d(4, 2, 1))
+    assert convert(again) == ("2",) and again[1] is model[1]
+
+
 def test_the_authors_checkpoints_load():
     torch.manual_seed(0)
     model = create_model("odconv_resnet18_4x", width=8, blocks=(1, 1))
@@ -229,6 +242,23 @@ def test_temperature():
     assert torch.allclose(conv.attention(x)[0], (conv.attention.channel_fc(logits) / 2).sigmoid())
     set_temperature(conv, 1e6)
     assert torch.allclose(conv.attention(x)[3], torch.full((2, 3), 1 / 3), atol=1e-4)
+
+
+def test_the_schedule_is_a_hook_of_the_training_loop():
+    torch.manual_seed(0)
+    model, seen = create_model("odconv_resnet18_4x", width=8, blocks=(1,), num_classes=3), []
+    schedule = temperature_schedule(start=5, share=0.5)
+
+    def hook(model, step, steps):
+        schedule(model, step, steps)
+        seen.append(model.layer1[0].conv1.attention.temperature)
+
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4) % 3)] * 2
+    train(
+        model, lambda epoch: batches, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        TrainConfig(epochs=2, lr=1e-3), before_step=hook,
+    )  # fmt: skip
+    assert seen == pytest.approx([5, 3, 1, 1])
 
 
 def test_dropout_before_the_classifier():
@@ -285,7 +315,7 @@ def test_sparse():
     ("odconv_resnet18_4x", {"width": 8, "blocks": (1,), "form": "static"}),
     ("odconv_mobilenetv2_1x", {"width": 0.25, "stages": ((1, 16, 1, 1), (6, 24, 2, 2)), "head": 64, "dropout": 0.0}),
 ])  # fmt: skip
-def test_fisher_prunes_dynamic_convolutions(name, options):
+def test_fisher_prunes_dynamic_convolutions(name, options, tmp_path):
     torch.manual_seed(0)
     model, x = create_model(name, num_classes=4, **options), torch.randn(3, 3, 32, 32)
     randomise(model, 0.3)
@@ -297,13 +327,20 @@ def test_fisher_prunes_dynamic_convolutions(name, options):
         if isinstance(part, ODConv2d):
             assert part.weight.shape[:2] == (part.kernels * part.out_channels, part.in_channels // part.groups)
             assert part.attention.fc.in_channels == part.attention.channel_fc.out_channels == part.in_channels
+    save_model(model, tmp_path, {})
+    again = create_model(name, num_classes=4, **options)
+    nf.load_pruned(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
 
 
 def test_wrong_use():
     for options, message in (
-        ({"kernels": 0}, "kernels must be an integer >= 1, not 0"), ({"reduction": 0}, "reduction must be above 0 and at most 1, not 0"),
-        ({"form": "fast"}, "form must be one of dynamic, static, not 'fast'"), ({"padding": "same"}, "padding must be given in pixels"),
-    ):  # fmt: skip
+        ({"kernels": 0}, "kernels must be an integer >= 1, not 0"),
+        ({"reduction": 0}, "reduction must be above 0 and at most 1, not 0"),
+        ({"form": "fast"}, "form must be one of dynamic, static, not 'fast'"),
+        ({"padding": "same"}, "padding must be given in pixels"),
+    ):
         with pytest.raises(ValueError, match=message):
             ODConv2d(4, 4, 3, **options)
     with pytest.raises(ValueError, match="odconv_resnet18_1x has no option 'depth': it has kernels, reduction, form, bottleneck"):

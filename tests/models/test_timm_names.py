@@ -29,9 +29,9 @@ def mobilenet_names(blocks):
     for stage, count in enumerate(blocks):
         for block in range(count):
             at = f"blocks.{stage}.{block}"
-            layers = [("conv_dw", "bn1"), ("conv_pw", "bn2")] if stage == 0 else [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
-            for conv, norm in layers:
-                names += with_norm(f"{at}.{conv}", f"{at}.{norm}")
+            convolutions = ("conv_dw", "conv_pw") if stage == 0 else ("conv_pw", "conv_dw", "conv_pwl")
+            for number, conv in enumerate(convolutions, 1):
+                names += with_norm(f"{at}.{conv}", f"{at}.bn{number}")
     return [*names, *with_norm("conv_head", "bn2"), "classifier.weight", "classifier.bias"]
 
 
