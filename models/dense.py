@@ -47,11 +47,7 @@ class PyramidConfig:
     frozen_statistics: bool = True
 
     def __post_init__(self) -> None:
-        zero_allowed = {"extra_levels": self.extra_levels, "frozen_stages": self.frozen_stages}
-        for name, value in zero_allowed.items():
-            if value < 0:
-                raise ValueError(f"{name} must be >= 0, not {value!r}")
-        check_positive(self, but=tuple(zero_allowed))
+        check_positive(self, zero=("extra_levels", "frozen_stages"))
 
 
 class PyramidDetector(nn.Module):

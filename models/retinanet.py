@@ -104,19 +104,7 @@ class RetinaNet(PyramidDetector):
     ) -> list[Detections]:
         """What is in each image, in pixels: at most ``top`` objects with a score above ``threshold``."""
         sizes = image_sizes(images, mask)
-        outputs = self(images)
-        anchors = self.level_anchors(outputs)
-        logits, offsets = ([self.by_anchor(output)[part] for output in outputs] for part in range(2))
-        return [
-            select_detections(
-                [decode_boxes(offset[image], anchor) for offset, anchor in zip(offsets, anchors)],
-                [logit[image].sigmoid() for logit in logits],
-                size,
-                threshold=threshold,
-                top=top,
-            )
-            for image, size in enumerate(sizes)
-        ]
+        return self._select(self(images), sizes, top=top, threshold=threshold)
 
     def level_anchors(self, outputs: Sequence[LevelOutput]) -> list[Tensor]:
         """Anchors of every level: (h w A, 4)."""
@@ -136,6 +124,20 @@ class RetinaNet(PyramidDetector):
         """Class logits (B, h w A, C) and offsets (B, h w A, 4), in the order of `level_anchors`."""
         logits, offsets = (part.permute(0, 2, 3, 1).flatten(1) for part in output)
         return logits.unflatten(1, (-1, self.num_classes)), offsets.unflatten(1, (-1, 4))
+
+    def _select(self, outputs: Sequence[LevelOutput], sizes: Tensor, *, top: int, threshold: float) -> list[Detections]:
+        anchors = self.level_anchors(outputs)
+        logits, offsets = ([self.by_anchor(output)[part] for output in outputs] for part in range(2))
+        return [
+            select_detections(
+                [decode_boxes(offset[image], anchor) for offset, anchor in zip(offsets, anchors)],
+                [logit[image].sigmoid() for logit in logits],
+                size,
+                threshold=threshold,
+                top=top,
+            )
+            for image, size in enumerate(sizes)
+        ]
 
     def _losses(
         self, outputs: Sequence[LevelOutput], sizes: Tensor, targets: Sequence[Target], corners: Sequence[Tensor]
