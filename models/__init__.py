@@ -5,10 +5,13 @@ from models.dab_detr import DabDetr, DabDetrConfig
 from models.deformable_detr import DeformableDetr, DeformableDetrConfig
 from models.detection import Detections, DetectorOutput, Target, pad_images
 from models.detr import Detr, DetrConfig
+from models.fcos import FCOS, FCOSConfig
+from models.group_rcnn import GroupRCNN, GroupRCNNConfig
 from models.mobilenet import MobileNetConfig, MobileNetV2
 from models.registry import create_model, list_models, register_model
 from models.regnet import RegNet, RegNetConfig
 from models.resnet import ResNet, ResNetConfig
+from models.retinanet import RetinaNet, RetinaNetConfig
 from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 
@@ -24,12 +27,18 @@ __all__ = [
     "DetectorOutput",
     "Detr",
     "DetrConfig",
+    "FCOS",
+    "FCOSConfig",
+    "GroupRCNN",
+    "GroupRCNNConfig",
     "MobileNetConfig",
     "MobileNetV2",
     "RegNet",
     "RegNetConfig",
     "ResNet",
     "ResNetConfig",
+    "RetinaNet",
+    "RetinaNetConfig",
     "Target",
     "ViT",
     "ViTConfig",

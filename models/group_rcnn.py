@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from models.anchors import decode_boxes, encode_boxes, grid_points
 from models.boxes import clip_boxes, paired_iou
-from models.dense import image_sizes
+from models.dense import SMALL, image_sizes
 from models.detection import Detections, Target
 from models.losses import check_finite
 from models.points import PointTarget, check_points
@@ -74,10 +74,7 @@ class GroupRCNNConfig(RetinaNetConfig):
 
 CONFIGS = {
     "group_rcnn_r50": GroupRCNNConfig(),
-    "group_rcnn_small": GroupRCNNConfig(
-        backbone="resnet18", width=16, channels=64, extra_levels=1, convs=2, num_classes=1, frozen_stages=0, frozen_statistics=False,
-        group=20, roi_levels=3, roi_size=5, hidden=128, norm_groups=8,
-    ),
+    "group_rcnn_small": GroupRCNNConfig(**SMALL, group=20, roi_levels=3, roi_size=5, hidden=128, norm_groups=8),
 }
 
 
@@ -111,9 +108,12 @@ class StageOutput(NamedTuple):
     offsets: Tensor
 
 
-def nearest_cells(points: Tensor, *, height: int, width: int, stride: int, count: int) -> Tensor:
-    """The cells whose places, cell times ``stride``, are nearest to each point: (N, 2) pixels -> int64 (k, N), k <= ``count``."""
-    places = grid_points(height, width, stride, device=points.device)
+def nearest_cells(points: Tensor, *, size: Sequence[int], stride: int, count: int) -> Tensor:
+    """The cells whose places, cell times ``stride``, are nearest to each point.
+
+    Points (N, 2) in pixels and ``size``, height and width of the map -> int64 (k, N), k <= ``count``.
+    """
+    places = grid_points(size, stride, device=points.device)
     distances = (places[:, None] - points).square().sum(-1)
     return distances.topk(min(count, len(places)), dim=0, largest=False).indices
 
@@ -160,8 +160,8 @@ def group_proposals(
 class InstanceHead(nn.Module):
     """Three stages of class and box from pooled features, each instance with a kernel of its own.
 
-    The kernel, D x D of a 1x1 convolution, is a linear function of the instance's mean feature and its class. What fuses them, the
-    norm and what joins the point's place to the features are the same in all stages.
+    The kernel, D x D of a 1x1 convolution, is a linear function of the instance's mean feature and its class. What fuses them,
+    the norm and what joins the point's place to the features are the same in all stages.
     """
 
     def __init__(self, config: GroupRCNNConfig) -> None:
@@ -177,7 +177,7 @@ class InstanceHead(nn.Module):
         nn.init.normal_(self.embedding.weight)
 
     def forward(self, maps: Sequence[Tensor], groups: Groups, sizes: Tensor, strides: Sequence[int]) -> list[StageOutput]:
-        """Levels (B, D, h, w) with these strides, and sizes (B, 2) of the images -> outputs of the stages, each refining the last.
+        """Levels (B, D, h, w) with these strides, and sizes (B, 2) of the images -> outputs of the stages in turn.
 
         With no instance every shape has I = 0.
         """
@@ -238,7 +238,7 @@ class _StageHead(nn.Module):
 
 
 def instance_convolution(x: Tensor, kernels: Tensor) -> Tensor:
-    """A 1x1 convolution with a kernel for each instance, as one grouped convolution: (I, G, D, s, s) and (I, E, D) -> (I, G, E, s, s)."""
+    """A 1x1 convolution, a kernel for each instance, as one grouped one: (I, G, D, s, s) and (I, E, D) -> (I, G, E, s, s)."""
     instances, outputs = kernels.shape[:2]
     if not instances:
         return x.new_zeros(0, x.shape[1], outputs, *x.shape[3:])
@@ -252,12 +252,12 @@ def relative_places(
 ) -> Tensor:
     """Where a proposal's point lies, seen from its bins, in cells: boxes (K, 4) and points (K, 2) -> (K, 2, size, size).
 
-    It is the RoIAlign of the map (point - place) / stride. That is linear in the point, so one map of the places and of ones serves
-    all points.
+    It is the RoIAlign of the map (point - place) / stride. That is linear in the point, so one map of the places and of ones
+    serves all points.
     """
     grids = []
     for x, stride in zip(maps, strides):
-        place = grid_points(*x.shape[2:], stride, device=x.device).to(x.dtype).T.unflatten(1, x.shape[2:])  # type: ignore[arg-type]
+        place = grid_points(x.shape[2:], stride, device=x.device).to(x.dtype).T.unflatten(1, x.shape[2:])
         grids.append(torch.cat([place / stride, torch.full_like(place[:1], 1 / stride)])[None])
     image = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     pooled = pyramid_roi_align(grids, boxes, image, strides=strides, size=size)
@@ -357,8 +357,7 @@ class GroupRCNN(RetinaNet):
         """
         boxes, scores = [], []
         for output, anchors, stride in zip(outputs, self.level_anchors(outputs), self.strides):
-            height, width = output[0].shape[2:]
-            cells = nearest_cells(points, height=height, width=width, stride=stride, count=self.config.nearest)
+            cells = nearest_cells(points, size=output[0].shape[2:], stride=stride, count=self.config.nearest)
             places = (cells.T[..., None] * self.anchors + torch.arange(self.anchors, device=cells.device)).flatten(1)
             logits, offsets = (part[image] for part in self.by_anchor(output))
             boxes.append(decode_boxes(offsets[places], anchors[places]))

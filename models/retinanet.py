@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.anchors import assign_anchors, cell_anchors, decode_boxes, encode_boxes, level_anchors
-from models.dense import PyramidConfig, PyramidDetector, image_sizes, initialise_head, select_detections
+from models.dense import SMALL, PyramidConfig, PyramidDetector, image_sizes, initialise_head, select_detections
 from models.detection import Detections, Target
 from models.losses import box_l1_loss, check_finite, sigmoid_focal_loss
 from models.registry import register_model
@@ -40,9 +40,7 @@ class RetinaNetConfig(PyramidConfig):
 
 CONFIGS = {
     "retinanet_r50": RetinaNetConfig(),
-    "retinanet_small": RetinaNetConfig(
-        backbone="resnet18", width=16, channels=64, extra_levels=1, convs=2, num_classes=1, frozen_stages=0, frozen_statistics=False
-    ),
+    "retinanet_small": RetinaNetConfig(**SMALL),
 }
 
 
@@ -111,7 +109,7 @@ class RetinaNet(PyramidDetector):
         config, device = self.config, outputs[0][0].device
         return [
             level_anchors(
-                *logits.shape[2:],
+                logits.shape[2:],
                 stride,
                 cell_anchors(
                     stride, base=config.anchor_base, scales=config.anchor_scales, ratios=config.anchor_ratios
