@@ -15,7 +15,7 @@ FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "data
 """Modules that take a few minutes each."""
 
 SLOW: tuple[str, ...] = (
-    "comparison", "cycle_set", "fisher", "silicon", "placement", "sparse_training", "train_llama", "train_detr", "train_classifiers",
+    "comparison", "cycle_set", "fisher", "silicon", "placement", "sparse_training", "train_llama", "train_detr", "train_classifiers", "train_group_rcnn",
 )
 """Modules that run only when named, or with ``--slow``."""
 

@@ -7,6 +7,8 @@ from models.deformable_detr import DeformableDetr, DeformableDetrConfig
 from models.detection import Detections, DetectorOutput, Target, pad_images
 from models.detr import Detr, DetrConfig
 from models.dgnet import RouterConfig, dynamic_graph
+from models.fcos import FCOS, FCOSConfig
+from models.group_rcnn import GroupRCNN, GroupRCNNConfig
 from models.info import Input, ModelInfo, Published
 from models.llama import Llama, LlamaConfig, generate
 from models.llama_adapter import AdapterConfig, ClassTokens, LlamaAdapter
@@ -15,6 +17,7 @@ from models.odconv import ODConv2d
 from models.registry import create_model, describe_models, list_models, model_info, register_model
 from models.regnet import RegNet, RegNetConfig
 from models.resnet import ResNet, ResNetConfig
+from models.retinanet import RetinaNet, RetinaNetConfig
 from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 
@@ -34,6 +37,10 @@ __all__ = [
     "DetectorOutput",
     "Detr",
     "DetrConfig",
+    "FCOS",
+    "FCOSConfig",
+    "GroupRCNN",
+    "GroupRCNNConfig",
     "Input",
     "Llama",
     "LlamaAdapter",
@@ -47,6 +54,8 @@ __all__ = [
     "RegNetConfig",
     "ResNet",
     "ResNetConfig",
+    "RetinaNet",
+    "RetinaNetConfig",
     "RouterConfig",
     "Target",
     "ViT",

@@ -21,8 +21,12 @@ __all__ = ["assign_anchors", "cell_anchors", "decode_boxes", "encode_boxes", "gr
 _LARGEST = math.log(1000 / 16)  # a side grows by at most this factor in one step
 
 
-def grid_points(height: int, width: int, stride: int, *, offset: float = 0.0, device: torch.device | None = None) -> Tensor:
-    """Places of a map's cells, row by row: (height width, 2), x and y = (cell + ``offset``) ``stride`` pixels."""
+def grid_points(size: Sequence[int], stride: int, *, offset: float = 0.0, device: torch.device | None = None) -> Tensor:
+    """Places of the cells of a map, row by row: x and y, (cell + ``offset``) ``stride`` pixels.
+
+    ``size`` is (height, width); the result (height width, 2).
+    """
+    height, width = size
     y = (torch.arange(height, device=device) + offset) * stride
     x = (torch.arange(width, device=device) + offset) * stride
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1).float()
@@ -38,9 +42,9 @@ def cell_anchors(
     return torch.cat([-half, half], 1).float()
 
 
-def level_anchors(height: int, width: int, stride: int, anchors: Tensor) -> Tensor:
+def level_anchors(size: Sequence[int], stride: int, anchors: Tensor) -> Tensor:
     """Anchors of all cells: (height width len(anchors), 4), those of a cell next to each other; cell (0, 0) is at the origin."""
-    points = grid_points(height, width, stride, device=anchors.device).repeat(1, 2)
+    points = grid_points(size, stride, device=anchors.device).repeat(1, 2)
     return (points[:, None] + anchors).flatten(0, 1)
 
 

@@ -20,7 +20,7 @@ from models.fpn import FPN, Extra
 from models.roi import nms
 from models.vision import check_positive
 
-__all__ = ["PyramidConfig", "PyramidDetector", "image_sizes", "initialise_head", "select_detections"]
+__all__ = ["SMALL", "PyramidConfig", "PyramidDetector", "image_sizes", "initialise_head", "select_detections"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class PyramidConfig:
     ``backbone`` and its ``width`` (None: the published one), ``stages`` that are read, ``channels`` of every level,
     ``extra_levels`` and ``extra`` as for `FPN`, ``convs`` in each tower of the head.
 
-    ``frozen_stages`` do not learn, the stem counted as the first. ``frozen_statistics``: batch norm keeps its mean and variance while
-    its scale and shift learn. Both are for weights that were trained before; from random weights use 0 and False.
+    ``frozen_stages`` do not learn, the stem counted as the first. ``frozen_statistics``: batch norm keeps its mean and variance
+    while its scale and shift learn. Both are for weights that were trained before; from random weights use 0 and False.
     """
 
     backbone: str = "resnet50"
@@ -47,11 +47,20 @@ class PyramidConfig:
     frozen_statistics: bool = True
 
     def __post_init__(self) -> None:
-        zero_allowed = {"extra_levels": self.extra_levels, "frozen_stages": self.frozen_stages}
-        for name, value in zero_allowed.items():
-            if value < 0:
-                raise ValueError(f"{name} must be >= 0, not {value!r}")
-        check_positive(self, but=tuple(zero_allowed))
+        check_positive(self, zero=("extra_levels", "frozen_stages"))
+
+
+SMALL: dict[str, Any] = {
+    "backbone": "resnet18",
+    "width": 16,
+    "channels": 64,
+    "extra_levels": 1,
+    "convs": 2,
+    "num_classes": 1,
+    "frozen_stages": 0,
+    "frozen_statistics": False,
+}
+"""A quarter-width ResNet-18 and P3 to P6 of 64 channels, to be trained from random weights in minutes."""
 
 
 class PyramidDetector(nn.Module):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 __all__ = ["FPN", "Extra"]
 
 Extra = Literal["input", "output", "pool"]
-"""What the first extra level is made of: the backbone's last map (RetinaNet), the last level (FCOS), or every other cell of it."""
+"""What the first extra level is made of: the last map (RetinaNet), the last level (FCOS), or every second cell of it."""
 
 
 class FPN(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.anchors import assign_anchors, cell_anchors, decode_boxes, encode_boxes, level_anchors
-from models.dense import PyramidConfig, PyramidDetector, image_sizes, initialise_head, select_detections
+from models.dense import SMALL, PyramidConfig, PyramidDetector, image_sizes, initialise_head, select_detections
 from models.detection import Detections, Target
 from models.losses import box_l1_loss, check_finite, sigmoid_focal_loss
 from models.registry import register_model
@@ -40,9 +40,7 @@ class RetinaNetConfig(PyramidConfig):
 
 CONFIGS = {
     "retinanet_r50": RetinaNetConfig(),
-    "retinanet_small": RetinaNetConfig(
-        backbone="resnet18", width=16, channels=64, extra_levels=1, convs=2, num_classes=1, frozen_stages=0, frozen_statistics=False
-    ),
+    "retinanet_small": RetinaNetConfig(**SMALL),
 }
 
 
@@ -104,26 +102,14 @@ class RetinaNet(PyramidDetector):
     ) -> list[Detections]:
         """What is in each image, in pixels: at most ``top`` objects with a score above ``threshold``."""
         sizes = image_sizes(images, mask)
-        outputs = self(images)
-        anchors = self.level_anchors(outputs)
-        logits, offsets = ([self.by_anchor(output)[part] for output in outputs] for part in range(2))
-        return [
-            select_detections(
-                [decode_boxes(offset[image], anchor) for offset, anchor in zip(offsets, anchors)],
-                [logit[image].sigmoid() for logit in logits],
-                size,
-                threshold=threshold,
-                top=top,
-            )
-            for image, size in enumerate(sizes)
-        ]
+        return self._select(self(images), sizes, top=top, threshold=threshold)
 
     def level_anchors(self, outputs: Sequence[LevelOutput]) -> list[Tensor]:
         """Anchors of every level: (h w A, 4)."""
         config, device = self.config, outputs[0][0].device
         return [
             level_anchors(
-                *logits.shape[2:],
+                logits.shape[2:],
                 stride,
                 cell_anchors(
                     stride, base=config.anchor_base, scales=config.anchor_scales, ratios=config.anchor_ratios
@@ -136,6 +122,20 @@ class RetinaNet(PyramidDetector):
         """Class logits (B, h w A, C) and offsets (B, h w A, 4), in the order of `level_anchors`."""
         logits, offsets = (part.permute(0, 2, 3, 1).flatten(1) for part in output)
         return logits.unflatten(1, (-1, self.num_classes)), offsets.unflatten(1, (-1, 4))
+
+    def _select(self, outputs: Sequence[LevelOutput], sizes: Tensor, *, top: int, threshold: float) -> list[Detections]:
+        anchors = self.level_anchors(outputs)
+        logits, offsets = ([self.by_anchor(output)[part] for output in outputs] for part in range(2))
+        return [
+            select_detections(
+                [decode_boxes(offset[image], anchor) for offset, anchor in zip(offsets, anchors)],
+                [logit[image].sigmoid() for logit in logits],
+                size,
+                threshold=threshold,
+                top=top,
+            )
+            for image, size in enumerate(sizes)
+        ]
 
     def _losses(
         self, outputs: Sequence[LevelOutput], sizes: Tensor, targets: Sequence[Target], corners: Sequence[Tensor]
