@@ -1,27 +1,53 @@
 """Model definitions, one readable file each, and the registry of their names."""
 
 from models.bert import BertClassifier, BertConfig, BertModel, mean_pool
+from models.dab_detr import DabDetr, DabDetrConfig
+from models.deformable_detr import DeformableDetr, DeformableDetrConfig
+from models.detection import Detections, DetectorOutput, Target, pad_images
+from models.detr import Detr, DetrConfig
 from models.info import Input, ModelInfo, Published
+from models.maskformer import MaskFormer, MaskFormerConfig, MaskOutput, MaskTarget, Segmenter
 from models.mobilenet import MobileNetConfig, MobileNetV2
+from models.pft import PFT, PFTConfig
 from models.registry import create_model, describe_models, list_models, model_info, register_model
 from models.regnet import RegNet, RegNetConfig
 from models.resnet import ResNet, ResNetConfig
+from models.swin import Swin, SwinBackbone, SwinConfig
 from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 
 __all__ = [
+    "PFT",
     "BertClassifier",
     "BertConfig",
     "BertModel",
+    "DabDetr",
+    "DabDetrConfig",
+    "DeformableDetr",
+    "DeformableDetrConfig",
+    "Detections",
+    "DetectorOutput",
+    "Detr",
+    "DetrConfig",
     "Input",
+    "MaskFormer",
+    "MaskFormerConfig",
+    "MaskOutput",
+    "MaskTarget",
     "MobileNetConfig",
     "MobileNetV2",
     "ModelInfo",
+    "PFTConfig",
     "Published",
     "RegNet",
     "RegNetConfig",
     "ResNet",
     "ResNetConfig",
+    "Segmenter",
+    "Swin",
+    "SwinBackbone",
+    "SwinConfig",
+    "Target",
     "ViT",
     "ViTConfig",
     "create_model",
@@ -30,5 +56,6 @@ __all__ = [
     "load_tokenizer",
     "mean_pool",
     "model_info",
+    "pad_images",
     "register_model",
 ]

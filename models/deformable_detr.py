@@ -37,8 +37,8 @@ class DeformableDetrConfig:
 
     ``refine``: every decoder layer corrects the boxes of the one before. ``two_stage``: the queries are the encoder's best
     proposals. ``mixed_selection``: only their positions are, contents are learned. ``look_twice``: the gradient of a layer's
-    boxes reaches the layer before. ``many_queries`` more queries, in training, are matched one-to-many. ``share_class_head``: None
-    is True without two stages. ``norm_groups`` is of the projections of the feature maps.
+    boxes reaches the layer before. ``many_queries`` more queries, in training, are matched one-to-many.
+    ``share_class_head``: None is True without two stages. ``norm_groups`` is of the projections of the feature maps.
     """
 
     backbone: str = "resnet50"

@@ -109,5 +109,8 @@ def _renamed(key: str, table: tuple) -> str:
 
 def _shared(key: str, own: Mapping[str, Tensor]) -> str:
     """The key of the one head that stands for those of all layers, if the detector has such."""
-    shared = re.sub(r"^(class_head|box_head)\.\d+\.", r"\1.", key)
-    return shared if shared in own else key
+    for number in ("", "0."):
+        shared = re.sub(r"^(class_head|box_head)\.\d+\.", rf"\1.{number}", key)
+        if shared in own:
+            return shared
+    return key
