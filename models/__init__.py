@@ -12,16 +12,20 @@ from models.group_rcnn import GroupRCNN, GroupRCNNConfig
 from models.info import Input, ModelInfo, Published
 from models.llama import Llama, LlamaConfig, generate
 from models.llama_adapter import AdapterConfig, ClassTokens, LlamaAdapter
+from models.maskformer import MaskFormer, MaskFormerConfig, MaskOutput, MaskTarget, Segmenter
 from models.mobilenet import MobileNetConfig, MobileNetV2
 from models.odconv import ODConv2d
+from models.pft import PFT, PFTConfig
 from models.registry import create_model, describe_models, list_models, model_info, register_model
 from models.regnet import RegNet, RegNetConfig
 from models.resnet import ResNet, ResNetConfig
 from models.retinanet import RetinaNet, RetinaNetConfig
+from models.swin import Swin, SwinBackbone, SwinConfig
 from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 
 __all__ = [
+    "PFT",
     "AdapterConfig",
     "BertClassifier",
     "BertConfig",
@@ -45,10 +49,15 @@ __all__ = [
     "Llama",
     "LlamaAdapter",
     "LlamaConfig",
+    "MaskFormer",
+    "MaskFormerConfig",
+    "MaskOutput",
+    "MaskTarget",
     "MobileNetConfig",
     "MobileNetV2",
     "ModelInfo",
     "ODConv2d",
+    "PFTConfig",
     "Published",
     "RegNet",
     "RegNetConfig",
@@ -57,6 +66,10 @@ __all__ = [
     "RetinaNet",
     "RetinaNetConfig",
     "RouterConfig",
+    "Segmenter",
+    "Swin",
+    "SwinBackbone",
+    "SwinConfig",
     "Target",
     "ViT",
     "ViTConfig",
