@@ -25,6 +25,7 @@ from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 
 __all__ = [
+    "FCOS",
     "PFT",
     "AdapterConfig",
     "BertClassifier",
@@ -41,7 +42,6 @@ __all__ = [
     "DetectorOutput",
     "Detr",
     "DetrConfig",
-    "FCOS",
     "FCOSConfig",
     "GroupRCNN",
     "GroupRCNNConfig",

@@ -26,7 +26,8 @@ from models.dense import SMALL, PyramidConfig, PyramidDetector, image_sizes, ini
 from models.detection import Detections, Target
 from models.fpn import Extra
 from models.losses import check_finite, sigmoid_focal_loss
-from models.registry import register_model
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
 from models.vision import build_vision_model
 
 __all__ = ["CONFIGS", "FCOS", "FCOSConfig", "FCOSHead", "FCOSOutput", "assign_cells"]
@@ -213,3 +214,16 @@ def fcos_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.M
 def fcos_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """FCOS on a quarter-width ResNet-18, one class: for training in minutes."""
     return _build("fcos_small", pretrained, overrides)
+
+
+describe_models(
+    ("fcos_r50",),
+    ModelInfo(family="FCOS", paper="1904.01355", inputs=image(3, 800, 1066)),
+    {
+        "fcos_r50": Published(
+            source="torchvision's fcos_resnet50_fpn, 32,269,600", parameters=32_297_370,
+            note="80 classes for 91 (-25,355), norms not frozen (+53,120), a scale a level (+5)",
+        ),
+    },
+)  # fmt: skip
+describe_models(("fcos_small",), ModelInfo(family="FCOS", paper="1904.01355", inputs=image(3, 128), note="ours, for tests"))

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from models.dense import SMALL, image_sizes
 from models.detection import Detections, Target
 from models.losses import check_finite
 from models.points import PointTarget, check_points
-from models.registry import register_model
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
 from models.retinanet import LevelOutput, RetinaNet, RetinaNetConfig
 from models.roi import nms, pyramid_roi_align
 from models.vision import build_vision_model
@@ -448,3 +449,33 @@ def group_rcnn_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -
 def group_rcnn_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """Group R-CNN on a quarter-width ResNet-18, one class: for training in minutes."""
     return _build("group_rcnn_small", pretrained, overrides)
+
+
+class ImagePart(nn.Module):
+    """What a Group R-CNN computes of an image alone, before points come in: images (B, 3, H, W) -> the outputs of the dense head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        detector = cast(GroupRCNN, self.model)
+        return detector.head(detector.extract(images))
+
+
+_BEFORE = "MACs and activations of the part before the points, which decide the rest"
+describe_models(
+    ("group_rcnn_r50",),
+    ModelInfo(family="Group R-CNN", paper="2205.05920", inputs=image(3, 800, 1066), counted=ImagePart, note=_BEFORE),
+    {
+        "group_rcnn_r50": Published(
+            source="sum over the parts of jshilong/GroupRCNN at 5e9fe03", parameters=131_782_451, note="the paper gives none"
+        ),
+    },
+)
+describe_models(
+    ("group_rcnn_small",),
+    ModelInfo(
+        family="Group R-CNN", paper="2205.05920", inputs=image(3, 128), counted=ImagePart, note=f"ours, for tests; {_BEFORE}"
+    ),
+)

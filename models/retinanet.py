@@ -20,7 +20,8 @@ from models.anchors import assign_anchors, cell_anchors, decode_boxes, encode_bo
 from models.dense import SMALL, PyramidConfig, PyramidDetector, image_sizes, initialise_head, select_detections
 from models.detection import Detections, Target
 from models.losses import box_l1_loss, check_finite, sigmoid_focal_loss
-from models.registry import register_model
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
 from models.vision import build_vision_model
 
 __all__ = ["CONFIGS", "LevelOutput", "RetinaHead", "RetinaNet", "RetinaNetConfig"]
@@ -174,3 +175,18 @@ def retinanet_r50(*, pretrained: bool | str | Path = False, **overrides: Any) ->
 def retinanet_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """RetinaNet on a quarter-width ResNet-18, one class: for training in minutes."""
     return _build("retinanet_small", pretrained, overrides)
+
+
+describe_models(
+    ("retinanet_r50",),
+    ModelInfo(family="RetinaNet", paper="1708.02002", inputs=image(3, 800, 1066)),
+    {
+        "retinanet_r50": Published(
+            source="torchvision's retinanet_resnet50_fpn, 34,014,999", parameters=37_968_692,
+            note="P6 from C5 (+4,128,768), 80 classes for 91 (-228,195), norms not frozen (+53,120)",
+        ),
+    },
+)  # fmt: skip
+describe_models(
+    ("retinanet_small",), ModelInfo(family="RetinaNet", paper="1708.02002", inputs=image(3, 128), note="ours, for tests")
+)
