@@ -25,8 +25,9 @@ from models.boxes import box_area, paired_iou
 from models.dense import SMALL, PyramidConfig, PyramidDetector, image_sizes, initialise_head, select_detections
 from models.detection import Detections, Target
 from models.fpn import Extra
+from models.info import ModelInfo, Published
+from models.info import image as image_input
 from models.losses import check_finite, sigmoid_focal_loss
-from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
 from models.vision import build_vision_model
 
@@ -218,7 +219,7 @@ def fcos_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn
 
 describe_models(
     ("fcos_r50",),
-    ModelInfo(family="FCOS", paper="1904.01355", inputs=image(3, 800, 1066)),
+    ModelInfo(family="FCOS", paper="1904.01355", inputs=image_input(3, 800, 1066)),
     {
         "fcos_r50": Published(
             source="torchvision's fcos_resnet50_fpn, 32,269,600", parameters=32_297_370,
@@ -226,4 +227,4 @@ describe_models(
         ),
     },
 )  # fmt: skip
-describe_models(("fcos_small",), ModelInfo(family="FCOS", paper="1904.01355", inputs=image(3, 128), note="ours, for tests"))
+describe_models(("fcos_small",), ModelInfo(family="FCOS", paper="1904.01355", inputs=image_input(3, 128), note="ours, for tests"))

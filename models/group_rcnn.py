@@ -30,9 +30,10 @@ from models.anchors import decode_boxes, encode_boxes, grid_points
 from models.boxes import clip_boxes, paired_iou
 from models.dense import SMALL, image_sizes
 from models.detection import Detections, Target
+from models.info import ModelInfo, Published
+from models.info import image as image_input
 from models.losses import check_finite
 from models.points import PointTarget, check_points
-from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
 from models.retinanet import LevelOutput, RetinaNet, RetinaNetConfig
 from models.roi import nms, pyramid_roi_align
@@ -452,7 +453,7 @@ def group_rcnn_small(*, pretrained: bool | str | Path = False, **overrides: Any)
 
 
 class ImagePart(nn.Module):
-    """What a Group R-CNN computes of an image alone, before points come in: images (B, 3, H, W) -> the outputs of the dense head."""
+    """What a Group R-CNN computes of images (B, 3, H, W) alone, before points come in: the outputs of the dense head."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -466,7 +467,7 @@ class ImagePart(nn.Module):
 _BEFORE = "MACs and activations of the part before the points, which decide the rest"
 describe_models(
     ("group_rcnn_r50",),
-    ModelInfo(family="Group R-CNN", paper="2205.05920", inputs=image(3, 800, 1066), counted=ImagePart, note=_BEFORE),
+    ModelInfo(family="Group R-CNN", paper="2205.05920", inputs=image_input(3, 800, 1066), counted=ImagePart, note=_BEFORE),
     {
         "group_rcnn_r50": Published(
             source="sum over the parts of jshilong/GroupRCNN at 5e9fe03", parameters=131_782_451, note="the paper gives none"
@@ -476,6 +477,6 @@ describe_models(
 describe_models(
     ("group_rcnn_small",),
     ModelInfo(
-        family="Group R-CNN", paper="2205.05920", inputs=image(3, 128), counted=ImagePart, note=f"ours, for tests; {_BEFORE}"
+        family="Group R-CNN", paper="2205.05920", inputs=image_input(3, 128), counted=ImagePart, note=f"ours, for tests; {_BEFORE}"
     ),
 )

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from models.anchors import assign_anchors, cell_anchors, decode_boxes, encode_boxes, level_anchors
 from models.dense import SMALL, PyramidConfig, PyramidDetector, image_sizes, initialise_head, select_detections
 from models.detection import Detections, Target
+from models.info import ModelInfo, Published
+from models.info import image as image_input
 from models.losses import box_l1_loss, check_finite, sigmoid_focal_loss
-from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
 from models.vision import build_vision_model
 
@@ -179,7 +180,7 @@ def retinanet_small(*, pretrained: bool | str | Path = False, **overrides: Any) 
 
 describe_models(
     ("retinanet_r50",),
-    ModelInfo(family="RetinaNet", paper="1708.02002", inputs=image(3, 800, 1066)),
+    ModelInfo(family="RetinaNet", paper="1708.02002", inputs=image_input(3, 800, 1066)),
     {
         "retinanet_r50": Published(
             source="torchvision's retinanet_resnet50_fpn, 34,014,999", parameters=37_968_692,
@@ -188,5 +189,5 @@ describe_models(
     },
 )  # fmt: skip
 describe_models(
-    ("retinanet_small",), ModelInfo(family="RetinaNet", paper="1708.02002", inputs=image(3, 128), note="ours, for tests")
+    ("retinanet_small",), ModelInfo(family="RetinaNet", paper="1708.02002", inputs=image_input(3, 128), note="ours, for tests")
 )
