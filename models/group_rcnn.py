@@ -477,6 +477,7 @@ describe_models(
 describe_models(
     ("group_rcnn_small",),
     ModelInfo(
-        family="Group R-CNN", paper="2205.05920", inputs=image_input(3, 128), counted=ImagePart, note=f"ours, for tests; {_BEFORE}"
+        family="Group R-CNN", paper="2205.05920", inputs=image_input(3, 128), counted=ImagePart,
+        note=f"ours, for tests; {_BEFORE}",
     ),
-)
+)  # fmt: skip

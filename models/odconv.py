@@ -411,7 +411,7 @@ for _name, (_base, _kernels) in NETWORKS.items():
 
 def _figures(parameters: int | float, macs: float) -> tuple[Published, ...]:
     """Parameters, exact or in M, and M multiply-adds of the README. Its counter also takes pooling and the products of kernels
-    with their attentions; its ResNet-50 and 101 are those of v1, with the stride in the 1x1 convolution, not the released code's."""
+    with their attentions; its ResNet-50 and 101 are those of v1 (stride in the 1x1 convolution), not the released code's."""
     source = "OSVAI/ODConv, README"
     counted = Published(source="OSVAI/ODConv at 0901cc1, counted", parameters=int(parameters))
     rounded = Published(source=source, parameters=round(parameters * 1e6), within=2e-3)
