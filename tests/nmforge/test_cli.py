@@ -69,7 +69,7 @@ def test_models() -> None:
     (minilm,) = rows
     assert list(minilm) == ["name", "family", "params", "macs", "activations", "input_shape", "paper", "weights"]
     assert (minilm["params"], minilm["input_shape"], minilm["paper"]) == (22565376, {"input_ids": [1, 128]}, "2002.10957")
-    printed = nmforge_command("models", "--family", "bert").stdout
+    printed = nmforge_command("models", "--family", "minilm").stdout
     assert "minilm_l6" in printed and "22.57 M" in printed and "resnet" not in printed
     assert nmforge_command("models", "minilm", "--markdown").stdout.startswith("# Counts\n")
     assert nmforge_command("models", "--family", "bertt").exit_code == 2
