@@ -65,7 +65,7 @@ def test_root() -> None:
 
 
 def test_models() -> None:
-    rows = json.loads(nmforge_command("models", "minilm", "--json").stdout)["models"]
+    rows = json.loads(nmforge_command("models", "minilm_l6", "--json").stdout)["models"]
     (minilm,) = rows
     assert list(minilm) == ["name", "family", "params", "macs", "activations", "input_shape", "paper", "weights"]
     assert (minilm["params"], minilm["input_shape"], minilm["paper"]) == (22565376, {"input_ids": [1, 128]}, "2002.10957")
