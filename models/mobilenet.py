@@ -1,6 +1,7 @@
 """MobileNetV2 of any width.
 
-Ref: M. Sandler et al., MobileNetV2, arXiv 1801.04381, table 2. State dicts have torchvision's key names.
+Ref: M. Sandler et al., MobileNetV2, arXiv 1801.04381, table 2. State dicts have torchvision's key names;
+timm's load too.
 
 Shapes: B images, C channels, H and W pixels.
 """
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.registry import register_model
-from models.vision import build_vision_model, initialise_convolutions
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
+from models.timm_names import mobilenet_names, on_load
+from models.vision import build_vision_model, check_images, initialise_convolutions
 
 __all__ = ["CONFIGS", "InvertedResidual", "MobileNetConfig", "MobileNetV2"]
 
@@ -123,8 +126,10 @@ class MobileNetV2(nn.Module):
         initialise_convolutions(self)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
+        self.register_load_state_dict_pre_hook(on_load(mobilenet_names(config.stages)))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, 3)
         x = nn.functional.adaptive_avg_pool2d(self.features(x), 1)
         return self.classifier(torch.flatten(x, 1))
 
@@ -155,3 +160,20 @@ def mobilenet_v2_075(*, pretrained: bool | str | Path = False, **overrides: Any)
 def mobilenet_v2_200(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """MobileNetV2 of twice the width, 11.3 M parameters."""
     return _build("mobilenet_v2_200", pretrained, overrides)
+
+
+describe_models(
+    ("mobilenet_v2", "mobilenet_v2_050", "mobilenet_v2_075", "mobilenet_v2_200"),
+    ModelInfo(family="MobileNetV2", paper="1801.04381", inputs=image(3, 224)),
+    {
+        "mobilenet_v2": (
+            Published(source="torchvision's model page", parameters=3_504_872),
+            Published(source="OSVAI/ODConv, README", macs=300_800_000, within=5e-4),
+        ),
+        "mobilenet_v2_075": Published(source="OSVAI/ODConv, README", parameters=2_640_000, macs=209_100_000, within=2e-3),
+        "mobilenet_v2_050": Published(source="OSVAI/ODConv, README", parameters=1_970_000, macs=97_100_000, within=2e-3),
+        "mobilenet_v2_200": Published(
+            source="arXiv 2108.00708, table 1", parameters=11_258_000, macs=1_137_000_000, activations=13_350_000, within=1e-3,
+        ),
+    },
+)

@@ -1,15 +1,18 @@
-"""Names of models: a decorator that records them and the two functions that users call."""
+"""Names of models: a decorator that records them, what is known of each, and the functions that users call."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-__all__ = ["create_model", "list_models", "register_model"]
+from models.info import ModelInfo, Published
+
+__all__ = ["create_model", "defined_in", "describe_models", "list_models", "model_info", "register_model"]
 
 
 class ModelBuilder(Protocol):
@@ -23,6 +26,7 @@ class ModelBuilder(Protocol):
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 _builders: dict[str, Callable[..., nn.Module]] = {}
+_infos: dict[str, ModelInfo] = {}
 
 
 def register_model(builder: Builder) -> Builder:
@@ -45,6 +49,52 @@ def list_models() -> list[str]:
     return sorted(_builders)
 
 
+def describe_models(
+    names: Sequence[str], info: ModelInfo, published: Mapping[str, Published | Sequence[Published]] | None = None
+) -> None:
+    """Record what is known of registered models: ``info`` of all of them, ``published`` of each.
+
+    Raises
+    ------
+    ValueError
+        No model of that name, or it is described already.
+    """
+    published = published or {}
+    stray = sorted(set(published) - set(names))
+    if stray:
+        raise ValueError(f"figures are given for {stray[0]!r}, which is not among the names: {', '.join(names)}")
+    for name in names:
+        _check(name)
+        if name in _infos:
+            raise ValueError(f"the model {name!r} is described already")
+        figures = published.get(name, ())
+        _infos[name] = replace(info, published=(figures,) if isinstance(figures, Published) else tuple(figures))
+
+
+def model_info(name: str) -> ModelInfo:
+    """What `describe_models` recorded of a registered model; the family "other" and nothing else if it is not described.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; the message offers near ones.
+    """
+    _check(name)
+    return _infos.get(name, ModelInfo(family="other"))
+
+
+def defined_in(name: str) -> str:
+    """Name of the module that registered a model.
+
+    Raises
+    ------
+    ValueError
+        Unknown name; the message offers near ones.
+    """
+    _check(name)
+    return _builders[name].__module__
+
+
 def create_model(name: str, *, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """Build a registered model, in eval mode.
 
@@ -65,10 +115,15 @@ def create_model(name: str, *, pretrained: bool | str | Path = False, **override
     FileNotFoundError
         The weights are not there; the message says what to install.
     """
+    _check(name)
+    return _builders[name](pretrained=pretrained, **overrides).eval()
+
+
+def _check(name: str) -> None:
+    """Refuse what is no registered name."""
     if not isinstance(name, str):
         raise TypeError(f"a model's name must be a string, not {type(name).__name__}")
     if name not in _builders:
         near = difflib.get_close_matches(name, _builders, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list_models())}"
         raise ValueError(f"unknown model {name!r}: {hint}")
-    return _builders[name](pretrained=pretrained, **overrides).eval()

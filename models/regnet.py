@@ -2,7 +2,7 @@
 
 Ref: I. Radosavovic et al., Designing Network Design Spaces, arXiv 2003.13678, section 3.3 and eq. 2-4; the
 constants of each size are those of table 7's networks as released by the authors (pycls). State dicts have
-torchvision's key names.
+torchvision's key names; timm's load too.
 
 Shapes: B images, C channels, H and W pixels.
 """
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.registry import register_model
-from models.vision import build_vision_model, check_positive, initialise_convolutions
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
+from models.timm_names import on_load, regnet_names
+from models.vision import build_vision_model, check_images, check_positive, initialise_convolutions
 
 __all__ = ["CONFIGS", "RegNet", "RegNetConfig", "stage_shapes"]
 
@@ -133,8 +135,10 @@ class RegNet(nn.Module):
         initialise_convolutions(self)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
+        self.register_load_state_dict_pre_hook(on_load(regnet_names()))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, 3)
         x = self.avgpool(self.trunk_output(self.stem(x)))
         return self.fc(torch.flatten(x, 1))
 
@@ -183,3 +187,27 @@ def regnet_x_1_6gf(*, pretrained: bool | str | Path = False, **overrides: Any) -
 def regnet_x_3_2gf(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """RegNetX of 3.2 G MACs, 15.3 M parameters."""
     return _build("regnet_x_3_2gf", pretrained, overrides)
+
+
+_TORCHVISION = "torchvision's model page"
+_TIMM = "timm's results table"
+
+
+def _zoo(macs: float, activations: float) -> Published:
+    """The authors' table: G MACs and M activations to one decimal."""
+    return Published(source="pycls, MODEL_ZOO.md", macs=round(macs * 1e9), activations=round(activations * 1e6), within=0.02)
+
+
+describe_models(
+    tuple(CONFIGS),
+    ModelInfo(family="RegNetX", paper="2003.13678", inputs=image(3, 224)),
+    {
+        "regnet_x_200mf": (Published(source=_TIMM, parameters=2_680_000, within=2e-3), _zoo(0.2, 2.2)),
+        "regnet_x_400mf": (Published(source=_TIMM, parameters=5_160_000, within=1e-3), _zoo(0.4, 3.1)),
+        "regnet_x_400mf_tv": Published(source=_TORCHVISION, parameters=5_495_976),
+        "regnet_x_600mf": (Published(source=_TIMM, parameters=6_200_000, within=1e-3), _zoo(0.6, 4.0)),
+        "regnet_x_800mf": (Published(source=_TORCHVISION, parameters=7_259_656), _zoo(0.8, 5.1)),
+        "regnet_x_1_6gf": (Published(source=_TORCHVISION, parameters=9_190_136), _zoo(1.6, 7.9)),
+        "regnet_x_3_2gf": (Published(source=_TORCHVISION, parameters=15_296_552), _zoo(3.2, 11.4)),
+    },
+)

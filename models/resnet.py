@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.registry import register_model
-from models.vision import build_vision_model, check_positive, initialise_convolutions
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
+from models.vision import build_vision_model, check_images, check_positive, initialise_convolutions
 
 __all__ = ["CONFIGS", "BasicBlock", "Bottleneck", "ResNet", "ResNetConfig"]
 
@@ -25,8 +26,9 @@ __all__ = ["CONFIGS", "BasicBlock", "Bottleneck", "ResNet", "ResNetConfig"]
 class ResNetConfig:
     """Sizes of a ResNet; see `CONFIGS` for the published ones.
 
-    ``width`` is the channels of the stem; ``groups`` and ``group_width`` (channels of a group in the first
-    stage, None: ``width``) shape a bottleneck's 3x3 convolution.
+    ``channels`` are those of the image, ``width`` those of the stem; ``groups`` and ``group_width`` (channels of a
+    group in the first stage, None: ``width``) shape a bottleneck's 3x3 convolution. ``small_stem`` is for images of
+    some 32 pixels: a 3x3 convolution of stride 1 and no pooling (section 4.2). ``dropout`` is before the linear layer.
     """
 
     bottleneck: bool
@@ -34,10 +36,15 @@ class ResNetConfig:
     width: int = 64
     groups: int = 1
     group_width: int | None = None
+    channels: int = 3
+    small_stem: bool = False
+    dropout: float = 0.0
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
         check_positive(self)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
         if not self.bottleneck and (self.groups != 1 or self.group_width is not None):
             raise ValueError("only a bottleneck has groups: give bottleneck=True")
 
@@ -100,29 +107,32 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, four stages, mean over the pixels, one linear layer: (B, 3, H, W) -> (B, num_classes)."""
+    """Stem, four stages, mean over the pixels, one linear layer: (B, channels, H, W) -> (B, num_classes)."""
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.conv1 = nn.Conv2d(3, config.width, 7, 2, padding=3, bias=False)
+        kernel, stride = (3, 1) if config.small_stem else (7, 2)
+        self.conv1 = nn.Conv2d(config.channels, config.width, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(config.width)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool = nn.Identity() if config.small_stem else nn.MaxPool2d(3, 2, padding=1)
         channels = config.width
         for stage, count in enumerate(config.blocks):
             width, stride = config.width << stage, 1 if stage == 0 else 2
             self.add_module(f"layer{stage + 1}", _stage(channels, width, stride, count, config))
             channels = width * (4 if config.bottleneck else 1)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.drop = nn.Dropout(config.dropout)
         self.fc = nn.Linear(channels, config.num_classes)
         initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.config.channels)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in range(len(self.config.blocks)):
             x = self.get_submodule(f"layer{stage + 1}")(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        return self.fc(self.drop(torch.flatten(self.avgpool(x), 1)))
 
 
 def _stage(inputs: int, width: int, stride: int, count: int, config: ResNetConfig) -> nn.Sequential:
@@ -165,3 +175,33 @@ def resnet101(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.
 def resnext50_32x4d(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """ResNeXt-50 with 32 groups of 4 channels, 25.0 M parameters."""
     return _build("resnext50_32x4d", pretrained, overrides)
+
+
+_TORCHVISION = "torchvision's model page"
+_FISHER = "arXiv 2108.00708, table 1"
+describe_models(
+    ("resnet18", "resnet34", "resnet50", "resnet101"),
+    ModelInfo(family="ResNet", paper="1512.03385", inputs=image(3, 224), note="v1.5: the stride is in the 3x3 convolution"),
+    {
+        "resnet18": Published(source=_TORCHVISION, parameters=11_689_512, macs=1_814_000_000, within=5e-4),
+        "resnet34": Published(source=_TORCHVISION, parameters=21_797_672, macs=3_664_000_000, within=5e-4),
+        "resnet50": (
+            Published(source=_TORCHVISION, parameters=25_557_032),
+            Published(source=_FISHER, macs=4_089_000_000, activations=11_110_000, within=5e-4),
+        ),
+        "resnet101": (
+            Published(source=_TORCHVISION, parameters=44_549_160),
+            Published(source=_FISHER, macs=7_801_000_000, activations=16_230_000, within=5e-4),
+        ),
+    },
+)
+describe_models(
+    ("resnext50_32x4d",),
+    ModelInfo(family="ResNeXt", paper="1611.05431", inputs=image(3, 224)),
+    {
+        "resnext50_32x4d": (
+            Published(source=_TORCHVISION, parameters=25_028_904),
+            Published(source=_FISHER, macs=4_230_000_000, activations=14_400_000, within=5e-4),
+        ),
+    },
+)

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from models.weights import read_weights
+from models.checks import check_images, check_options, check_positive
+from models.weights import load_weights, read_weights
 
-__all__ = ["build_vision_model", "check_positive", "initialise_convolutions"]
+__all__ = ["DropPath", "build_vision_model", "check_images", "check_positive", "initialise_convolutions"]
 
 Config = TypeVar("Config")
 
 
-def check_positive(config: Any) -> None:
-    """Refuse a whole number, or a tuple of them, below 1 in a configuration; None and other kinds pass.
+class DropPath(nn.Module):
+    """In training, a residual branch is left out for a random share ``rate`` of the samples; the others are scaled up.
 
-    Raises
-    ------
-    ValueError
-        Names the field.
+    Ref: G. Huang et al., Deep Networks with Stochastic Depth, arXiv 1603.09382.
     """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        whole = "int" in str(field.type)
-        for item in value if isinstance(value, tuple) else (value,):
-            if whole and item is not None and (not isinstance(item, int) or item < 1):
-                raise ValueError(f"{field.name} must hold integers >= 1, not {value!r}")
-        if value == ():
-            raise ValueError(f"{field.name} must not be empty")
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        keep = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
 
 
 def initialise_convolutions(model: nn.Module) -> None:
@@ -52,24 +53,22 @@ def build_vision_model(
     config: Config,
     pretrained: bool | str | Path,
     overrides: dict[str, Any],
+    *,
+    rename: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] = lambda state, own: dict(state),
 ) -> nn.Module:
     """Build ``kind(config)`` with some fields changed, and load weights from a path.
+
+    ``rename`` gets the file's state dict and the model's own, and gives the file's under our names.
 
     Raises
     ------
     ValueError
         Unknown override, weights that do not fit, or ``pretrained=True``: no package carries weights.
     """
-    known = [field.name for field in fields(config)]  # type: ignore[arg-type]
-    unknown = sorted(set(overrides) - set(known))
-    if unknown:
-        raise ValueError(f"{name} has no option {unknown[0]!r}: it has {', '.join(known)}")
+    check_options(name, overrides, (field.name for field in fields(config)))  # type: ignore[arg-type]
     if pretrained is True:
         raise ValueError(f"no installable package carries weights of {name}: give pretrained= a path")
     model = kind(replace(config, **overrides))  # type: ignore[type-var]
     if pretrained is not False:
-        try:
-            model.load_state_dict(read_weights(pretrained))
-        except RuntimeError as error:
-            raise ValueError(f"the weights in {pretrained} do not fit {name}: {error}") from None
+        load_weights(model, rename(read_weights(pretrained), model.state_dict()), name=name, where=pretrained)
     return model

@@ -1,15 +1,16 @@
 """Vision transformers, pre-LayerNorm, as DeiT and ViT are built.
 
 Ref: A. Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; H. Touvron et al., DeiT, arXiv 2012.12877. Key names
-are timm's, so that its weights load.
+are timm's; Hugging Face's load too. Float outputs equal ``transformers.ViTForImageClassification`` with the same weights.
 
 Shapes: B images, P patches, S = P + 1 tokens, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.registry import register_model
-from models.weights import read_weights
+from models.checks import check_images, check_multiple, check_options, check_positive, check_share
+from models.info import ModelInfo, Published, image
+from models.registry import describe_models, register_model
+from models.weights import load_weights, read_weights
 
-__all__ = ["CONFIGS", "ViT", "ViTConfig"]
+__all__ = ["CONFIGS", "ViT", "ViTConfig", "from_huggingface"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +41,10 @@ class ViTConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} must be an integer >= 1, not {value!r}")
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden must be a multiple of heads, not {self.hidden} with {self.heads} heads")
-        if self.image % self.patch:
-            raise ValueError(f"image must be a multiple of patch, not {self.image} with patches of {self.patch}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout!r}")
+        check_positive(self)
+        check_multiple(self, "hidden", "heads")
+        check_multiple(self, "image", "patch")
+        check_share(self, "dropout")
 
     @property
     def patches(self) -> int:
@@ -59,6 +56,9 @@ CONFIGS = {
     "deit_tiny": ViTConfig(),
     "deit_small": ViTConfig(hidden=384, heads=6),
     "deit_base": ViTConfig(hidden=768, heads=12),
+    "vit_tiny": ViTConfig(),
+    "vit_small": ViTConfig(hidden=384, heads=6),
+    "vit_base": ViTConfig(hidden=768, heads=12),
     "vit_mnist": ViTConfig(layers=4, hidden=96, heads=4, mlp=2, image=28, patch=4, channels=1),
 }
 
@@ -146,8 +146,7 @@ class ViT(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Image (B, channels, H, W) -> tokens (B, S, C) before the first block."""
         config = self.config
-        if tuple(x.shape[1:]) != (config.channels, config.image, config.image):
-            raise ValueError(f"images must be (B, {config.channels}, {config.image}, {config.image}), not {tuple(x.shape)}")
+        check_images(x, config.channels, config.image)
         patches = self.patch_embed(x)
         return torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1) + self.pos_embed
 
@@ -165,31 +164,47 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+_RENAMES = (
+    (r"^(vit|deit)\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(attention\.(query|key|value)|[qkv]_proj)\.", lambda found: f".attn.{found[1].split('.')[-1][0]}."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.(intermediate\.dense|mlp\.fc1)\.", ".mlp.fc1."),
+    (r"(blocks\.\d+)\.(output\.dense|mlp\.fc2)\.", r"\1.mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+
+
+def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a Hugging Face state dict of ViT or DeiT to `ViT`'s names; query, key and value are stacked, the pooler left out."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in _RENAMES:
+            key = re.sub(pattern, replacement, key)
+        if not key.startswith("pooler."):
+            renamed[key] = value
+    for key in [key for key in renamed if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
+        block, kind = key.split(".attn.q.")
+        renamed[f"{block}.attn.qkv.{kind}"] = torch.cat([renamed.pop(f"{block}.attn.{part}.{kind}") for part in "qkv"])
+    return renamed
+
+
 def _build(name: str, pretrained: bool | str | Path, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:
-    known = {field.name for field in fields(ViTConfig)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ValueError(f"{name} has no option {unknown[0]!r}: it has num_classes, {', '.join(sorted(known))}")
-    settings = {field: getattr(CONFIGS[name], field) for field in known} | overrides
+    check_options(name, overrides, ("num_classes", *sorted(field.name for field in fields(ViTConfig))))
     classes = num_classes if num_classes is not None else 10 if name == "vit_mnist" else 1000
-    model = ViT(ViTConfig(**settings), num_classes=classes)
+    model = ViT(replace(CONFIGS[name], **overrides), num_classes=classes)
     if pretrained is True:
         raise ValueError(f"no installable package carries weights of {name}: give pretrained= a path")
-    if pretrained is not False:
-        _load(model, Path(pretrained))
+    if pretrained is not False:  # a head for other classes is left as it is
+        state = from_huggingface(read_weights(pretrained))
+        load_weights(model, state, name=name, where=pretrained, keep=("head.weight", "head.bias"))
     return model
-
-
-def _load(model: ViT, path: Path) -> None:
-    """Load timm's or our own file; a head for other classes is left as it is."""
-    state = read_weights(path)
-    for key in ("head.weight", "head.bias"):
-        if key in state and state[key].shape != model.state_dict()[key].shape:
-            state[key] = model.state_dict()[key]
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit ViT: {error}") from None
 
 
 def _register(name: str, summary: str) -> Callable[..., nn.Module]:
@@ -202,5 +217,28 @@ def _register(name: str, summary: str) -> Callable[..., nn.Module]:
 
 deit_tiny = _register("deit_tiny", "DeiT-T/16, 5.7 M parameters.")
 deit_small = _register("deit_small", "DeiT-S/16, 22.1 M parameters.")
-deit_base = _register("deit_base", "DeiT-B/16 or ViT-B/16, 86.6 M parameters.")
+deit_base = _register("deit_base", "DeiT-B/16, 86.6 M parameters.")
+vit_tiny = _register("vit_tiny", "ViT-Ti/16, the shape of deit_tiny.")
+vit_small = _register("vit_small", "ViT-S/16, the shape of deit_small.")
+vit_base = _register("vit_base", "ViT-B/16, the shape of deit_base.")
 vit_mnist = _register("vit_mnist", "4 layers of 96 channels for 28 x 28 digits, 0.3 M parameters.")
+
+
+_SIZES = {"tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656}
+
+
+def _timm(name: str, size: str) -> Published:
+    return Published(source=f"timm, {name}_{size}_patch16_224", parameters=_SIZES[size])
+
+
+describe_models(
+    ("deit_tiny", "deit_small", "deit_base"),
+    ModelInfo(family="DeiT", paper="2012.12877", inputs=image(3, 224)),
+    {f"deit_{size}": _timm("deit", size) for size in _SIZES},
+)
+describe_models(
+    ("vit_tiny", "vit_small", "vit_base"),
+    ModelInfo(family="ViT", paper="2010.11929", inputs=image(3, 224)),
+    {f"vit_{size}": _timm("vit", size) for size in _SIZES},
+)
+describe_models(("vit_mnist",), ModelInfo(family="ViT", paper="2010.11929", inputs=image(1, 28), note="ours, for digits"))

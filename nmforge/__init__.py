@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from compiler.program import Program, load
     from hw.arch import PRESETS, Arch, get_arch
     from hw.verilog import verilog
-    from models import create_model, list_models
+    from models import create_model, list_models, model_info
     from nmforge.api import compile, verify
     from sim.handle import Dut
     from sim.memory import MemoryModel
@@ -67,6 +67,7 @@ __all__ = [
     "load",
     "load_compressed",
     "load_pruned",
+    "model_info",
     "permute_channels",
     "prune_channels",
     "run_idp",
@@ -107,6 +108,7 @@ _HOMES = {
     "load": "compiler.program:load",
     "load_compressed": "algo.compressed:load_compressed",
     "load_pruned": "algo.surgery:load_pruned",
+    "model_info": "models:model_info",
     "permute_channels": "algo.permute:permute_channels",
     "prune_channels": "algo.surgery:prune_channels",
     "run_idp": "algo.idp:run_idp",

@@ -125,15 +125,25 @@ def demo(
 # -- models and train -------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_examples("models", "models --json"))
+ModelFilter = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Part of the names, or a glob; by default all.")]
+Family = Annotated[str | None, typer.Option("--family", "-f", help="Only models of this family, such as ResNet or LLaMA.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="The page docs/counts.md: counts beside published figures.")]
+
+
+@app.command(epilog=_examples("models", "models resnet", "models --family DeiT --json", "models --markdown > docs/counts.md"))
 @guarded
-def models(as_json: Json = False) -> dict[str, Any]:
-    """List the registered models: parameters, shapes, and where their weights come from."""
-    from nmforge.commands import catalogue
+def models(name: ModelFilter = None, family: Family = None, markdown: Markdown = False, as_json: Json = False) -> dict[str, Any]:
+    """List the registered models: family, parameters, MACs, activations, input shape, paper.
+
+    The first listing counts them on the meta device, later ones recall it.
+    """
+    from nmforge.catalogue import catalogue, counts_page
     from nmforge.tables import print_models
 
-    rows = catalogue()
-    if not as_json:
+    rows = catalogue(name, family=family)
+    if markdown and not as_json:
+        print(counts_page(row["name"] for row in rows), end="")
+    elif not as_json:
         print_models(rows)
     return {"models": rows}
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
 
 from algo.nm import NM
 from compiler.listing import bound_of
 from compiler.listing import listing as to_text
 from compiler.program import Program, load
 from hw.arch import Arch
-from models.bert import DISTRIBUTIONS, BertModel
-from models.registry import create_model, list_models
 from nmforge.arguments import pattern_text
 from nmforge.console import progress_bars, reporter, write_text
 from nmforge.encoder import compile_encoder
@@ -29,48 +25,9 @@ from sim.memory import MemoryModel
 from sim.simulate import Engine, Run, simulate
 from sim.trace import Trace
 
-__all__ = ["build_program", "catalogue", "run_program", "run_training"]
+__all__ = ["build_program", "run_program", "run_training"]
 
 _LABELS = {"reference": "integer reference", "isa": "ISA engine, instructions", "verilator": "RTL, cycles"}
-
-
-def catalogue() -> list[dict[str, Any]]:
-    """One row a model: name, parameters, shapes, and the source of its weights."""
-    return [_row(name) for name in list_models()]
-
-
-def _row(name: str) -> dict[str, Any]:
-    with torch.device("meta"):
-        model = create_model(name)
-    return {
-        "name": name,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "shapes": _shapes(model),
-        "source": _source(name),
-    }
-
-
-def _shapes(model: torch.nn.Module) -> str:
-    classes = getattr(getattr(model, "config", None), "num_classes", None)
-    if classes is not None:
-        return f"{type(model).__name__}, images to {classes} classes"
-    if not isinstance(model, BertModel):
-        return type(model).__name__
-    sizes = model.config
-    return (
-        f"{sizes.layers} layers, hidden {sizes.hidden}, {sizes.heads} heads of {sizes.hidden // sizes.heads}, "
-        f"feed-forward {sizes.intermediate}, up to {sizes.positions} tokens"
-    )
-
-
-def _source(name: str) -> str:
-    if name not in DISTRIBUTIONS:
-        return "random, or pretrained=PATH"
-    package = DISTRIBUTIONS[name]
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"pip install {package}"
 
 
 def _sizes(dense_epochs: int | None, epochs: int | None, sentences: int | None) -> SentimentConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nmforge.console import out
@@ -59,11 +60,27 @@ def _megabytes(count: int) -> str:
 
 
 def print_models(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print what `nmforge.commands.catalogue` gives."""
-    table = Table("name", "parameters", "shapes", "weights", title="Models", title_justify="left")
+    """Print what `nmforge.catalogue.catalogue` gives."""
+    table = Table(title="Models", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("name", "family", "params", "MACs", "activations", "input", "arXiv"):
+        table.add_column(column, justify="right" if column in ("params", "MACs", "activations") else "left", no_wrap=True)
     for row in rows:
-        table.add_row(row["name"], f"{row['parameters'] / 1e6:.1f} M", row["shapes"], row["source"])
-    out().print(table)
+        shapes = ", ".join("x".join(map(str, shape)) for shape in row["input_shape"].values())
+        numbers = (_scaled(row[quantity]) for quantity in ("params", "macs", "activations"))
+        table.add_row(row["name"], row["family"], *numbers, shapes, row["paper"] or "")
+    console = out()
+    console.width = max(console.width, 112)  # figures are not cut off on a narrow terminal
+    console.print(table)
+
+
+def _scaled(value: int | None) -> str:
+    """1,234,567 as 1.23 M; nothing for None."""
+    if value is None:
+        return ""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return str(value)
 
 
 def print_run(run: Run) -> None:

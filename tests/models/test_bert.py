@@ -108,12 +108,21 @@ def test_own_weights_load_from_a_path(tmp_path):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     again = small(num_classes=2, pretrained=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    with pytest.raises(ValueError, match="do not fit"):
-        small(hidden=16, pretrained=tmp_path)
+    message = r"do not fit tinybert_4: bert.embeddings.word.weight is \(50, 24\), the model's \(50, 16\) \(\d+ more keys differ\)"
+    with pytest.raises(ValueError, match=message):
+        small(hidden=16, num_classes=2, pretrained=tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_sizes_are_those_of_transformers(name):
+    with torch.device("meta"):
+        theirs, ours = reference(CONFIGS[name]), create_model(name)
+    pooler = sum(p.numel() for p in theirs.pooler.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) - pooler
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="hidden must be a multiple of heads, not 24 with 5"):
+    with pytest.raises(ValueError, match="hidden must be a multiple of heads, not 24 with heads = 5"):
         small(heads=5)
     with pytest.raises(ValueError, match="layers must be an integer >= 1, not 0"):
         small(layers=0)

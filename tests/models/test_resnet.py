@@ -36,3 +36,24 @@ def test_stride_is_in_the_3x3_convolution():
 def test_only_bottlenecks_have_groups():
     with pytest.raises(ValueError, match="only a bottleneck has groups: give bottleneck=True"):
         create_model("resnet18", groups=2)
+
+
+def test_small_images_and_other_channels():
+    model = create_model("resnet18", width=8, blocks=(1, 1), channels=1, small_stem=True, num_classes=4)
+    assert model.conv1.weight.shape == (8, 1, 3, 3) and model.conv1.stride == (1, 1)
+    shapes = []
+    model.layer1.register_forward_hook(lambda _module, given, result: shapes.extend((given[0].shape, result.shape)))
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 4) and shapes == [(2, 8, 28, 28)] * 2
+    for shape in ((2, 3, 28, 28), (1, 28, 28)):
+        with pytest.raises(ValueError, match=r"images must be \(B, 1, H, W\), not \("):
+            model(torch.zeros(shape))
+
+
+def test_dropout_before_the_classifier():
+    model = create_model("resnet18", width=8, blocks=(1,), dropout=0.5).train()
+    seen = []
+    model.fc.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    model(torch.randn(16, 3, 32, 32))
+    assert 0.3 < float((seen[0] == 0).float().mean()) < 0.9
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), not -1"):
+        create_model("resnet18", dropout=-1)

