@@ -48,7 +48,7 @@ def test_channels_are_pruned_while_it_trains(name):
     model = build(name).train()
     images, mask, targets = scene(classes=1, padded=False)
     before = count(model, images)
-    pruner = nf.FisherPruner(model, images, target=0.95, interval=1, units=4)
+    pruner = nf.FisherPruner(model, images, target=0.98, interval=1, units=16)
     for _ in range(20):
         model.zero_grad()
         sum(model.losses(images, targets).values()).backward()
@@ -60,7 +60,7 @@ def test_channels_are_pruned_while_it_trains(name):
         pruner.finish()
         plain = model(images)
     after = count(model, images)
-    assert after.macs <= 0.951 * before.macs and after.parameters < before.parameters
+    assert pruner.done and after.macs <= 0.981 * before.macs and after.parameters < before.parameters
     assert torch.allclose(plain.logits, masked.logits, atol=1e-4) and torch.allclose(plain.boxes, masked.boxes, atol=1e-4)
 
 
