@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import distributed
 
 from models import Target, create_model, pad_images
 from models.detection import DetectionCriterion, DetectorOutput, Prediction, check_targets, resize_mask
@@ -72,6 +73,18 @@ def test_sums_are_over_the_number_of_objects():
     second = criterion(output.images(1, 2), [target(1, 1)])
     for name in both:
         assert both[name].item() == pytest.approx((3 * first[name] + second[name]).item() / 4, rel=1e-5)
+
+
+def test_processes_that_train_together_share_the_number_of_objects(monkeypatch):
+    output, targets = DetectorOutput((prediction(0),)), [target(3), target(1, 1)]
+    criterion = DetectionCriterion(matcher=BoxMatcher(focal=True))
+    alone = criterion(output, targets)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce", lambda count: count.add_(8))  # the other process has 8
+    together = criterion(output, targets)
+    for name in alone:
+        assert together[name].item() == pytest.approx(4 / 6 * alone[name].item(), rel=1e-5)
 
 
 def test_names_and_weights_of_the_parts():

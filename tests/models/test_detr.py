@@ -3,6 +3,7 @@ import torch
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from models import create_model
+from models.backbone import register_backbone
 from models.detr import CONFIGS, Detr
 from tests.models.detr_reference import OURS, copy_weights, reference, scene
 
@@ -105,20 +106,24 @@ def test_wrong_options_are_refused(options, message):
         create_model("detr_r50", **options)
 
 
+class Blocks(torch.nn.Module):
+    """One map of 5 channels."""
+
+    channels, strides = (5,), (16,)
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 5, 16, 16)
+
+    def forward(self, images):
+        return [self.patches(images)]
+
+
+@register_backbone("blocks_of_the_test")
+def blocks(name, **options):
+    return Blocks()
+
+
 def test_another_backbone_can_be_plugged_in():
-    from models.backbone import register_backbone
-
-    class Blocks(torch.nn.Module):
-        channels, strides = (5,), (16,)
-
-        def __init__(self):
-            super().__init__()
-            self.patches = torch.nn.Conv2d(3, 5, 16, 16)
-
-        def forward(self, images):
-            return [self.patches(images)]
-
-    if "blocks_of_the_test" not in __import__("models.backbone", fromlist=["_builders"])._builders:
-        register_backbone("blocks_of_the_test")(lambda name, **options: Blocks())
     model = create_model("detr_tiny", backbone="blocks_of_the_test")
     assert isinstance(model, Detr) and model(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 40, 2)
