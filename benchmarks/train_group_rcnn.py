@@ -28,9 +28,9 @@ from models.points import PointTarget, choose_annotated, pseudo_target, sample_p
 
 __all__ = ["RUNS", "run"]
 
-SIZE, BATCH, RATE = 128, 8, 1e-3
+SIZE, BATCH, RATE = 128, 8, 2e-3
 RATIO = 0.5
-STEPS = {"overfit": 150, "teacher": 500, "student_true": 400, "student_pseudo": 400, "student_few": 400}
+STEPS = {"overfit": 120, "teacher": 250, "student_true": 200, "student_pseudo": 200, "student_few": 200}
 FOLDER = Path("out/train_group_rcnn")
 
 Data = tuple[Tensor, list[Target]]

@@ -16,6 +16,7 @@ from models.tokenizer import load_tokenizer
 from models.vit import ViT, ViTConfig
 
 __all__ = [
+    "FCOS",
     "BertClassifier",
     "BertConfig",
     "BertModel",
@@ -27,7 +28,6 @@ __all__ = [
     "DetectorOutput",
     "Detr",
     "DetrConfig",
-    "FCOS",
     "FCOSConfig",
     "GroupRCNN",
     "GroupRCNNConfig",
