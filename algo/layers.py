@@ -16,7 +16,8 @@ __all__ = ["HEADS", "Pattern", "SparseLayer", "dense_reasons", "match_patterns",
 Pattern: TypeAlias = str | NM | Mapping[str, str | NM]
 SparseLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.MultiheadAttention
 
-HEADS = tuple(glob for name in ("head", "heads", "classifier", "lm_head", "fc", "score", "predictions", "cls")
+HEADS = tuple(glob for name in ("head", "heads", "classifier", "lm_head", "fc", "score", "predictions", "cls", "class_head",
+                           "box_head")
               for glob in (name, f"*.{name}", f"{name}.*", f"*.{name}.*"))
 """Globs of the usual names of output heads: dense unless a dict of globs names them."""
 

@@ -14,7 +14,9 @@ from benchmarks import RESULTS, Table, save
 FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "datapaths", "sparse_cost")
 """Modules that take a few minutes each."""
 
-SLOW: tuple[str, ...] = ("comparison", "cycle_set", "fisher", "silicon", "placement", "sparse_training", "train_group_rcnn")
+SLOW: tuple[str, ...] = (
+    "comparison", "cycle_set", "fisher", "silicon", "placement", "sparse_training", "train_detr", "train_group_rcnn",
+)
 """Modules that run only when named, or with ``--slow``."""
 
 

@@ -91,7 +91,7 @@ CONFIGS = {
     "deformable_detr_r50_tricks": _TRICKS,
     "h_deformable_detr_r50": replace(_TRICKS, many_queries=1500),
     "deformable_detr_tiny": _TINY,
-    "h_deformable_detr_tiny": replace(_TINY, two_stage=True, mixed_selection=True, queries=60, many_queries=120),
+    "h_deformable_detr_tiny": replace(_TINY, two_stage=True, mixed_selection=True, many_queries=120),
 }
 
 

@@ -229,7 +229,8 @@ def build_detector(
         Unknown override, weights that do not fit, or ``pretrained=True``: no package carries weights.
     """
     overrides = dict(overrides)
-    augmentations = {key: overrides.pop(key) for key in ("feataug", "dataaug") if overrides.get(key) is not None}
+    wanted = {key: overrides.pop(key, None) for key in ("feataug", "dataaug")}
+    augmentations = {key: copies for key, copies in wanted.items() if copies is not None}
     known = [field.name for field in fields(config)]
     unknown = sorted(set(overrides) - set(known))
     if unknown:

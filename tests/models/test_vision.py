@@ -2,11 +2,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import ResNetConfig, create_model, list_models
-from models.bert import CONFIGS as BERTS
+from models import ResNetConfig, create_model, mobilenet, regnet, resnet
 from models.vision import check_positive
 
-NAMES = [name for name in list_models() if name not in BERTS and not name.startswith(("deit", "vit"))]
+NAMES = sorted({**resnet.CONFIGS, **mobilenet.CONFIGS, **regnet.CONFIGS})
 
 
 @pytest.mark.parametrize("name", NAMES)
