@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from algo.detection import Detections, Truths, average_precision
 from algo.folders import DEVIATION, MEAN
 from algo.trees import BoxTiles, tree_tiles
-from benchmarks import RESULTS, Table
+from benchmarks import DOCS, RESULTS, Table, write_page
 from models import create_model
 from models.boxes import paired_iou
 from models.detection import Target
@@ -230,7 +230,9 @@ def run() -> list[Table]:
         tuple((name, one["steps"], one["cpu_seconds"], round(one["curve"][0], 2), round(one["curve"][-1], 2))
               for name, one in results.items()),
     )
-    return [fits, students, seconds]
+    tables = [fits, students, seconds]
+    write_page(DOCS / "models-group-rcnn.md", "train_group_rcnn", tables)
+    return tables
 
 
 if __name__ == "__main__":
