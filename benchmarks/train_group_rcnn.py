@@ -3,8 +3,8 @@
 Tiles of 128 pixels; a part of the training tiles has boxes, the others a point in each. The teacher (``group_rcnn_small``) learns
 from the tiles with boxes and makes boxes of the points; a student (``fcos_small``) learns from them. Random initial weights.
 
-Every training keeps its weights and results in ``out/train_group_rcnn``: what is there is not done again.
-``python -m benchmarks.train_group_rcnn NAME ...`` does single trainings of `RUNS`.
+Every training keeps its result in ``benchmarks/results/train_group_rcnn`` and its weights in ``out/train_group_rcnn``: what has a
+result is not done again. ``python -m benchmarks.train_group_rcnn NAME ...`` does single trainings of `RUNS`.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from algo.detection import Detections, Truths, average_precision
 from algo.folders import DEVIATION, MEAN
 from algo.trees import BoxTiles, tree_tiles
-from benchmarks import Table
+from benchmarks import DOCS, RESULTS, Table, write_page
 from models import create_model
 from models.boxes import paired_iou
 from models.detection import Target
@@ -28,10 +28,10 @@ from models.points import PointTarget, choose_annotated, pseudo_target, sample_p
 
 __all__ = ["RUNS", "run"]
 
-SIZE, BATCH, RATE = 128, 8, 1e-3
+SIZE, BATCH, RATE = 128, 8, 2e-3
 RATIO = 0.5
-STEPS = {"overfit": 150, "teacher": 500, "student_true": 400, "student_pseudo": 400, "student_few": 400}
-FOLDER = Path("out/train_group_rcnn")
+STEPS = {"overfit": 120, "teacher": 250, "student_true": 200, "student_pseudo": 200, "student_few": 200}
+RECORDS, WEIGHTS = RESULTS / "train_group_rcnn", Path("out/train_group_rcnn")
 
 Data = tuple[Tensor, list[Target]]
 
@@ -150,13 +150,20 @@ def _teacher(steps: int) -> tuple[nn.Module, dict]:
     return model, {"curve": curve, **fit, "retinanet": _measure(_detect(model.detect, held), held[1])}
 
 
+def _teacher_weights() -> Path:
+    path = WEIGHTS / "teacher.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}: delete {RECORDS / 'teacher.json'} and train the teacher again")
+    return path
+
+
 def _student(name: str) -> Callable[[int], tuple[nn.Module, dict]]:
     def study(steps: int) -> tuple[nn.Module, dict]:
         boxed, pointed, held = _parts()
         targets = pointed[1]
         if name == "student_pseudo":
             teacher = create_model("group_rcnn_small")
-            teacher.load_state_dict(load_file(FOLDER / "teacher.safetensors"))
+            teacher.load_state_dict(load_file(_teacher_weights()))
             targets = [pseudo_target(one, height=SIZE, width=SIZE) for one in _annotate(teacher, pointed)]
         data = boxed if name == "student_few" else (torch.cat([boxed[0], pointed[0]]), boxed[1] + targets)
         torch.manual_seed(0)
@@ -177,14 +184,15 @@ RUNS: dict[str, Callable[[int], tuple[nn.Module, dict]]] = {
 
 def _result(name: str) -> dict:
     """Read a training's result, or train first."""
-    path = FOLDER / f"{name}.json"
+    path = RECORDS / f"{name}.json"
     if not path.exists():
         start = time.process_time()
         model, result = RUNS[name](STEPS[name])
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), FOLDER / f"{name}.safetensors")
+        for folder in (RECORDS, WEIGHTS):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), WEIGHTS / f"{name}.safetensors")
         facts = {"steps": STEPS[name], "cpu_seconds": round(time.process_time() - start), "threads": torch.get_num_threads()}
-        path.write_text(json.dumps(facts | result, indent=1))
+        path.write_text(json.dumps(facts | result, indent=1) + "\n")
     return json.loads(path.read_text())
 
 
@@ -222,7 +230,9 @@ def run() -> list[Table]:
         tuple((name, one["steps"], one["cpu_seconds"], round(one["curve"][0], 2), round(one["curve"][-1], 2))
               for name, one in results.items()),
     )
-    return [fits, students, seconds]
+    tables = [fits, students, seconds]
+    write_page(DOCS / "models-group-rcnn.md", "train_group_rcnn", tables)
+    return tables
 
 
 if __name__ == "__main__":
