@@ -209,8 +209,8 @@ def run() -> list[Table]:
     columns = ("arm", "steps", "seeds", "mIoU before (%)", "mIoU (%)", "all seeds (%)",
                *(f"{name} (%)" for name in NUCLEI_CLASSES), "parameters (M)", "MACs (M)", "CPU time (s)")  # fmt: skip
     note = (
-        f"Held-out tiles after training, means over the seeds. ResNet-18 of a quarter of the width, from random weights; batches of "
-        f"{BATCH} tiles of {SIZE} x {SIZE} pixels. CPU time of training on one core of a shared machine."
+        f"Held-out tiles after training, means over the seeds. ResNet-18 of a quarter of the width, from random weights; batches "
+        f"of {BATCH} tiles of {SIZE} x {SIZE} pixels. CPU time of training on one core of a shared machine."
     )
     by_heart = Table(
         "Four tiles learnt by heart, 120 steps", ("arm", "mIoU before (%)", "mIoU (%)", "first loss", "last loss"), tuple(heart)
