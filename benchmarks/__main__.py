@@ -14,7 +14,7 @@ from benchmarks import RESULTS, Table, save
 FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "datapaths", "sparse_cost")
 """Modules that take a few minutes each."""
 
-SLOW: tuple[str, ...] = ("comparison", "cycle_set", "fisher", "silicon", "placement", "sparse_training")
+SLOW: tuple[str, ...] = ("comparison", "cycle_set", "fisher", "silicon", "placement", "sparse_training", "train_masks")
 """Modules that run only when named, or with ``--slow``."""
 
 
