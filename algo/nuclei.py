@@ -1,7 +1,7 @@
 """A microscope image of cell nuclei with a number for every nucleus, cut into tiles: real data of the package stardist.
 
-One grey image of 512 x 512 pixels, fluorescence, with 125 nuclei marked by hand that cover a fifth of it. The columns at the right
-are held out: no pixel is in both parts.
+One grey image of 512 x 512 pixels, fluorescence, with 125 nuclei marked by hand that cover a fifth of it. The columns at the
+right are held out: no pixel is in both parts.
 
 Ref: J. Caicedo et al., Nucleus segmentation across imaging experiments: the 2018 Data Science Bowl, Nature Methods 16, 2019.
 """

@@ -1,7 +1,7 @@
 """How well semantic maps agree with the truth: confusion matrix, intersection over union, accuracy.
 
-Ref: M. Everingham et al., The Pascal Visual Object Classes Challenge: A Retrospective, IJCV 111, 2015, section 4.2.2 (intersection
-over union of all pixels of the data together, class by class).
+Ref: M. Everingham et al., The Pascal Visual Object Classes Challenge: A Retrospective, IJCV 111, 2015, section 4.2.2
+(intersection over union of all pixels of the data together, class by class).
 
 Shapes: K classes; maps are whole numbers of any shape, the same for prediction and truth.
 """

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
-from models.vision import build_vision_model
+from models.vision import DropPath, build_vision_model
 from models.vit import Attention, Mlp, ViTConfig
 
 __all__ = ["CONFIGS", "CeiT", "CeiTConfig", "resize_positions"]
@@ -131,23 +131,6 @@ class LocallyEnhancedFeedForward(nn.Module):
         grid = F.gelu(self.bn2(self.conv2(grid)))
         grid = self.bn3(self.conv3(grid))
         return torch.cat([cls, grid.flatten(2).transpose(1, 2)], 1)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, the branch of a random share ``rate`` of the samples is zero, the others are scaled up.
-
-    Ref: G. Huang et al., arXiv 1603.09382.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.rate:
-            return x
-        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * keep / (1 - self.rate)
 
 
 class Block(nn.Module):

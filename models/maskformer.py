@@ -3,10 +3,10 @@
 A backbone and a pixel decoder (a feature pyramid) give features of every fourth pixel; queries that attend to the backbone's last
 map give masks, by a product with these features, and their classes.
 
-Ref: B. Cheng et al., Per-Pixel Classification is Not All You Need for Semantic Segmentation, arXiv 2107.06278; the authors' code,
-facebookresearch/MaskFormer. Outputs and losses equal ``transformers.MaskFormerForInstanceSegmentation`` with the same weights, but
-for the auxiliary predictions: as in the authors' code they go through the decoder's norm, there they do not. Hugging Face key
-names load.
+Ref: B. Cheng et al., Per-Pixel Classification is Not All You Need for Semantic Segmentation, arXiv 2107.06278; the authors'
+code, facebookresearch/MaskFormer. Outputs and losses equal ``transformers.MaskFormerForInstanceSegmentation`` with the same
+weights, but for the auxiliary predictions: as in the authors' code they go through the decoder's norm, there they do not. Hugging
+Face key names load.
 
 Shapes: B images, Q queries, K classes, N masks of an image, C hidden channels, H x W pixels, h x w = H/4 x W/4 (rounded up).
 """
@@ -17,16 +17,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import swin
-from models.backbone import build_backbone
+from models.backbone import Backbone, build_backbone
 from models.detection import object_count
-from models.detr import DecoderLayer, Mlp
+from models.detr import DecoderLayer, DetrConfig, Mlp
 from models.huggingface import rename_backbone, rename_detector
 from models.info import ModelInfo, Published, image
 from models.losses import check_finite, class_loss, dice_loss, sigmoid_focal_loss
@@ -290,8 +290,8 @@ class Segmenter(nn.Module):
             config.backbone, stages=(1, 2, 3, 4), width=config.width,
             frozen_norm=config.frozen_norm, frozen_stages=config.frozen_stages,
         )  # fmt: skip
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, config.hidden)
-        coarsest = self.backbone.channels[-1]
+        *_, coarsest = channels = cast(Backbone, self.backbone).channels
+        self.pixel_decoder = PixelDecoder(channels, config.hidden)
         self.project = nn.Identity() if coarsest == config.hidden else nn.Conv2d(coarsest, config.hidden, 1)
         self.queries = nn.Embedding(config.queries, config.hidden)
         self.decoder_norm = nn.LayerNorm(config.hidden)
@@ -331,7 +331,7 @@ class MaskFormer(Segmenter):
 
     def __init__(self, config: MaskFormerConfig) -> None:
         super().__init__(config)
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(cast(DetrConfig, config)) for _ in range(config.decoder_layers))
         for weight in self.decoder.parameters():
             if weight.ndim > 1:
                 nn.init.xavier_uniform_(weight)

@@ -33,8 +33,8 @@ __all__ = [
 
 
 def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize (..., H, W) to (..., *size): float bilinearly (pixel centres keep their places), bool and whole numbers by the nearest
-    pixel; the dtype stays. No masks stay no masks."""
+    """Resize (..., H, W) to (..., *size): float bilinearly (pixel centres keep their places), bool and whole numbers by the
+    nearest pixel; the dtype stays. No masks stay no masks."""
     height, width = size
     if height < 1 or width < 1:
         raise ValueError(f"masks cannot be resized to {height} x {width} pixels")

@@ -1,4 +1,4 @@
-"""Pyramid Fusion Transformer: decoders on several maps of a pyramid, whose queries tell each other what they saw. A reconstruction.
+"""Pyramid Fusion Transformer, a reconstruction: decoders on several maps of a pyramid, whose queries exchange what they saw.
 
 The paper's code is not public. From its abstract: queries attend to the maps of each scale in parallel, then cross-scale
 inter-query attention exchanges what they found; classes and masks as in MaskFormer. What the abstract leaves open is our choice:
@@ -24,12 +24,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from models.detr import Attention, DecoderLayer
+from models.detr import Attention, DecoderLayer, DetrConfig
 from models.info import ModelInfo, image
 from models.maskformer import MaskFormerConfig, MaskOutput, MaskPrediction, Segmenter, place
 from models.masks import resize_masks
@@ -115,7 +115,7 @@ class PyramidLayer(nn.Module):
 
     def __init__(self, config: PFTConfig) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(ScaleLayer(config) for _ in range(config.scales))
+        self.scales = nn.ModuleList(ScaleLayer(cast(DetrConfig, config)) for _ in range(config.scales))
         self.across = (
             CrossScaleAttention(config.hidden, config.heads, dropout=config.dropout, exchange=config.exchange)
             if config.scales > 1
@@ -125,14 +125,13 @@ class PyramidLayer(nn.Module):
     def forward(
         self, x: Tensor, query: Tensor, maps: Sequence[tuple[Tensor, Tensor]], allowed: Sequence[Tensor | None]
     ) -> Tensor:
-        """Queries (B, S, Q, C) and their positions; of each scale cells and positions, and where queries may look -> (B, S, Q, C)."""
-        seen = [
-            layer.attend(x[:, scale], query[:, scale], *maps[scale], allowed[scale]) for scale, layer in enumerate(self.scales)
-        ]
+        """Queries and their positions (B, S, Q, C), of each scale cells and their positions, and where queries may look."""
+        scales = [cast(ScaleLayer, layer) for layer in self.scales]
+        seen = [layer.attend(x[:, scale], query[:, scale], *maps[scale], allowed[scale]) for scale, layer in enumerate(scales)]
         x = torch.stack(seen, 1)
         if self.across is not None:
             x = self.across(x, query)
-        return torch.stack([layer.feed(x[:, scale]) for scale, layer in enumerate(self.scales)], 1)
+        return torch.stack([layer.feed(x[:, scale]) for scale, layer in enumerate(scales)], 1)
 
 
 class PFT(Segmenter):
@@ -151,7 +150,7 @@ class PFT(Segmenter):
         check_images(images, 3)
         maps = self.backbone(images)
         pyramid, features = self.pixel_decoder(maps)
-        scales = len(self.decoder[0].scales)
+        scales = 1 if self.scale is None else self.scale.num_embeddings
         levels = [self.project(maps[-1]), *pyramid[1:scales]]
         placed = [place(level) for level in levels]
         query = self.queries.weight if self.scale is None else self.scale.weight[:, None] + self.queries.weight

@@ -1,10 +1,10 @@
 """Swin Transformer: attention within windows that move from block to block, as classifier and as backbone of four scales.
 
 Ref: Z. Liu et al., Swin Transformer, arXiv 2103.14030. State dicts have the key names of microsoft/Swin-Transformer; its files,
-timm's and Hugging Face's load through `official_names`.
+timm's and Hugging Face's load by `official_names`.
 
-Maps have their channels last here. Any image size runs: maps are padded with zeros to whole windows, as the authors' detection and
-segmentation code does; padded positions take part in the attention.
+Maps have their channels last here. Any image size runs: maps are padded with zeros to whole windows, as the authors' detection
+and segmentation code does; padded positions take part in the attention.
 
 Shapes: B images, H x W positions of a map, C channels, N = window^2 positions of a window.
 """
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +226,11 @@ class Stage(nn.Module):
         return x
 
 
+    def merged(self, x: Tensor) -> Tensor:
+        """The next stage's input, or what is given if there is no next stage."""
+        return x if self.downsample is None else self.downsample(x)
+
+
 class _Trunk(nn.Module):
     """Patches and stages, what classifier and backbone share."""
 
@@ -242,7 +247,7 @@ class _Trunk(nn.Module):
         for layer in self.layers:
             x = layer(x, always_shift=always_shift)
             maps.append(x)
-            x = x if layer.downsample is None else layer.downsample(x)
+            x = cast(Stage, layer).merged(x)
         return maps
 
 
@@ -263,7 +268,7 @@ class Swin(_Trunk):
 
 
 class SwinBackbone(_Trunk):
-    """The backbone: (B, channels, H, W) -> a map (B, channels[i], H / strides[i], W / strides[i]) of each stage that is asked for.
+    """The backbone: images (B, C, H, W) -> a map (B, channels[i], H / strides[i], W / strides[i]) of each stage asked for.
 
     Each has its own norm; sizes are rounded up. Every second block is shifted whatever the map's size, as the authors'
     segmentation code has it.
@@ -293,7 +298,7 @@ class SwinBackbone(_Trunk):
         self.channels = tuple(config.widths[stage - 1] for stage in stages)
         self.strides = tuple(config.patch << stage - 1 for stage in stages)
         del self.layers[stages[-1] :]
-        self.layers[-1].downsample = None
+        cast(Stage, self.layers[-1]).downsample = None
         for stage, width in zip(stages, self.channels):
             self.add_module(f"norm{stage - 1}", nn.LayerNorm(width))
         self.apply(_initialise)
@@ -385,8 +390,9 @@ def _backbone(
     frozen_stages: int = 0,
     drop_path: float = 0.3,
 ) -> nn.Module:
-    """A backbone; 0.3 is the stochastic depth of MaskFormer for all sizes. There is no batch norm for ``frozen_norm`` to freeze."""
-    config = replace(CONFIGS[name], drop_path=drop_path, **({} if width is None else {"width": width}))
+    """A backbone. 0.3 is MaskFormer's stochastic depth for all sizes; there is no batch norm for ``frozen_norm`` to freeze."""
+    config = CONFIGS[name]
+    config = replace(config, drop_path=drop_path, width=config.width if width is None else width)
     return SwinBackbone(config, stages=stages, frozen_stages=frozen_stages)
 
 

@@ -6,6 +6,7 @@ from transformers.models.maskformer.modeling_maskformer import MaskFormerForInst
 
 from models import create_model
 from models.maskformer import CONFIGS, MaskFormer, MaskFormerConfig, MaskTarget, huggingface_names
+from tests.models.sparse_checks import check_fisher, check_nm_training
 
 SIZES = {"num_classes": 4, "queries": 6, "hidden": 64, "heads": 4, "ffn": 96, "decoder_layers": 3}
 SWIN = {"backbone": "swin_tiny", "width": 12}
@@ -14,7 +15,8 @@ RESNET = {"backbone": "resnet18", "width": 8}
 
 def hf_backbone(kind):
     if kind == "swin":
-        return transformers.SwinConfig(embed_dim=12, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, drop_path_rate=0.0)
+        sizes = {"embed_dim": 12, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
+        return transformers.SwinConfig(**sizes, window_size=7, drop_path_rate=0.0)
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [2, 2, 2, 2], "layer_type": "basic"}
     return transformers.ResNetConfig(**sizes, out_features=["stage1", "stage2", "stage3", "stage4"])
 
@@ -176,3 +178,16 @@ def test_wrong_use(tmp_path):
 def test_other_names_are_not_taken_for_ours():
     own = MaskFormer(MaskFormerConfig(**SIZES, **RESNET)).state_dict()
     assert set(huggingface_names({**own, "stray": torch.zeros(1)}, own)) == {*own, "stray"}
+
+
+def test_sparse():
+    torch.manual_seed(0)
+    options = {"queries": 4, "hidden": 32, "ffn": 48, "decoder_layers": 1, "width": 8}
+    images, objects = torch.randn(2, 3, 64, 64), targets((2, 1), (64, 64), 3)
+    loss = lambda model: sum(model.losses(images, objects).values())
+    check_nm_training(create_model("maskformer_small", **options), loss, minimum=40)
+    check_nm_training(create_model("maskformer_small", **options | SWIN), loss, minimum=60)
+    parts = ("backbone.layer3.0.conv1", "decoder.0.mlp.up")  # the Swin backbone alone: test_swin
+    graph = check_fisher(create_model("maskformer_small", **options), images, loss, target=0.95, parts=parts)
+    # channels of the pixel decoder stay: their group norms normalise over them
+    assert not any(group.name.startswith("pixel_decoder") for group in graph.prunable)

@@ -6,6 +6,7 @@ from models import create_model
 from models.detr import DecoderLayer
 from models.maskformer import MaskTarget
 from models.pft import CONFIGS, PFT, CrossScaleAttention, PFTConfig, PyramidLayer, ScaleLayer, _inside
+from tests.models.sparse_checks import check_fisher, check_nm_training
 
 TINY = {"width": 8, "queries": 5, "hidden": 32, "heads": 4, "ffn": 48, "decoder_layers": 2}
 
@@ -26,7 +27,7 @@ def test_one_scale_is_maskformer(backbone):
     assert shapes == {name: tuple(value.shape) for name, value in parent.state_dict().items()}
     ours.load_state_dict({name: parent.state_dict()[name.replace(".scales.0", "")] for name in ours.state_dict()})
     images = torch.randn(2, 3, 64, 70)
-    targets = [MaskTarget(torch.tensor([0, 2]), torch.rand(2, 64, 70) < 0.5), MaskTarget(torch.tensor([1]), torch.rand(1, 64, 70) < 0.5)]
+    targets = [MaskTarget(torch.tensor(labels), torch.rand(len(labels), 64, 70) < 0.5) for labels in ([0, 2], [1])]
     for a, b in zip(ours(images).layers, parent(images).layers, strict=True):
         assert torch.equal(a.logits, b.logits) and torch.equal(a.masks, b.masks)
     losses, expected = ours.losses(images, targets), parent.losses(images, targets)
@@ -128,7 +129,8 @@ def test_trains(options):
     torch.manual_seed(0)
     model = create_model("pft_small", **TINY, **options).train()
     images = torch.randn(2, 3, 64, 64)
-    targets = [MaskTarget(torch.tensor([1]), torch.rand(1, 64, 64) < 0.5), MaskTarget(torch.tensor([], dtype=torch.long), torch.zeros(0, 64, 64, dtype=torch.bool))]
+    some = MaskTarget(torch.tensor([1]), torch.rand(1, 64, 64) < 0.5)
+    targets = [some, MaskTarget(some.labels[:0], some.masks[:0])]
     losses = model.losses(images, targets)
     assert set(losses) == {"class", "focal", "dice", "class_0", "focal_0", "dice_0"}
     sum(losses.values()).backward()
@@ -137,7 +139,8 @@ def test_trains(options):
 
 
 def test_sizes():
-    assert {config.backbone for config in CONFIGS.values()} == {"resnet50", "resnet18", "swin_tiny", "swin_base_384", "swin_large_384"}
+    backbones = {config.backbone for config in CONFIGS.values()}
+    assert backbones == {"resnet50", "resnet18", "swin_tiny", "swin_base_384", "swin_large_384"}
     count = lambda **options: sum(parameter.numel() for parameter in create_model("pft_small", **TINY, **options).parameters())
     layer = sum(parameter.numel() for parameter in DecoderLayer(PFTConfig(hidden=32, heads=4, ffn=48)).parameters())
     attention = 4 * (32 * 32 + 32) + 2 * 32
@@ -149,9 +152,21 @@ def test_wrong_use():
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), not \(1, 4, 64, 64\)"):
         create_model("pft_small", **TINY)(torch.zeros(1, 4, 64, 64))
     for change, message in (
-        ({"scales": 4}, "scales must be 1 to 3, for strides 32, 16 and 8, not 4"), ({"scales": 0}, "scales must hold integers >= 1"),
-        ({"exchange": "both"}, "exchange must be one of index, all, not 'both'"), ({"levels": 2}, "pft_small has no option 'levels'"),
-    ):  # fmt: skip
+        ({"scales": 4}, "scales must be 1 to 3, for strides 32, 16 and 8, not 4"),
+        ({"scales": 0}, "scales must hold integers >= 1"),
+        ({"exchange": "both"}, "exchange must be one of index, all, not 'both'"),
+        ({"levels": 2}, "pft_small has no option 'levels'"),
+    ):
         with pytest.raises(ValueError, match=message):
             create_model("pft_small", **change)
     assert isinstance(create_model("pft_small", **TINY), PFT)
+
+
+def test_sparse():
+    torch.manual_seed(0)
+    options = {**TINY, "decoder_layers": 1}
+    images, targets = torch.randn(2, 3, 64, 64), [MaskTarget(torch.tensor([n]), torch.rand(1, 64, 64) < 0.5) for n in (0, 2)]
+    loss = lambda model: sum(model.losses(images, targets).values())
+    check_nm_training(create_model("pft_small", **options), loss, minimum=60)
+    parts = ("backbone.layer3.0.conv1", "decoder.0.scales.2.mlp.up")
+    check_fisher(create_model("pft_small", **options), images, loss, target=0.95, parts=parts)

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from models import create_model
 from models.backbone import Backbone, build_backbone
 from models.swin import CONFIGS, Swin, SwinBackbone, SwinConfig, _offsets, _shift_mask, official_names
+from tests.models.sparse_checks import check_fisher, check_nm_training
 
 SMALL = {"width": 12, "blocks": (2, 2, 2), "heads": (1, 2, 4), "window": 4, "num_classes": 5}
 CONFIG = SwinConfig(**SMALL)
@@ -64,7 +65,7 @@ def test_one_window_is_not_shifted():
 
 
 def test_names_of_published_files():
-    """Hugging Face's files have older names than its classes; timm's merge patches in the next stage; the authors' hold buffers."""
+    """Hugging Face's files have older names than its classes, timm's merge patches a stage later, the authors' hold buffers."""
     own = Swin(CONFIG).state_dict()
     older, timm = {}, {}
     for name, value in own.items():
@@ -168,3 +169,14 @@ def test_registered_as_backbones():
             (1, 128, 18, 16), (1, 256, 9, 8), (1, 512, 5, 4), (1, 1024, 3, 2)]  # fmt: skip
         narrow = build_backbone("swin_tiny", stages=(4,), width=24, drop_path=0.0)
     assert narrow.channels == (192,) and isinstance(backbone, Backbone)
+
+
+def test_sparse():
+    torch.manual_seed(0)
+    images, loss = torch.randn(2, 3, 32, 32), lambda model: model(torch.randn(2, 3, 32, 32)).square().mean()
+    check_nm_training(create_model("swin_tiny", **SMALL), loss, minimum=27)
+    graph = check_fisher(create_model("swin_tiny", **SMALL), images, loss, target=0.9, parts=("layers.0.blocks.1.mlp.fc1",))
+    # the hidden channels of the MLPs can go; heads are fixed by the shape of the windows, the rest by LayerNorm
+    assert {group.name.rpartition(".")[2] for group in graph.prunable} == {"fc1"}
+    kept = " ".join(group.kept for group in graph.groups if group.kept)
+    assert "layer_norm normalises over them" in kept and "view splits them" in kept
