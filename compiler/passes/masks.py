@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compiler.frontend import MASKED
 from compiler.graph import CompileError, Graph, Input, KeyMask, Node, ScaledDotProduct
-from compiler.legality import describe
+from compiler.legality import problem
 
 __all__ = ["fold_masks"]
 
@@ -43,6 +43,7 @@ def fold_masks(graph: Graph) -> Graph:
                             inputs=(found[0],),
                             shape=(batch, 1, keys),
                             source=node.source,
+                            origin=node.origin,
                             keep=found[1],
                         )
                     )
@@ -155,4 +156,5 @@ def _ancestors(graph: Graph, name: str) -> list[Node]:
 
 
 def _refuse(graph: Graph, attention: ScaledDotProduct, reason: str) -> CompileError:
-    return CompileError(describe(graph, attention, reason))
+    found = problem(graph, attention, reason)
+    return CompileError(found.text, [found])
