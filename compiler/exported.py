@@ -25,7 +25,7 @@ from algo.modes import evaluating, quiet_export
 from algo.sparsify import pattern_of
 from compiler.graph import CompileError
 
-__all__ = ["Exported", "arguments", "check_parameters", "dtype_name", "effective", "export", "is_getitem", "listed", "mapped", "module_path", "source_line"]
+__all__ = ["Exported", "dtype_name", "export", "is_getitem", "listed", "mapped", "module_path", "source_line"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,34 @@ class Exported:
         parameter's name if it is one parameter's; None for what depends on an input or on chance."""
         return self._constants.get(node)
 
+    def bind(self, inputs: Any) -> dict[str, Tensor]:
+        """Give a tensor, a sequence or a dict of tensors the names of the module's arguments.
+
+        Raises
+        ------
+        ValueError
+            A missing or surplus input, or one of another shape or dtype than the example.
+        """
+        names = [node.name for node in self.inputs]
+        if isinstance(inputs, Tensor):
+            inputs = (inputs,)
+        if not isinstance(inputs, Mapping):
+            inputs = tuple(inputs)
+            if len(inputs) != len(names):
+                raise ValueError(f"the module has {len(names)} inputs ({', '.join(names)}), not {len(inputs)}")
+            inputs = dict(zip(names, inputs, strict=True))
+        if set(inputs) != set(names):
+            raise ValueError(f"the module's inputs are {', '.join(names)}, not {', '.join(map(str, inputs)) or 'none'}")
+        for node in self.inputs:
+            wanted, value = node.meta["val"], inputs[node.name]
+            if not isinstance(value, Tensor) or value.dtype != wanted.dtype or value.shape != wanted.shape:
+                given = f"{dtype_name(value.dtype)} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"input {node.name!r} must be {dtype_name(wanted.dtype)} {tuple(wanted.shape)} as in example_inputs, "
+                    f"not {given}: host operators have fixed shapes"
+                )
+        return dict(inputs)
+
     @cached_property
     def _constants(self) -> dict[fx.Node, tuple[Any, str]]:
         found: dict[fx.Node, tuple[Any, str]] = {}
@@ -109,13 +137,13 @@ def export(module: nn.Module, example_inputs: Any) -> Exported:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"trace takes a torch.nn.Module, not {type(module).__name__}")
-    args, kwargs = arguments(example_inputs)
-    check_parameters(module)
-    module = effective(module)
+    args, kwargs = _arguments(example_inputs)
+    _check_parameters(module)
+    module = _effective(module)
     return Exported(module, _export(module, args, kwargs))
 
 
-def arguments(example_inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def _arguments(example_inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Positional and keyword arguments, checked."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -138,7 +166,7 @@ def arguments(example_inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor
     return args, kwargs
 
 
-def check_parameters(module: nn.Module) -> None:
+def _check_parameters(module: nn.Module) -> None:
     """Refuse parameters of other dtypes before torch meets them."""
     problems = [
         f"{name}: parameter of {dtype_name(value.dtype)} {tuple(value.shape)}"
@@ -149,7 +177,7 @@ def check_parameters(module: nn.Module) -> None:
         raise CompileError(listed("only float32 can be compiled", problems))
 
 
-def effective(module: nn.Module) -> nn.Module:
+def _effective(module: nn.Module) -> nn.Module:
     """The module itself, or a copy without parametrisations that has the effective weights."""
     if not any(parametrize.is_parametrized(part) for part in module.modules()):
         return module

@@ -464,13 +464,9 @@ def _baddbmm(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 @_imports(aten.scaled_dot_product_attention.default)
 def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    if a["is_causal"]:
-        raise CompileError(
-            f"{importer.path(node) or 'the module'}: scaled_dot_product_attention {a['query'].shape} with "
-            "is_causal=True: only key padding masks (batch, keys) are supported, causal masks are not"
-        )
     if (
         a["dropout_p"]
+        or a["is_causal"]
         or a["enable_gqa"]
         or any(isinstance(a[name], Constant) for name in ("query", "key", "value"))
     ):

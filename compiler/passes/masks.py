@@ -25,12 +25,15 @@ def fold_masks(graph: Graph) -> Graph:
     nodes: list[Node] = []
     made: dict[tuple[str, bool], str] = {}
     known: dict[str, tuple[str, bool] | None] = {}  # mask operand -> (input, keep), None if it masks nothing
+    refused: list[CompileError] = []
     for node in graph.nodes.values():
         if isinstance(node, ScaledDotProduct) and len(node.inputs) == 4:
             mask = node.inputs[3]
-            if mask not in known:
-                known[mask] = _understand(graph, node)
-            found = known[mask]
+            try:
+                found = known[mask] if mask in known else known.setdefault(mask, _understand(graph, node))
+            except CompileError as error:
+                refused.append(error)
+                continue
             if found is None:
                 node = replace(node, inputs=node.inputs[:3])
             else:
@@ -49,6 +52,9 @@ def fold_masks(graph: Graph) -> Graph:
                     )
                 node = replace(node, inputs=(*node.inputs[:3], made[found]), key_mask=True)
         nodes.append(node)
+    if refused:
+        problems = [problem for error in refused for problem in error.problems]
+        raise CompileError("\n  ".join(dict.fromkeys(problem.text for problem in problems)), problems)
     return graph.rewrite(nodes)
 
 
