@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from algo.quantize import Method
-from compiler.exported import Exported, export
-from compiler.frontend import import_whole
+from compiler.exported import Exported, export, module_path, source_line
+from compiler.frontend import by_rows, import_whole
 from compiler.graph import CompileError, Graph
-from compiler.host import HostPart, host_part
+from compiler.host import HostOp, HostPart, host_part
 from compiler.lower import Lowered, lower
 from compiler.ops import QuantNetwork
 from compiler.partition import HostStage, Partition, Segment, check_arch, describe_host, partition
 from compiler.partitioned import PartitionedProgram
 from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor, Program
-from compiler.report import partition_rows
 from compiler.quantise import quantise
+from compiler.report import partition_rows
 from compiler.schedule import ORDERS, Order
 from hw.arch import Arch, get_arch
 
@@ -167,9 +167,15 @@ def _compile_partition(
             stages.append(_host(found, stage))
             continue
         network = quantise(stage.graph, _segment_batches(stage, values), wide=True, **scales)
+        turned = {name: node for name, node in stage.inputs.items() if _by_rows(stage, name)}
+        if turned:
+            stages.append(_turning(turned))
         stages.append(compile_network(
             network, target, **options,
-            inputs=[_model_tensor(stage.graph, network, name, str(stage.inputs[name].name)) for name in network.inputs],
+            inputs=[
+                _model_tensor(stage.graph, network, name, stage.inputs[name].name + (".rows" if name in turned else ""))
+                for name in network.inputs
+            ],
             outputs=[
                 replace(_model_tensor(stage.graph, network, name, node.name), shape=tuple(node.meta["val"].shape))
                 for node, name in stage.outputs
@@ -235,7 +241,32 @@ def _boundary_values(found: Partition, batches: Iterable[Any], report: Progress)
 
 
 def _segment_batches(stage: Segment, values: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [{name: batch[node.name] for name, node in stage.inputs.items()} for batch in values]
+    return [
+        {
+            name: by_rows(batch[node.name]) if _by_rows(stage, name) else batch[node.name]
+            for name, node in stage.inputs.items()
+        }
+        for batch in values
+    ]
+
+
+def _by_rows(stage: Segment, name: str) -> bool:
+    """Whether a graph's input is an exported tensor of heads, turned."""
+    return stage.graph.nodes[name].shape != tuple(stage.inputs[name].meta["val"].shape)
+
+
+def _turning(turned: Mapping[str, Any]) -> HostPart:
+    """A host part that turns heads into rows."""
+    ops = []
+    for node in turned.values():
+        name, reference = node.name, {"ref": node.name}
+        common: dict[str, Any] = {"kwargs": {}, "source": module_path(node), "line": source_line(node)}
+        ops += [
+            HostOp(name=f"{name}.turned", target="aten.transpose.int", args=[reference, 1, 2], **common),
+            HostOp(name=f"{name}.rows", target="aten.flatten.using_ints", args=[{"ref": f"{name}.turned"}, 2], **common),
+        ]
+    names = [node.name for node in turned.values()]
+    return HostPart(ops=tuple(ops), constants={}, inputs=tuple(names), outputs=tuple(f"{name}.rows" for name in names))
 
 
 def compile_network(

@@ -37,7 +37,7 @@ from compiler.graph import (
 )
 from compiler.passes import optimise
 
-__all__ = ["Calibration", "activation_table", "calibrate", "norm_parameters", "quantise", "resize"]
+__all__ = ["Calibration", "activation_table", "calibrate", "norm_parameters", "quantise", "resize", "score_bias"]
 
 Progress = Callable[[int, "int | None"], None]
 """Called after each calibration batch with the batches done and the number of batches, if known."""
@@ -370,6 +370,17 @@ def _weight_and_requant(
     return np.ascontiguousarray(weight), requant
 
 
+def score_bias(bias: Tensor) -> ops.ScoreBias:
+    """Integers for a float bias of scores (-inf: masked): 8 bits if it only masks, else 16 bits in steps of 2 (2^-7 in the
+    log2 domain), clipped at +-177."""
+    masked = bias.isneginf()
+    finite = torch.where(masked, torch.tensor(0.0), bias).double()
+    if not bool(finite.any()):
+        return ops.ScoreBias(torch.where(masked, -128, 0).to(torch.int8).numpy(), (1 << 15) - 1, 1)
+    steps = torch.round(finite * LOG2E_256 / 2).clamp_(-32767, 32767)
+    return ops.ScoreBias(torch.where(masked, -32768.0, steps).to(torch.int16).numpy(), 1 << 14, 13)
+
+
 # -- the network ---------------------------------------------------------------------------------------------
 
 
@@ -613,6 +624,8 @@ class _Builder:
             ops.Attention(
                 name=node.name, q=q, k=k, v=v, out=out.name, heads=node.heads, mask=mask, source=node.source,
                 score_mult=score[0], score_shift=score[1], out_mult=output[0], out_shift=output[1],
+                kv_heads=node.kv_heads,
+                bias=None if node.bias is None else score_bias(node.bias),
             )
         )  # fmt: skip
 
@@ -627,6 +640,8 @@ def resize(network: ops.QuantNetwork, *, batch: int, rows: int) -> ops.QuantNetw
     """
     if batch < 1 or rows < 1:
         raise ValueError(f"batch and rows must be >= 1, not {batch} and {rows}")
+    if any(isinstance(op, ops.Attention) and op.bias is not None for op in network.ops):
+        raise ValueError("a network with causal or other constant masks cannot be resized")
     lengths = {tensor.shape[2 if tensor.dtype == "keymask" else 1] for tensor in network.tensors.values()}
     if len(lengths) > 1:
         raise ValueError(f"a network with sequences of several lengths {sorted(lengths)} cannot be resized")

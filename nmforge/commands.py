@@ -14,7 +14,7 @@ import torch
 from algo.nm import NM
 from compiler.listing import bound_of
 from compiler.listing import listing as to_text
-from compiler.partitioned import PartitionedProgram, load
+from compiler.partitioned import load
 from compiler.program import Program
 from hw.arch import Arch
 from models.bert import DISTRIBUTIONS, BertModel
