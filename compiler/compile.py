@@ -183,12 +183,7 @@ def _compile_partition(
         ))  # fmt: skip
     program = PartitionedProgram(
         stages=tuple(stages),
-        inputs=tuple(
-            ModelTensor(
-                name=node.name, tensor=node.name, shape=tuple(node.meta["val"].shape), dtype=str(node.meta["val"].dtype), scale=1.0
-            )
-            for node in exported.inputs
-        ),
+        inputs=tuple(_argument(node.name, node.meta["val"]) for node in exported.inputs),
         outputs=tuple(node.name for node in exported.outputs),
         rows=partition_rows(found),
     )  # fmt: skip
@@ -196,6 +191,10 @@ def _compile_partition(
     if warning:
         warnings.warn(warning, stacklevel=4)
     return program
+
+
+def _argument(name: str, value: Tensor) -> ModelTensor:
+    return ModelTensor(name=name, tensor=name, shape=tuple(value.shape), dtype=str(value.dtype), scale=1.0)
 
 
 def _host(found: Partition, stage: HostStage) -> HostPart:

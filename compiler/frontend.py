@@ -279,7 +279,10 @@ class _Importer:
         if isinstance(value, Tensor):
             return self.make(Aten, node, names, **fields)
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else () for part in value]
-        return [self.make(Aten, node, names, name=f"{node.name}.{i}", shape=shape, result=i, **fields) for i, shape in enumerate(shapes)]
+        return [
+            self.make(Aten, node, names, name=f"{node.name}.{i}", shape=shape, result=i, **fields)
+            for i, shape in enumerate(shapes)
+        ]
 
     def bound(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by name, with defaults; fx nodes replaced by ours."""

@@ -340,8 +340,8 @@ class ScaledDotProduct(Node):
 class Attention(Node):
     """Multi-head softmax attention on (..., rows, heads * head_dim); inputs q, k, v [, `KeyMask`].
 
-    k and v have ``kv_heads`` heads (None: as many as q), each for as many neighbouring heads of q. ``bias`` (batch or 1, heads or 1, rows,
-    keys) is added to the scores (-inf: the key is masked).
+    k and v have ``kv_heads`` heads (None: as many as q), each for as many neighbouring heads of q. ``bias`` (batch or 1,
+    heads or 1, rows, keys) is added to the scores (-inf: the key is masked).
     """
 
     heads: int

@@ -100,7 +100,8 @@ class Attention:
     where head h uses number h // (heads / kv_heads) of theirs (kv_heads None: as many as heads); mask: a keymask tensor
     (batch, 1, keys) or None.
 
-    Scores: int16 = requantise(q @ k.T (+ MASK_BIAS for a masked key), score_mult, score_shift) + bias, units of 2^-8 in the log2 domain.
+    Scores: int16 = requantise(q @ k.T (+ MASK_BIAS for a masked key), score_mult, score_shift) + bias, units of 2^-8 in the
+    log2 domain.
     Output: ``requantise(p @ v, 0, m_t, s_t)``, sat8, with the row scale made from out_mult, out_shift (row_mult, row_shift of
     numerics.md).
     """

@@ -266,8 +266,12 @@ class _Partitioner:
             graph = optimise(graph)
             check_arch(graph, self.arch)
         except CompileError as error:
-            blamed = {by_name[name]: item.reason or _no_instruction(by_name[name]) for item in error.problems for name in item.origin if name in by_name}
-            blamed = {node: reason for node, reason in blamed.items() if node in inside and self.place(node) is None}
+            blamed = {
+                node: item.reason or _no_instruction(node)
+                for item in error.problems
+                for node in map(by_name.get, item.origin)
+                if node in inside and self.place(node) is None
+            }
             if not blamed:
                 raise
             cheap = {node: reason for node, reason in blamed.items() if node.target not in PRODUCTS}
@@ -343,10 +347,10 @@ def _is_mask_arithmetic(exported: Exported, node: fx.Node) -> bool:
     """Whether a value comes from masks and constants alone."""
     if exported.constant(node) is not None:
         return False
-    inputs = [item for item in _cone(exported, node) if item.op != "call_function"]
-    return all(
-        isinstance(item.meta["val"], Tensor) and not item.meta["val"].is_floating_point() and item.meta["val"].ndim == 2
-        for item in inputs
+    cone = _cone(exported, node)
+    inputs = [item.meta["val"] for item in cone if item.op != "call_function"]
+    return not any(item.target in PRODUCTS for item in cone) and all(
+        isinstance(value, Tensor) and value.ndim == 2 for value in inputs
     )
 
 

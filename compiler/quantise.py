@@ -431,7 +431,9 @@ class _Builder:
         return made
 
     def input(self, node: Input) -> None:
-        if self.wide and any(not isinstance(user, Attention) and not self.multiplies(user, node.name) for user in self.users[node.name]):
+        read = self.users[node.name]
+        added = any(not isinstance(user, Attention) and not self.multiplies(user, node.name) for user in read)
+        if self.wide and added:
             self.tensor(node, "int16", max(self.calibration.peak(node.name, "out"), 1e-30) / WIDE_MARGIN)
         else:
             self.tensor(node, "int8", self.out_scale(node.name))

@@ -57,7 +57,9 @@ def _match(graph: Graph, product: MatMul, data: set[str]) -> list[Node] | None:
     layout = Layout.contiguous(graph.nodes[kt].shape)
     rank = len(layout.dims)
     layout = layout.permute((*range(rank - 2), rank - 1, rank - 2))
-    k = View(name=f"{product.name}.k", inputs=(kt,), shape=layout.shape, source=product.source, layout=layout, origin=product.origin)
+    k = View(
+        name=f"{product.name}.k", inputs=(kt,), shape=layout.shape, source=product.source, origin=product.origin, layout=layout
+    )
     inputs = (q, k.name, product.inputs[1], *masks)
     whole = ScaledDotProduct(
         name=product.name, inputs=inputs, shape=product.shape, source=product.source, scale=scale, origin=product.origin
