@@ -137,7 +137,7 @@ def _heads_from_outside(chosen: list[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def mask_operands(node: fx.Node) -> list[fx.Node]:
+def mask_operands(exported: Exported, node: fx.Node) -> list[fx.Node]:
     """What an operator takes as a mask: the mask of an attention, the condition of a masked fill, and what is added
     to a product of activations."""
     target, args = node.target, node.args
@@ -148,7 +148,7 @@ def mask_operands(node: fx.Node) -> list[fx.Node]:
     elif target in (aten.where.self, aten.where.ScalarOther):
         found = [args[0], args[2]]
     elif target is aten.add.Tensor and all(isinstance(item, fx.Node) for item in args[:2]):
-        found = [y for x, y in (args[:2], args[1::-1]) if _is_scores(cast(fx.Node, x)) and not _is_scores(cast(fx.Node, y))]
+        found = [y for x, y in (args[:2], args[1::-1]) if _is_scores(exported, x) and not _is_scores(exported, y)]
     else:
         found = []
     return [item for item in found if isinstance(item, fx.Node)]
@@ -158,13 +158,14 @@ _SCORES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
 
 
-def _is_scores(node: fx.Node) -> bool:
+def _is_scores(exported: Exported, value: Any) -> bool:
     """Whether a value is a scaled product of activations."""
+    node = cast(fx.Node, value)
     while node.target in _SCORES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
         node = cast(fx.Node, node.args[0])
-    return node.target in _PRODUCTS
+    return node.target in _PRODUCTS and all(exported.constant(item) is None for item in node.all_input_nodes[:2])
 
 
 class _Importer:
@@ -186,7 +187,7 @@ class _Importer:
             for node in self.exported.inputs:
                 self.value(node)
         for node in chosen:
-            for mask in mask_operands(node):
+            for mask in mask_operands(self.exported, node):
                 if mask in self.inlined:
                     self._inline(mask)
             self.values[node] = self._call(node)

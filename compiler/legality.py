@@ -92,7 +92,10 @@ def _kinds(graph: Graph) -> Iterator[Problem]:
         ]  # the others are most likely consequences
     for node in illegal:
         reason = _REASONS.get(type(node), f"{node.operator} is not legal here")
-        yield Problem(describe(graph, node, reason), node.origin, "" if isinstance(node, Aten) else reason)
+        origin = node.origin
+        if isinstance(node, Constant):  # whoever reads it is to blame
+            origin = tuple(name for user in graph.nodes.values() if node.name in user.inputs for name in user.origin)
+        yield Problem(describe(graph, node, reason), origin, "" if isinstance(node, Aten) else reason)
 
 
 def describe(graph: Graph, node: Node, reason: str) -> str:

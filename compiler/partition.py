@@ -144,7 +144,7 @@ class _Partitioner:
         self.exported = exported
         self.arch = arch
         self.order = [node for node in exported.operators if exported.constant(node) is None]
-        self.masks = {node: mask_operands(node) for node in self.order}
+        self.masks = {node: mask_operands(exported, node) for node in self.order}
         self.inlined = frozenset(
             mask for masks in self.masks.values() for mask in masks if _is_mask_arithmetic(exported, mask)
         )
@@ -277,10 +277,10 @@ class _Partitioner:
             cheap = {node: reason for node, reason in blamed.items() if node.target not in PRODUCTS}
             return cheap or blamed  # perhaps the product is only in bad company
         pairs = tuple(zip(outputs, graph.outputs, strict=True))
+        graph = _used(graph)
         kept = {node.name for node in graph.inputs}
-        self.segments[number] = Segment(
-            tuple(nodes), _used(graph), {name: node for name, node in inputs.items() if name in kept}, pairs
-        )
+        taken = {name: node for name, node in inputs.items() if name in kept}
+        self.segments[number] = Segment(tuple(nodes), graph, taken, pairs)
         return {}
 
     def result(self) -> Partition:

@@ -71,7 +71,9 @@ def _is_vector(node: Node, like: Node) -> bool:
 
 def _eps(node: Node, x: str, nodes: Nodes) -> float | None:
     """eps of ``rsqrt(mean(x^2) + eps)``; None if the node is something else."""
-    if not _is(node, aten.rsqrt.default):
+    if _is(node, aten.reciprocal.default) and _is(nodes[node.inputs[0]], aten.sqrt.default):
+        node = nodes[node.inputs[0]]
+    elif not _is(node, aten.rsqrt.default):
         return None
     total = nodes[node.inputs[0]]
     if not isinstance(total, Aten) or total.target not in (aten.add.Tensor, aten.add.Scalar) or total.kwargs:
