@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from compiler.frontend import by_rows, import_whole
 from compiler.graph import CompileError, Graph
 from compiler.host import HostOp, HostPart, host_part
 from compiler.lower import Lowered, lower
+from compiler.onnx_import import load_onnx
 from compiler.ops import QuantNetwork
 from compiler.partition import HostStage, Partition, Segment, check_arch, describe_host, partition
 from compiler.partitioned import PartitionedProgram
@@ -26,7 +28,7 @@ from compiler.report import partition_rows
 from compiler.schedule import ORDERS, Order
 from hw.arch import Arch, get_arch
 
-__all__ = ["Host", "Measure", "Progress", "compile_model", "compile_network"]
+__all__ = ["Host", "Measure", "Progress", "compile_model", "compile_network", "float_boundary"]
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("trace", "passes", "calibrate", "lower"), how far it is, and its end if that is
@@ -40,8 +42,8 @@ Measure = Callable[[Program], int]
 
 
 def compile_model(
-    model: nn.Module,
-    example_inputs: Any,
+    model: nn.Module | str | os.PathLike[str],
+    example_inputs: Any = None,
     *,
     arch: str | Arch = "sta1024",
     calibration: Iterable[Any] | None = None,
@@ -59,10 +61,11 @@ def compile_model(
     Parameters
     ----------
     model
-        Any `nn.Module` that `torch.export` takes; layers in sparse training count with their masked weights.
+        Any `nn.Module` that `torch.export` takes, or the path of an ONNX file; layers in sparse training count
+        with their masked weights.
     example_inputs
         A tensor, a tuple of positional arguments or a dict of keyword arguments; they fix the shapes of the
-        program.
+        program. An ONNX file without open dimensions needs none.
     arch
         Preset name or `Arch`.
     calibration
@@ -104,6 +107,8 @@ def compile_model(
     }  # fmt: skip
     scales: dict[str, Any] = {"activation_observer": observer, "residual_bits": residual_bits}
     report("trace", 0, 1)
+    if isinstance(model, str | os.PathLike):
+        model, example_inputs = load_onnx(model, example_inputs)
     exported = export(model, example_inputs)
     graph, found = _divided(exported, target, host, report)
     if calibration is None:
@@ -160,7 +165,7 @@ def _compile_partition(
     found: Partition, target: Arch, calibration: Iterable[Any], scales: dict[str, Any], options: dict[str, Any]
 ) -> PartitionedProgram:
     exported, report = found.exported, options["progress"]
-    values = _boundary_values(found, calibration, report)
+    values = float_boundary(found, calibration, report)
     stages: list[HostPart | Program] = []
     for stage in found.stages:
         if isinstance(stage, HostStage):
@@ -186,11 +191,22 @@ def _compile_partition(
         inputs=tuple(_argument(node.name, node.meta["val"]) for node in exported.inputs),
         outputs=tuple(node.name for node in exported.outputs),
         rows=partition_rows(found),
+        meta={f"range.{node.name}": _range(node.name, values) for node in exported.inputs if not _is_float(node)},
     )  # fmt: skip
     warning = program.report().warning
     if warning:
         warnings.warn(warning, stacklevel=4)
     return program
+
+
+def _is_float(node: Any) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
+def _range(name: str, values: list[dict[str, Tensor]]) -> str:
+    """Smallest and largest value of an input in the calibration data."""
+    low, high = zip(*(batch[name].aminmax() for batch in values))
+    return f"{int(min(low))} {int(max(high))}"
 
 
 def _argument(name: str, value: Tensor) -> ModelTensor:
@@ -212,11 +228,11 @@ def _read_by(stage: HostStage | Segment) -> list[Any]:
     return [item for node in stage.nodes for item in node.all_input_nodes]
 
 
-def _boundary_values(found: Partition, batches: Iterable[Any], report: Progress) -> list[dict[str, Tensor]]:
-    """What goes between the stages in float, for each batch."""
+def float_boundary(found: Partition, batches: Iterable[Any], report: Progress | None = None) -> list[dict[str, Tensor]]:
+    """What goes to the accelerator in float, by exported name, for each batch of the module's inputs."""
     exported = found.exported
     needed = {node for stage in found.segments for node in stage.inputs.values()}
-    wanted = {node.name for node in needed}
+    wanted = {node.name for node in needed} | {node.name for node in exported.inputs}
     for node in reversed(exported.operators):
         if node in needed:
             needed.update(node.all_input_nodes)
@@ -233,7 +249,8 @@ def _boundary_values(found: Partition, batches: Iterable[Any], report: Progress)
         inputs = exported.bind(batch)
         whole.run(inputs, observe=observe)
         result.append({**{name: value for name, value in inputs.items() if name in wanted}, **seen})
-        report("calibrate", done, None)
+        if report is not None:
+            report("calibrate", done, None)
     if not result:
         raise ValueError("compiling needs at least one calibration batch")
     return result

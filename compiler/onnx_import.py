@@ -8,6 +8,7 @@ its ONNX node, which is therefore the module path in messages.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,14 +114,14 @@ def example_inputs(model: Any, *, sizes: Sequence[int] = ()) -> dict[str, Tensor
                 )
             shape.append(size)
         dtype = _dtype(kind.elem_type, f"input {item.name!r}")
-        found[item.name] = (
+        found[_identifier(item.name)] = (
             torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
         )
     return found
 
 
 def _by_name(model: Any, inputs: Any) -> dict[str, Tensor]:
-    names = [item.name for item in _inputs(model)]
+    names = [_identifier(item.name) for item in _inputs(model)]
     if isinstance(inputs, dict):
         if set(inputs) != set(names):
             raise ValueError(f"the ONNX model's inputs are {', '.join(names)}, not {', '.join(inputs)}")
@@ -129,6 +130,11 @@ def _by_name(model: Any, inputs: Any) -> dict[str, Tensor]:
     if len(values) != len(names):
         raise ValueError(f"the ONNX model has {len(names)} inputs ({', '.join(names)}), not {len(values)}")
     return dict(zip(names, values, strict=True))
+
+
+def _identifier(name: str) -> str:
+    """The name of an input as a keyword argument."""
+    return re.sub(r"\W", "_", name)
 
 
 def _dtype(number: int, what: str) -> torch.dtype:
@@ -170,7 +176,7 @@ class OnnxModule(nn.Module):
 
         _check_opsets(model)
         graph = model.graph
-        values: dict[str, Any] = {"": None, **inputs}
+        values: dict[str, Any] = {"": None, **{item.name: inputs[_identifier(item.name)] for item in _inputs(model)}}
         static = {""}
         for item in graph.initializer:
             values[item.name] = _tensor(onnx.numpy_helper.to_array(item))
@@ -204,14 +210,14 @@ class OnnxModule(nn.Module):
                 name += "_"
             self.add_module(name, step)
             self.steps.append((name, moving, tuple(node.output)))
-        self.names = tuple(inputs)
+        self.names = {_identifier(item.name): item.name for item in _inputs(model)}
         self.outputs = tuple(same.get(item.name, item.name) for item in graph.output)
         for name in self.outputs:
             if name in static:
                 raise CompileError(f"output {name!r} of the ONNX model does not depend on an input")
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        values: dict[str, Any] = dict(inputs)
+        values: dict[str, Any] = {self.names[name]: value for name, value in inputs.items()}
         for name, operands, results in self.steps:
             made = self.get_submodule(name)(*(values[operand] for operand in operands))
             values.update(zip(results, made if isinstance(made, tuple) else (made,)))

@@ -34,7 +34,10 @@ CASES = {
         lambda: torch.randn(2, 6),
     ),
     "several results": (lambda: Apply(lambda m, x: torch.max(x, dim=1).values), lambda: torch.randn(2, 6)),
-    "constants": (lambda: Apply(lambda m, x: x * torch.arange(6.0) + m.b, b=nn.Parameter(torch.ones(6))), lambda: torch.randn(2, 6)),
+    "constants": (
+        lambda: Apply(lambda m, x: x * torch.arange(6.0) + m.b, b=nn.Parameter(torch.ones(6))),
+        lambda: torch.randn(2, 6),
+    ),
 }
 
 
@@ -114,7 +117,7 @@ def test_damaged_parts() -> None:
 
 def test_a_failing_operator_names_itself() -> None:
     part, _ = whole(Apply(lambda m, x: m.a(x), a=nn.Embedding(3, 2)), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"a \(.*\): host operator aten.embedding.default 'embedding' failed: index out of range"):
+    with pytest.raises(ValueError, match=r"a \(.*\): host operator aten.embedding.default 'embedding' failed: index"):
         part.run({"args_0": torch.tensor([7])})
 
 
