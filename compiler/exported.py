@@ -209,9 +209,10 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tenso
                     " (what runs depends on values: use torch.where, or take the branch out of the module; "
                     "with a mask for nn.TransformerEncoder, also give is_causal=True or False)"
                 )
+            line = _line(str(error))
             raise CompileError(
                 f"torch.export cannot trace {type(module).__name__} with inputs "
-                f"{[tuple(value.shape) for value in (*args, *kwargs.values())]}: {first}"
+                f"{[tuple(value.shape) for value in (*args, *kwargs.values())]}: {first}{f' at {line}' if line else ''}"
             ) from error
 
 
@@ -228,7 +229,12 @@ def module_path(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """Where the operator stands in the module's code, as ``file.py:12``; empty if torch does not know."""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return _line(node.meta.get("stack_trace") or "")
+
+
+def _line(trace: str) -> str:
+    """The last line of code in a stack trace that is not torch's own, or the last."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
     own = [(file, line) for file, line in lines if "/torch/" not in file] or lines
     return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
 

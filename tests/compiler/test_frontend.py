@@ -267,6 +267,7 @@ def test_control_flow_on_values_is_refused_quietly():
         "torch.export cannot trace Apply with inputs [(2, 7, 24)]: Could not guard on data-dependent"
     )
     assert log.getvalue() == ""
+    assert "use torch.where, or take the branch out of the module" in message and " at test_frontend.py:" in message
 
 
 def test_errors_of_the_module_itself():
