@@ -42,6 +42,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "expand_gates": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
         "fold_biases": {*_PLAIN, *_ATTENTION, View},
@@ -132,6 +133,7 @@ def _equal_shapes(graph: Graph) -> Iterator[Problem]:
             "trace",
             "match_norms",
             "fold_functions",
+            "expand_gates",
             "match_scores",
             "fold_masks",
         ):
@@ -154,7 +156,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "match_norms", "fold_functions", "match_scores"):
+    if graph.stage in ("trace", "match_norms", "fold_functions", "expand_gates", "match_scores"):
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):
