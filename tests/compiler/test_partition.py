@@ -61,7 +61,7 @@ def test_look_up_encoder_pooling_head_argmax() -> None:
 
 @pytest.mark.parametrize(
     ("name", "stages", "products_on_host"),
-    [("bert", 4, 0), ("gpt2", 2, 0), ("vit", 4, 1), ("llama", 6, 0), ("distilbert", 2, 0)],
+    [("vit", 4, 1), ("llama", 6, 0)],
 )
 def test_library_models(name: str, stages: int, products_on_host: int) -> None:
     module, inputs, wanted = library_model(name)
@@ -76,7 +76,7 @@ def test_library_models(name: str, stages: int, products_on_host: int) -> None:
 STEPS = ["linear", "cumsum", "relu", "norm", "gate", "rotate", "residual", "attention"]
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=6))
 def test_random_networks_equal_the_whole(steps: list[str]) -> None:
     torch.manual_seed(len(steps))
