@@ -24,13 +24,14 @@ from compiler.graph import (
     MatMul,
     Node,
     Pointwise,
+    Problem,
     Scale,
     ScaledDotProduct,
     Softmax,
     View,
 )
 
-__all__ = ["LEGAL", "check"]
+__all__ = ["LEGAL", "check", "describe", "problem"]
 
 _PLAIN = {Input, KeyMask, Linear, Add, LayerNorm, Activation, Scale}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
@@ -39,7 +40,9 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
         "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "expand_gates": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
         "fold_biases": {*_PLAIN, *_ATTENTION, View},
@@ -59,7 +62,7 @@ _REASONS: dict[type[Node], str] = {
     MatMul: "a product of two activations is supported only as softmax(q k^T) v attention",
     Softmax: "softmax is supported only over the keys of an attention",
     ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
-    "split into heads; k and v of equal shape, with as many heads and channels as q",
+    "split into heads; k and v of equal shape, with as many heads as q or a divisor of that",
     View: "this rearrangement of data is supported only around attention heads",
     Scale: "scaling is supported only after a Linear layer or within attention",
 }
@@ -76,10 +79,12 @@ def check(graph: Graph, *, shown: int = 5) -> None:
     problems = next(filter(None, (list(rule(graph)) for rule in RULES)), [])
     if problems:
         more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
-        raise CompileError("\n  ".join([f"cannot compile (after {graph.stage}):", *problems[:shown], *more]))
+        texts = [problem.text for problem in problems[:shown]]
+        blamed = problems if all(problem.origin for problem in problems) else []
+        raise CompileError("\n  ".join([f"cannot compile (after {graph.stage}):", *texts, *more]), blamed)
 
 
-def _kinds(graph: Graph) -> Iterator[str]:
+def _kinds(graph: Graph) -> Iterator[Problem]:
     legal = LEGAL[graph.stage]
     illegal = [node for node in graph.nodes.values() if type(node) not in legal]
     if any(isinstance(node, Aten) for node in illegal):
@@ -87,7 +92,11 @@ def _kinds(graph: Graph) -> Iterator[str]:
             node for node in illegal if isinstance(node, Aten)
         ]  # the others are most likely consequences
     for node in illegal:
-        yield describe(graph, node, _REASONS.get(type(node), f"{node.operator} is not legal here"))
+        reason = _REASONS.get(type(node), f"{node.operator} is not legal here")
+        origin = node.origin
+        if isinstance(node, Constant):  # whoever reads it is to blame
+            origin = tuple(name for user in graph.nodes.values() if node.name in user.inputs for name in user.origin)
+        yield Problem(describe(graph, node, reason), origin, "" if isinstance(node, Aten) else reason)
 
 
 def describe(graph: Graph, node: Node, reason: str) -> str:
@@ -98,49 +107,56 @@ def describe(graph: Graph, node: Node, reason: str) -> str:
     )
 
 
-def _operands_first(graph: Graph) -> Iterator[str]:
+def problem(graph: Graph, node: Node, reason: str) -> Problem:
+    """`describe` as a `Problem`."""
+    return Problem(describe(graph, node, reason), node.origin, reason)
+
+
+def _operands_first(graph: Graph) -> Iterator[Problem]:
     known: set[str] = set()
     for name, node in graph.nodes.items():
         if node.name != name:
-            yield f"node {node.name!r} is filed under {name!r}"
+            yield Problem(f"node {node.name!r} is filed under {name!r}")
         for operand in node.inputs:
             if operand not in known:
-                yield describe(graph, node, f"reads {operand!r}, which is not computed before it")
+                yield problem(graph, node, f"reads {operand!r}, which is not computed before it")
         known.add(name)
     for output in graph.outputs:
         if output not in known:
-            yield f"output {output!r} is not computed by any node"
+            yield Problem(f"output {output!r} is not computed by any node")
 
 
-def _equal_shapes(graph: Graph) -> Iterator[str]:
+def _equal_shapes(graph: Graph) -> Iterator[Problem]:
     """No broadcasting of data: sums have operands of one shape (constants excepted while there are some)."""
     for node in graph.nodes.values():
         if not isinstance(node, Add) or graph.stage in (
             "trace",
+            "match_norms",
             "fold_functions",
+            "expand_gates",
             "match_scores",
             "fold_masks",
         ):
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):
-            yield describe(graph, node, "operands must have equal shapes: broadcasting is not supported")
+            yield problem(graph, node, "operands must have equal shapes: broadcasting is not supported")
 
 
-def _masks_only_mask(graph: Graph) -> Iterator[str]:
+def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
     """A key mask is read by attention alone, and made from an input."""
     for node in graph.nodes.values():
         for place, name in enumerate(node.inputs):
             if isinstance(graph.nodes[name], KeyMask) and not (
                 isinstance(node, Attention | ScaledDotProduct) and place == 3
             ):
-                yield describe(graph, node, "a key mask can only mask attention")
+                yield problem(graph, node, "a key mask can only mask attention")
         if isinstance(node, KeyMask) and not isinstance(graph.nodes[node.inputs[0]], Input):
-            yield describe(graph, node, "a key mask must be an input")
+            yield problem(graph, node, "a key mask must be an input")
 
 
-def _masks_are_no_data(graph: Graph) -> Iterator[str]:
+def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "fold_functions", "match_scores"):
+    if graph.stage in ("trace", "match_norms", "fold_functions", "expand_gates", "match_scores"):
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):
@@ -149,28 +165,28 @@ def _masks_are_no_data(graph: Graph) -> Iterator[str]:
             operand = graph.nodes[name]
             if isinstance(operand, Input) and not operand.dtype.is_floating_point:
                 dtype = str(operand.dtype).removeprefix("torch.")
-                yield describe(graph, node, f"input {name!r} of {dtype} can only be a key mask")
+                yield problem(graph, node, f"input {name!r} of {dtype} can only be a key mask")
 
 
-def _rows_of_channels(graph: Graph) -> Iterator[str]:
+def _rows_of_channels(graph: Graph) -> Iterator[Problem]:
     """At the end every tensor is (rows, C) or (B, S, C), and a residual has its sum's shape."""
     if graph.stage != "fuse":
         return
     for node in graph.nodes.values():
         if not isinstance(node, Input | KeyMask) and len(node.shape) not in (2, 3):
-            yield describe(graph, node, "tensors must be (rows, channels) or (batch, rows, channels)")
+            yield problem(graph, node, "tensors must be (rows, channels) or (batch, rows, channels)")
         if isinstance(node, Linear | Pointwise) and (len(node.inputs) == 2) != node.post.residual:
-            yield describe(graph, node, "a residual is the second operand")
+            yield problem(graph, node, "a residual is the second operand")
 
 
-def _positive_scales(graph: Graph) -> Iterator[str]:
+def _positive_scales(graph: Graph) -> Iterator[Problem]:
     """The hardware's multipliers are not negative."""
     for node in graph.nodes.values():
         if isinstance(node, Attention | ScaledDotProduct) and not 0 < node.scale < math.inf:
-            yield describe(graph, node, f"the scale of the scores must be positive, not {node.scale:.4g}")
+            yield problem(graph, node, f"the scale of the scores must be positive, not {node.scale:.4g}")
 
 
-RULES: tuple[Callable[[Graph], Iterator[str]], ...] = (
+RULES: tuple[Callable[[Graph], Iterator[Problem]], ...] = (
     _operands_first,
     _kinds,
     _equal_shapes,

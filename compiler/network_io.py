@@ -18,13 +18,14 @@ from compiler.ops import (
     QuantTensor,
     Requant,
     ResidualInput,
+    ScoreBias,
 )
 
 __all__ = ["network_from_bytes", "network_to_bytes"]
 
 _TYPES = {
     kind.__name__: kind
-    for kind in (Attention, LayerNorm, Linear, Pointwise, QuantTensor, Requant, ResidualInput)
+    for kind in (Attention, LayerNorm, Linear, Pointwise, QuantTensor, Requant, ResidualInput, ScoreBias)
 }
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")
 

@@ -87,7 +87,7 @@ def plan_memory(
         if end > limit:
             raise PlanError(
                 f"the program needs more than {limit} bytes of memory: "
-                f"{buffer.name} ({buffer.size} bytes) does not fit"
+                f"{buffer.name} ({buffer.size} bytes) does not fit; compile it in parts, or for a smaller batch or length"
             )
         placed.append((address, end, buffer))
         placed.sort(key=lambda item: item[:2])

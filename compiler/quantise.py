@@ -37,7 +37,7 @@ from compiler.graph import (
 )
 from compiler.passes import optimise
 
-__all__ = ["Calibration", "activation_table", "calibrate", "norm_parameters", "quantise", "resize"]
+__all__ = ["Calibration", "activation_table", "calibrate", "norm_parameters", "quantise", "resize", "score_bias"]
 
 Progress = Callable[[int, "int | None"], None]
 """Called after each calibration batch with the batches done and the number of batches, if known."""
@@ -59,6 +59,7 @@ def quantise(
     *,
     activation_observer: Method | Callable[[], Observer] = "mse",
     residual_bits: Literal[8, 16] = 8,
+    wide: bool = False,
     progress: Progress | None = None,
 ) -> ops.QuantNetwork:
     """Choose scales from calibration data and turn every node into an integer operator.
@@ -77,6 +78,8 @@ def quantise(
         Bits of a normalised tensor where it is a residual (post-LN networks). 16 costs one more operator for
         each such tensor (MiniLM-L6: 0.994 instead of 0.991). Sums that are not normalised (the residual
         stream of pre-LN networks) always have 16.
+    wide
+        16 bits for inputs and outputs, where no operator needs 8: for a part of a network, between other parts.
     progress
         Called after each batch.
 
@@ -99,7 +102,7 @@ def quantise(
     if graph.stage != "fuse":
         graph = optimise(graph)
     return _Builder(
-        graph, calibrate(graph, calibration_batches, activation_observer, progress), residual_bits
+        graph, calibrate(graph, calibration_batches, activation_observer, progress), residual_bits, wide
     ).network()
 
 
@@ -367,16 +370,28 @@ def _weight_and_requant(
     return np.ascontiguousarray(weight), requant
 
 
+def score_bias(bias: Tensor) -> ops.ScoreBias:
+    """Integers for a float bias of scores (-inf: masked): 8 bits if it only masks, else 16 bits in steps of 2 (2^-7 in the
+    log2 domain), clipped at +-177."""
+    masked = bias.isneginf()
+    finite = torch.where(masked, torch.tensor(0.0), bias).double()
+    if not bool(finite.any()):
+        return ops.ScoreBias(torch.where(masked, -128, 0).to(torch.int8).numpy(), (1 << 15) - 1, 1)
+    steps = torch.round(finite * LOG2E_256 / 2).clamp_(-32767, 32767)
+    return ops.ScoreBias(torch.where(masked, -32768.0, steps).to(torch.int16).numpy(), 1 << 14, 13)
+
+
 # -- the network ---------------------------------------------------------------------------------------------
 
 
 class _Builder:
     """Scales and operators of one network."""
 
-    def __init__(self, graph: Graph, calibration: Calibration, residual_bits: int) -> None:
+    def __init__(self, graph: Graph, calibration: Calibration, residual_bits: int, wide: bool) -> None:
         self.graph = graph
         self.calibration = calibration
         self.residual_bits = residual_bits
+        self.wide = wide
         self.tensors: dict[str, ops.QuantTensor] = {}
         self.ops: list[ops.Op] = []
         self.meta: dict[str, str] = {}
@@ -389,7 +404,7 @@ class _Builder:
             if isinstance(node, Input) and not any(
                 isinstance(user, KeyMask) for user in self.users[node.name]
             ):
-                self.tensor(node, "int8", self.out_scale(node.name))
+                self.input(node)
             elif isinstance(node, KeyMask):
                 self.mask(node)
             elif isinstance(node, Attention):
@@ -415,6 +430,19 @@ class _Builder:
         self.tensors[node.name] = made
         return made
 
+    def input(self, node: Input) -> None:
+        read = self.users[node.name]
+        added = any(not isinstance(user, Attention) and not self.multiplies(user, node.name) for user in read)
+        if self.wide and added:
+            self.tensor(node, "int16", max(self.calibration.peak(node.name, "out"), 1e-30) / WIDE_MARGIN)
+        else:
+            self.tensor(node, "int8", self.out_scale(node.name))
+
+    @staticmethod
+    def multiplies(user: Node, name: str) -> bool:
+        """Whether an operator multiplies a tensor, rather than adding it to something."""
+        return isinstance(user, Linear) and user.inputs[0] == name
+
     def needs8(self, name: str) -> bool:
         """Whether some operator multiplies the tensor."""
         return any(
@@ -428,6 +456,8 @@ class _Builder:
         if not isinstance(node, Linear | Pointwise) or node.post.function is not None:
             return False
         read = self.users[node.name]
+        if self.wide and node.name in self.graph.outputs:
+            return True
         if node.post.norm is not None:
             added = any(
                 isinstance(user, Linear | Pointwise) and node.name in user.inputs[1:] for user in read
@@ -596,6 +626,8 @@ class _Builder:
             ops.Attention(
                 name=node.name, q=q, k=k, v=v, out=out.name, heads=node.heads, mask=mask, source=node.source,
                 score_mult=score[0], score_shift=score[1], out_mult=output[0], out_shift=output[1],
+                kv_heads=node.kv_heads,
+                bias=None if node.bias is None else score_bias(node.bias),
             )
         )  # fmt: skip
 
@@ -610,6 +642,8 @@ def resize(network: ops.QuantNetwork, *, batch: int, rows: int) -> ops.QuantNetw
     """
     if batch < 1 or rows < 1:
         raise ValueError(f"batch and rows must be >= 1, not {batch} and {rows}")
+    if any(isinstance(op, ops.Attention) and op.bias is not None for op in network.ops):
+        raise ValueError("a network with causal or other constant masks cannot be resized")
     lengths = {tensor.shape[2 if tensor.dtype == "keymask" else 1] for tensor in network.tensors.values()}
     if len(lengths) > 1:
         raise ValueError(f"a network with sequences of several lengths {sorted(lengths)} cannot be resized")

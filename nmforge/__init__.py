@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from algo.permute import permute_channels
     from algo.sparsify import advance, finalize, freeze_masks, sparsify, sparsity_report
     from algo.surgery import load_pruned, prune_channels
-    from compiler.program import Program, load
+    from compiler.partitioned import PartitionedProgram, load
+    from compiler.program import Program
     from hw.arch import PRESETS, Arch, get_arch
     from hw.verilog import verilog
     from models import create_model, list_models, model_info
     from nmforge.api import compile, verify
+    from sim.compare import compare
     from sim.handle import Dut
     from sim.memory import MemoryModel
     from sim.simulate import Run, simulate
@@ -50,12 +52,14 @@ __all__ = [
     "FlipTracker",
     "IDPConfig",
     "MemoryModel",
+    "PartitionedProgram",
     "Program",
     "Run",
     "Trace",
     "UntraceableError",
     "advance",
     "channel_groups",
+    "compare",
     "compile",
     "count",
     "create_model",
@@ -91,12 +95,14 @@ _HOMES = {
     "MemoryModel": "sim.memory:MemoryModel",
     "NM": "algo.nm:NM",
     "PRESETS": "hw.arch:PRESETS",
+    "PartitionedProgram": "compiler.partitioned:PartitionedProgram",
     "Program": "compiler.program:Program",
     "Run": "sim.simulate:Run",
     "Trace": "sim.trace:Trace",
     "UntraceableError": "algo.capture:UntraceableError",
     "advance": "algo.sparsify:advance",
     "channel_groups": "algo.channels:channel_groups",
+    "compare": "sim.compare:compare",
     "compile": "nmforge.api:compile",
     "count": "algo.count:count",
     "create_model": "models:create_model",
@@ -105,7 +111,7 @@ _HOMES = {
     "from_semi_structured": "algo.compressed:from_semi_structured",
     "get_arch": "hw.arch:get_arch",
     "list_models": "models:list_models",
-    "load": "compiler.program:load",
+    "load": "compiler.partitioned:load",
     "load_compressed": "algo.compressed:load_compressed",
     "load_pruned": "algo.surgery:load_pruned",
     "model_info": "models:model_info",

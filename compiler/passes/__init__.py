@@ -14,8 +14,10 @@ from compiler.legality import check
 from compiler.passes.attention import match_heads, match_scores
 from compiler.passes.functions import fold_functions
 from compiler.passes.fuse import fuse
+from compiler.passes.gates import expand_gates
 from compiler.passes.linears import fold_biases, fold_scales, split_linears
 from compiler.passes.masks import fold_masks
+from compiler.passes.norms import match_norms
 from compiler.passes.views import drop_views, sink_views
 
 __all__ = ["PASSES", "optimise", "run_passes"]
@@ -23,7 +25,9 @@ __all__ = ["PASSES", "optimise", "run_passes"]
 Pass = Callable[[Graph], Graph]
 
 PASSES: tuple[Pass, ...] = (
+    match_norms,  # x * rsqrt(mean(x^2) + eps) becomes one norm
     fold_functions,  # x * sigmoid(x) and the like become one function
+    expand_gates,  # a * b becomes sums and squares
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask
     fold_biases,  # a constant vector added after a Linear becomes its bias

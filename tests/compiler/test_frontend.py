@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from algo.nm import NM
 from algo.sparsify import finalize, sparsify
 from compiler.frontend import trace
-from compiler.graph import Activation, CompileError, Input, LayerNorm, Linear
+from compiler.graph import Activation, Attention, CompileError, Input, LayerNorm, Linear
 from compiler.passes import optimise
 from models.bert import BertConfig, BertModel
 from tests.compiler.modules import Apply, attention_layers, keep_mask, split_heads
@@ -201,7 +201,7 @@ def test_unsupported_operators_are_all_named_with_path_and_shapes():
         (lambda m, x: m.a(x).mean(1), r"aten.mean.dim 'mean' \(\(2, 7, 24\)\) -> \(2, 24\)"),
         (lambda m, x: m.a(x)[:, 0], r"View 'select' \(\(2, 7, 24\)\) -> \(2, 24\): this rearrangement"),
         (lambda m, x: m.a(x).transpose(1, 2), "this rearrangement of data is supported only around"),
-        (lambda m, x: m.a(x) * x, r"aten.mul.Tensor 'mul' \(\(2, 7, 24\), \(2, 7, 24\)\)"),
+        (lambda m, x: m.a(x) * x[:, :1], r"aten.mul.Tensor 'mul' \(\(2, 7, 24\), \(2, 1, 24\)\)"),
         (lambda m, x: m.a(x) + torch.ones(7, 24), r"Constant 'ones' .*constant tensor is not supported here"),
         (lambda m, x: m.a(x) @ m.a(x).transpose(1, 2), "a product of two activations is supported only as"),
         (lambda m, x: m.a(x).softmax(-1), "softmax is supported only over the keys"),
@@ -231,9 +231,10 @@ def test_causal_attention():
         )
         return m.o(mixed.transpose(1, 2).flatten(2))
 
-    assert "is_causal=True: only key padding masks (batch, keys) are supported" in _refused(
-        Apply(function, **attention_layers()), X
-    )
+    graph = optimise(trace(Apply(function, **attention_layers()), X))
+    (node,) = (node for node in graph.nodes.values() if isinstance(node, Attention))
+    assert node.bias.shape == (1, 1, 7, 7)
+    assert torch.equal(node.bias.isneginf()[0, 0], torch.ones(7, 7).triu(1).bool())
 
 
 def test_sequence_first_attention():
@@ -266,6 +267,7 @@ def test_control_flow_on_values_is_refused_quietly():
         "torch.export cannot trace Apply with inputs [(2, 7, 24)]: Could not guard on data-dependent"
     )
     assert log.getvalue() == ""
+    assert "use torch.where, or take the branch out of the module" in message and " at test_frontend.py:" in message
 
 
 def test_errors_of_the_module_itself():

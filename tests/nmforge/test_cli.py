@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import nmforge.commands
 import nmforge.demo
 import nmforge.sources
+import nmforge.whole
 import sim.simulate
 from compiler.compile import compile_network
 from nmforge.cli import app
@@ -102,6 +103,31 @@ def test_compile_simulate_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "run.json").write_text(result.stdout)
     report = nmforge_command("report", tmp_path / "run.json", "-o", tmp_path / "run.html", "--json")
     assert report.exit_code == 0 and (tmp_path / "run.html").stat().st_size == json.loads(report.stdout)["bytes"]
+
+
+def test_whole_network_on_host_and_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nmforge.whole, "create_model", lambda *_, **__: model().bert)
+    path = tmp_path / "x.nmf"
+    options = ("--whole", "--arch", "tiny", "--batch", 2, "--length", 5, "-o", path)
+    result = nmforge_command("compile", "tinybert_4", *options, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["programs"] == 1 and facts["host_operators"] == 3 and facts["macs_host"] == 0
+    assert "3 operators with 0 MACs on the host" in nmforge_command("compile", "tinybert_4", *options).stdout.replace("\n", " ")
+    places = json.loads(nmforge_command("report", path, "--json").stdout)
+    assert {row["place"] for row in places["rows"]} == {"host", "accelerator"} and places["host_share"] == 0
+    table = nmforge_command("report", path).stdout
+    assert "embedding.default" in table and "a look-up, no arithmetic" in table
+    run = nmforge_command("simulate", path, "--engine", "isa", "--outputs", tmp_path / "out.npz", "--json")
+    assert run.exit_code == 0, run.output
+    record = json.loads(run.stdout)
+    assert record["bit_exact"] is True and record["places"]["macs"]["host"] == 0
+    with np.load(tmp_path / "out.npz") as file:
+        assert [file[name].shape for name in file.files] == [(2, 5, 16)]
+    forbidden = nmforge_command("compile", "tinybert_4", *options, "--host", "forbid")
+    assert forbidden.exit_code == 2 and "a look-up, no arithmetic" in forbidden.output.replace("\n", " ")
+    assert nmforge_command("compile", "tinybert_4", *options, "--host", "never").exit_code == 2
+    assert nmforge_command("compile", tmp_path / "none.onnx", "-o", path).exit_code == 2
 
 
 def test_simulate_cycle(program: Path) -> None:
