@@ -1,29 +1,39 @@
-"""From a PyTorch model, or an integer network, to a `Program`."""
+"""From a PyTorch model, or an integer network, to a `Program` or `PartitionedProgram`."""
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from algo.quantize import Method
-from compiler.frontend import trace
-from compiler.graph import Graph
+from compiler.exported import Exported, export
+from compiler.frontend import import_whole
+from compiler.graph import CompileError, Graph
+from compiler.host import HostPart, host_part
 from compiler.lower import Lowered, lower
 from compiler.ops import QuantNetwork
+from compiler.partition import HostStage, Partition, Segment, check_arch, describe_host, partition
+from compiler.partitioned import PartitionedProgram
 from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor, Program
+from compiler.report import partition_rows
 from compiler.quantise import quantise
 from compiler.schedule import ORDERS, Order
 from hw.arch import Arch, get_arch
 
-__all__ = ["Measure", "Progress", "compile_model", "compile_network"]
+__all__ = ["Host", "Measure", "Progress", "compile_model", "compile_network"]
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("trace", "passes", "calibrate", "lower"), how far it is, and its end if that is
 known."""
+
+Host = Literal["allow", "forbid"]
+"""Whether what the accelerator cannot do may run on the host."""
 
 Measure = Callable[[Program], int]
 """Cycles of a program."""
@@ -35,6 +45,7 @@ def compile_model(
     *,
     arch: str | Arch = "sta1024",
     calibration: Iterable[Any] | None = None,
+    host: Host = "allow",
     observer: Method = "mse",
     residual_bits: Literal[8, 16] = 8,
     pipeline_depth: int = 1,
@@ -42,13 +53,13 @@ def compile_model(
     order: Order = "cost",
     measure: Measure | None = None,
     progress: Progress | None = None,
-) -> Program:
-    """Compile a PyTorch model: trace, rewrite, quantise, lower.
+) -> Program | PartitionedProgram:
+    """Compile a PyTorch model: trace, partition, rewrite, quantise, lower.
 
     Parameters
     ----------
     model
-        Any `nn.Module` of supported operators; layers in sparse training count with their masked weights.
+        Any `nn.Module` that `torch.export` takes; layers in sparse training count with their masked weights.
     example_inputs
         A tensor, a tuple of positional arguments or a dict of keyword arguments; they fix the shapes of the
         program.
@@ -56,7 +67,11 @@ def compile_model(
         Preset name or `Arch`.
     calibration
         Batches like `example_inputs` (other batch sizes and lengths are fine), from which scales are chosen.
-        Without it the `example_inputs` serve, with a warning.
+        Without it the `example_inputs` serve, with a warning. Where a part runs on the host, they need the shapes
+        of the `example_inputs`.
+    host
+        "allow": what the accelerator cannot do runs on the host as torch operators, with a warning if that is more
+        work than the accelerator saves. "forbid": it is an error.
     observer, residual_bits
         See `compiler.quantise.quantise`.
     pipeline_depth, reuse, order
@@ -69,47 +84,158 @@ def compile_model(
 
     Returns
     -------
-    Program
-        Its `inputs` and `outputs` are the model's own.
+    Program or PartitionedProgram
+        The latter if the host has a part. Its `inputs` and `outputs` are the model's own.
 
     Raises
     ------
     compiler.graph.CompileError
-        An operator, dtype or shape that cannot be compiled; names module path, operator and shapes.
+        An operator, dtype or shape that cannot be compiled, or, with ``host="forbid"``, not for the accelerator;
+        names module path, source line, operator and shapes.
     TypeError, ValueError
         Not a module or no tensors; unknown arch; broken N:M pattern (names layer, row and group); bad
         options.
     """
     target, report = get_arch(arch), progress or _silent
+    if host not in get_args(Host):
+        raise ValueError(f"host must be one of {', '.join(get_args(Host))}, not {host!r}")
+    options: dict[str, Any] = {
+        "pipeline_depth": pipeline_depth, "reuse": reuse, "order": order, "measure": measure, "progress": report,
+    }  # fmt: skip
+    scales: dict[str, Any] = {"activation_observer": observer, "residual_bits": residual_bits}
     report("trace", 0, 1)
-    graph = trace(model, example_inputs)
-    for done, transformed in enumerate(run_passes(graph)):
-        graph = transformed
-        report("passes", done + 1, len(PASSES))
+    exported = export(model, example_inputs)
+    graph, found = _divided(exported, target, host, report)
     if calibration is None:
         warnings.warn(
             "no calibration data: scales are chosen from the example inputs alone, which costs accuracy",
             stacklevel=2,
         )
         calibration = [example_inputs]
-    network = quantise(
-        graph,
-        calibration,
-        activation_observer=observer,
-        residual_bits=residual_bits,
-        progress=lambda done, total: report("calibrate", done, total),
-    )
+    if found is not None:
+        return _compile_partition(found, target, calibration, scales, options)
+    network = quantise(graph, calibration, progress=lambda done, total: report("calibrate", done, total), **scales)
     return compile_network(
         network,
         target,
-        pipeline_depth=pipeline_depth,
-        reuse=reuse,
-        order=order,
-        measure=measure,
-        progress=report,
         inputs=[_model_tensor(graph, network, name) for name in network.inputs],
         outputs=[_model_tensor(graph, network, name) for name in network.outputs],
+        **options,
     )
+
+
+def _divided(exported: Exported, target: Arch, host: Host, report: Progress) -> tuple[Graph, Partition | None]:
+    """The optimised graph of a module that fits the accelerator as a whole; else its partition."""
+    try:
+        graph = import_whole(exported)
+        for done, transformed in enumerate(run_passes(graph)):
+            graph = transformed
+            report("passes", done + 1, len(PASSES))
+        check_arch(graph, target)
+        return graph, None
+    except CompileError as error:
+        found, whole = partition(exported, target), error
+    report("passes", len(PASSES), len(PASSES))
+    for node in exported.outputs:
+        if exported.constant(node) is not None:
+            raise CompileError(f"output {node.name!r} does not depend on an input: leave it out of the module's results")
+    if not found.segments:
+        raise CompileError(f"nothing of the module is work for the accelerator: {whole}") from whole
+    if host == "forbid":
+        raise CompileError(_forbidden(found))
+    return Graph({}, ()), found
+
+
+def _forbidden(found: Partition, shown: int = 5) -> str:
+    nodes = [node for node in found.host if node.target is not operator.getitem]
+    lines = [describe_host(node, found.reasons[node.name]) for node in nodes[:shown]]
+    more = [f"... and {len(nodes) - shown} more"] if len(nodes) > shown else []
+    return "\n  ".join([
+        'host="forbid", but the accelerator cannot do all of it: compile with host="allow", or take these operators out of '
+        "the module and do them before or after it:", *lines, *more,
+    ])  # fmt: skip
+
+
+def _compile_partition(
+    found: Partition, target: Arch, calibration: Iterable[Any], scales: dict[str, Any], options: dict[str, Any]
+) -> PartitionedProgram:
+    exported, report = found.exported, options["progress"]
+    values = _boundary_values(found, calibration, report)
+    stages: list[HostPart | Program] = []
+    for stage in found.stages:
+        if isinstance(stage, HostStage):
+            stages.append(_host(found, stage))
+            continue
+        network = quantise(stage.graph, _segment_batches(stage, values), wide=True, **scales)
+        stages.append(compile_network(
+            network, target, **options,
+            inputs=[_model_tensor(stage.graph, network, name, str(stage.inputs[name].name)) for name in network.inputs],
+            outputs=[
+                replace(_model_tensor(stage.graph, network, name, node.name), shape=tuple(node.meta["val"].shape))
+                for node, name in stage.outputs
+            ],
+        ))  # fmt: skip
+    program = PartitionedProgram(
+        stages=tuple(stages),
+        inputs=tuple(
+            ModelTensor(
+                name=node.name, tensor=node.name, shape=tuple(node.meta["val"].shape), dtype=str(node.meta["val"].dtype), scale=1.0
+            )
+            for node in exported.inputs
+        ),
+        outputs=tuple(node.name for node in exported.outputs),
+        rows=partition_rows(found),
+    )  # fmt: skip
+    warning = program.report().warning
+    if warning:
+        warnings.warn(warning, stacklevel=4)
+    return program
+
+
+def _host(found: Partition, stage: HostStage) -> HostPart:
+    """A host stage: its inputs from outside it, and as outputs what others or the caller read."""
+    inside = set(stage.nodes)
+    read = {item for other in found.stages if other is not stage for item in _read_by(other)} | set(found.exported.outputs)
+    below = dict.fromkeys(item for node in stage.nodes for item in node.all_input_nodes if item not in inside)
+    inputs = [node for node in below if found.exported.constant(node) is None]
+    return host_part(found.exported, stage.nodes, inputs, [node for node in stage.nodes if node in read])
+
+
+def _read_by(stage: HostStage | Segment) -> list[Any]:
+    if isinstance(stage, Segment):
+        return list(stage.inputs.values())
+    return [item for node in stage.nodes for item in node.all_input_nodes]
+
+
+def _boundary_values(found: Partition, batches: Iterable[Any], report: Progress) -> list[dict[str, Tensor]]:
+    """What goes between the stages in float, for each batch."""
+    exported = found.exported
+    needed = {node for stage in found.segments for node in stage.inputs.values()}
+    wanted = {node.name for node in needed}
+    for node in reversed(exported.operators):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    live = [node for node in exported.operators if node in needed and exported.constant(node) is None]
+    whole = host_part(exported, live, exported.inputs, [])
+    result = []
+    for done, batch in enumerate(batches, 1):
+        seen: dict[str, Tensor] = {}
+
+        def observe(name: str, value: Any, seen: dict[str, Tensor] = seen) -> None:
+            if name in wanted:
+                seen[name] = value
+
+        inputs = exported.bind(batch)
+        whole.run(inputs, observe=observe)
+        result.append({**{name: value for name, value in inputs.items() if name in wanted}, **seen})
+        report("calibrate", done, None)
+    if not result:
+        raise ValueError("compiling needs at least one calibration batch")
+    return result
+
+
+def _segment_batches(stage: Segment, values: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: batch[node.name] for name, node in stage.inputs.items()} for batch in values]
 
 
 def compile_network(
@@ -183,11 +309,12 @@ def _silent(stage: str, done: int, total: int | None) -> None:
     """No progress wanted."""
 
 
-def _model_tensor(graph: Graph, network: QuantNetwork, name: str) -> ModelTensor:
-    """An input or output as the model has it: data are float32, masks have the dtype of the example."""
+def _model_tensor(graph: Graph, network: QuantNetwork, name: str, outside: str = "") -> ModelTensor:
+    """An input or output as the model has it, by the name that it has outside: data are float32, masks have the dtype of
+    the example."""
     node, tensor = graph.nodes[name], network.tensors[name]
     return ModelTensor(
-        name=name,
+        name=outside or name,
         tensor=name,
         shape=tuple(node.shape),
         dtype=str(getattr(node, "dtype", "torch.float32")),

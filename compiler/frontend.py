@@ -7,22 +7,18 @@ later (`compiler.passes.masks`) and everything that is really unsupported is rep
 
 from __future__ import annotations
 
-import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
-from torch.nn.utils import parametrize
 
-from algo.modes import evaluating, quiet_export
 from algo.nm import NM
 from algo.sparsify import pattern_of
 from algo.verify import PatternViolation, verify_weight
+from compiler.exported import Exported, dtype_name, export, listed, mapped, module_path
 from compiler.graph import (
     Activation,
     Add,
@@ -77,113 +73,124 @@ def trace(module: nn.Module, example_inputs: Any) -> Graph:
     TypeError
         Not a module, or inputs that are no tensors.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"trace takes a torch.nn.Module, not {type(module).__name__}")
-    args, kwargs = _arguments(example_inputs)
-    _check_parameters(module)
-    module = _effective(module)
-    return _Importer(module, _export(module, args, kwargs)).graph()
+    return import_whole(export(module, example_inputs))
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword arguments, checked."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    elif isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
+def import_whole(exported: Exported) -> Graph:
+    """The graph of a whole exported module."""
+    importer = _Importer(exported)
+    graph = importer.graph(exported.operators, exported.outputs)
+    if importer.problems:
+        raise CompileError(listed("only float32 can be compiled", importer.problems))
+    for node in (graph.nodes[name] for name in graph.outputs):
+        if isinstance(node, Input | Constant):
+            raise CompileError(f"output {node.name!r} {node.shape} does not depend on a computation: nothing to compile")
+    users = graph.users()
+    unused = [f"{node.name!r} {node.shape}" for node in graph.inputs if not users[node.name]]
+    if unused:
+        raise CompileError(f"the result does not depend on input {', '.join(unused)}: leave it out of example_inputs")
+    return graph
+
+
+def import_part(
+    exported: Exported, chosen: Iterable[fx.Node], outputs: Iterable[fx.Node], inlined: frozenset[fx.Node]
+) -> tuple[Graph, dict[str, fx.Node]]:
+    """The graph of some operators, in execution order.
+
+    What they read from others is an `Input` of the graph; but mask arithmetic (`mask_operands`) that is ``inlined``
+    is imported, too, down to the module's own inputs.
+
+    Returns
+    -------
+    Graph, dict
+        The graph, and the exported node behind each of its inputs.
+    """
+    importer = _Importer(exported, inlined)
+    return importer.graph(chosen, outputs), importer.boundary
+
+
+def mask_operands(node: fx.Node) -> list[fx.Node]:
+    """What an operator takes as a mask: the mask of an attention, the condition of a masked fill, and what is added
+    to a product of activations."""
+    target, args = node.target, node.args
+    if target is aten.scaled_dot_product_attention.default:
+        found = [node.kwargs.get("attn_mask", args[3] if len(args) > 3 else None)]
+    elif target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        found = [args[1]]
+    elif target in (aten.where.self, aten.where.ScalarOther):
+        found = [args[0], args[2]]
+    elif target is aten.add.Tensor and all(isinstance(item, fx.Node) for item in args[:2]):
+        found = [y for x, y in (args[:2], args[1::-1]) if _is_scores(cast(fx.Node, x)) and not _is_scores(cast(fx.Node, y))]
     else:
-        args = tuple(example_inputs)
-    named = [(f"argument {i}", value) for i, value in enumerate(args)] + list(kwargs.items())
-    for name, value in named:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"example_inputs must be tensors, not {type(value).__name__} ({name})")
-        if value.is_complex() or (value.is_floating_point() and value.dtype != torch.float32):
-            raise CompileError(
-                f"input {name} is {_dtype(value.dtype)} {tuple(value.shape)}: only float32 can be compiled"
-            )
-    if not named:
-        raise TypeError("example_inputs must hold at least one tensor")
-    return args, kwargs
+        found = []
+    return [item for item in found if isinstance(item, fx.Node)]
 
 
-def _check_parameters(module: nn.Module) -> None:
-    """Refuse parameters of other dtypes before torch meets them."""
-    problems = [
-        f"{name}: parameter of {_dtype(value.dtype)} {tuple(value.shape)}"
-        for name, value in module.named_parameters()
-        if value.is_complex() or (value.is_floating_point() and value.dtype != torch.float32)
-    ]
-    if problems:
-        raise CompileError(_listed("only float32 can be compiled", problems))
+_SCORES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor})
+_PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
 
 
-def _effective(module: nn.Module) -> nn.Module:
-    """The module itself, or a copy without parametrisations that has the effective weights."""
-    if not any(parametrize.is_parametrized(part) for part in module.modules()):
-        return module
-    result = copy.deepcopy(module).eval()
-    for part in result.modules():
-        if parametrize.is_parametrized(part):
-            pattern, names = pattern_of(part), list(cast(Any, part).parametrizations)
-            values = {name: getattr(part, name).detach() for name in names}
-            # not remove_parametrizations: it would change the class, which the copy shares with the module
-            part.__class__ = parametrize.type_before_parametrizations(part)
-            del part.parametrizations
-            for name, value in values.items():
-                setattr(part, name, nn.Parameter(value, requires_grad=False))
-            part.nm_pattern = pattern  # type: ignore[assignment]
-    return result
-
-
-def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> ExportedProgram:
-    """The module as functional aten operators; linear, layer_norm and attention stay whole."""
-    args = tuple(value.clone() for value in args)  # one tensor given twice is two inputs
-    kwargs = {name: value.clone() for name, value in kwargs.items()}
-    with evaluating(module), quiet_export(), torch.no_grad():
-        try:
-            return torch.export.export(module, args, kwargs, strict=False).run_decompositions({})
-        except Exception as error:  # torch.export raises whatever the module's own code raises
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            if "data-dependent" in first:
-                first += (
-                    " (what runs depends on values, as with a causal mask given to nn.TransformerEncoder)"
-                )
-            raise CompileError(
-                f"torch.export cannot trace {type(module).__name__} with inputs "
-                f"{[tuple(value.shape) for value in (*args, *kwargs.values())]}: {first}"
-            ) from error
+def _is_scores(node: fx.Node) -> bool:
+    """Whether a value is a scaled product of activations."""
+    while node.target in _SCORES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        node = cast(fx.Node, node.args[0])
+    return node.target in _PRODUCTS
 
 
 class _Importer:
-    """Turns one exported program into a graph."""
+    """Turns operators of one exported program into a graph."""
 
-    def __init__(self, module: nn.Module, program: ExportedProgram) -> None:
-        self.module = module
-        self.program = program
+    def __init__(self, exported: Exported, inlined: frozenset[fx.Node] = frozenset()) -> None:
+        self.exported = exported
+        self.module = exported.module
+        self.inlined = inlined
         self.nodes: dict[str, Node] = {}
         self.values: dict[fx.Node, Any] = {}  # Node, or a list of them
+        self.boundary: dict[str, fx.Node] = {}  # what each input stands for
         self.problems: list[str] = []
 
-    def graph(self) -> Graph:
-        self._placeholders()
-        outputs: tuple[str, ...] = ()
-        for node in self.program.graph.nodes:
-            if node.op == "call_function":
-                self.values[node] = self._call(node)
-            elif node.op == "output":
-                outputs = self._outputs(node)
-        if self.problems:
-            raise CompileError(_listed("only float32 can be compiled", self.problems))
-        graph = Graph({}, outputs).rewrite(self.nodes.values())
-        users = graph.users()
-        unused = [f"{node.name!r} {node.shape}" for node in graph.inputs if not users[node.name]]
-        if unused:
-            raise CompileError(
-                f"the result does not depend on input {', '.join(unused)}: leave it out of example_inputs"
-            )
-        return graph
+    def graph(self, chosen: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> Graph:
+        chosen = list(chosen)
+        if set(self.exported.operators) == set(chosen):  # the whole module: keep the order of its arguments
+            for node in self.exported.inputs:
+                self.value(node)
+        for node in chosen:
+            for mask in mask_operands(node):
+                if mask in self.inlined:
+                    self._inline(mask)
+            self.values[node] = self._call(node)
+        made = [self.value(node) for node in outputs]
+        return Graph({}, tuple(node.name for node in made)).rewrite(self.nodes.values())
+
+    def _inline(self, node: fx.Node) -> None:
+        """Import what a mask is computed from."""
+        order, todo = {node}, [node]
+        while todo:
+            below = [item for item in todo.pop().all_input_nodes if item not in order and item.op == "call_function"]
+            order.update(below)
+            todo += below
+        for item in self.exported.operators:
+            if item in order and item not in self.values:
+                self.values[item] = self._call(item)
+
+    def value(self, node: fx.Node) -> Any:
+        """What stands for an exported node: its own import, a constant, or an input of the graph."""
+        if node not in self.values:
+            constant = self.exported.constant(node)
+            if constant is None:
+                value = node.meta["val"]
+                made: Any = value
+                if isinstance(value, Tensor):
+                    made = self.add(Input(name=node.name, shape=tuple(value.shape), dtype=value.dtype, origin=(node.name,)))
+                    self.boundary[made.name] = node
+            elif isinstance(constant[0], Tensor):
+                made = self.constant(node, *constant)
+            else:
+                made = [self.constant(node, part, constant[1]) for part in constant[0]]
+            self.values[node] = made
+        return self.values[node]
 
     def add(self, node: Node) -> Node:
         """Put a node into the graph under a name of its own."""
@@ -195,50 +202,15 @@ class _Importer:
         return node
 
     def constant(self, node: fx.Node, value: Tensor, source: str) -> Node:
-        return self.add(Constant(name=node.name, shape=tuple(value.shape), source=source, value=value))
-
-    def _placeholders(self) -> None:
-        by_name = {node.name: node for node in self.program.graph.nodes if node.op == "placeholder"}
-        for spec in self.program.graph_signature.input_specs:
-            node = by_name[spec.arg.name]
-            if spec.kind is InputKind.USER_INPUT:
-                value = node.meta["val"]
-                if isinstance(value, Tensor):
-                    self.values[node] = self.add(
-                        Input(name=node.name, shape=tuple(value.shape), dtype=value.dtype)
-                    )
-                else:
-                    self.values[node] = value
-                continue
-            target = str(spec.target)
-            stored = self.program.state_dict if target in self.program.state_dict else self.program.constants
-            value = cast(Tensor, stored[target]).detach()
-            self.values[node] = self.constant(node, value, target)
-
-    def _outputs(self, node: fx.Node) -> tuple[str, ...]:
-        results = zip(cast(Any, node.args[0]), self.program.graph_signature.output_specs, strict=True)
-        own = [item for item, spec in results if spec.kind is OutputKind.USER_OUTPUT]  # not changed buffers
-        flat: list[Node] = []
-        for item in (self.values.get(item) if isinstance(item, fx.Node) else item for item in own):
-            if not isinstance(item, Node):
-                raise CompileError(f"a compiled module must return tensors, not {type(item).__name__}")
-            if isinstance(item, Input | Constant):
-                raise CompileError(
-                    f"output {item.name!r} {item.shape} does not depend on a computation: nothing to compile"
-                )
-            flat.append(item)
-        return tuple(item.name for item in flat)
+        made = Constant(name=node.name, shape=tuple(value.shape), source=source, value=value, origin=(node.name,))
+        return self.add(made)
 
     def _call(self, node: fx.Node) -> Any:
+        if self.exported.constant(node) is not None:
+            return self.value(node)
         if node.target is operator.getitem:
-            return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
-        if node.meta.get("val") is None:
-            return None  # an assertion about metadata
+            return self.value(cast(fx.Node, node.args[0]))[node.args[1]]  # type: ignore[index]
         self._check_dtype(node)
-        operands = [self.values[item] for item in node.all_input_nodes]
-        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if all(isinstance(item, Constant) for item in operands) and not random:
-            return self._fold(node, operands)
         convert = IMPORTS.get(node.target)  # type: ignore[call-overload]
         if convert is not None:
             try:
@@ -255,35 +227,19 @@ class _Importer:
             return
         if value.dtype != torch.float32:
             where = self.path(node) or "the module"
-            self.problems.append(f"{where}: {node.target} gives {_dtype(value.dtype)} {tuple(value.shape)}")
-
-    def _fold(self, node: fx.Node, operands: list[Constant]) -> Node | list[Node]:
-        """Compute what does not depend on any input."""
-        values = {item: self.values[item].value for item in node.all_input_nodes}
-        args, kwargs = _mapped(node, lambda item: values[item])
-        sources = {item.source for item in operands if item.source}
-        result, source = cast(Any, node.target)(*args, **kwargs), sources.pop() if len(sources) == 1 else ""
-        if isinstance(result, Tensor):
-            return self.constant(node, result, source)
-        return [self.constant(node, part, source) for part in result]
+            self.problems.append(f"{where}: {node.target} gives {dtype_name(value.dtype)} {tuple(value.shape)}")
 
     def _carry(self, node: fx.Node) -> Any:
         """The operator as an `Aten` node."""
         operands = list(node.all_input_nodes)
-        names = tuple(self.values[item].name for item in operands)
-        args, kwargs = _mapped(node, lambda item: Operand(operands.index(item)))
+        names = tuple(self.value(item).name for item in operands)
+        args, kwargs = mapped(node, lambda item: Operand(operands.index(item)))
         value = node.meta["val"]
-        first = value if isinstance(value, Tensor) else value[0]
-        made = self.make(
-            Aten,
-            node,
-            names,
-            shape=tuple(first.shape),
-            target=cast(Any, node.target),
-            args=tuple(args),
-            kwargs=kwargs,
-        )
-        return made if isinstance(value, Tensor) else [made] * len(value)
+        fields: dict[str, Any] = {"target": cast(Any, node.target), "args": tuple(args), "kwargs": kwargs}
+        if isinstance(value, Tensor):
+            return self.make(Aten, node, names, **fields)
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else () for part in value]
+        return [self.make(Aten, node, names, name=f"{node.name}.{i}", shape=shape, result=i, **fields) for i, shape in enumerate(shapes)]
 
     def bound(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by name, with defaults; fx nodes replaced by ours."""
@@ -292,14 +248,14 @@ class _Importer:
         bound.update(zip((argument.name for argument in schema), node.args, strict=False))
         bound.update(node.kwargs)
         return {
-            name: self.values[item] if isinstance(item, fx.Node) else item for name, item in bound.items()
+            name: self.value(item) if isinstance(item, fx.Node) else item for name, item in bound.items()
         }
 
     def make(self, kind: type[Node], node: fx.Node, inputs: tuple[str, ...], **fields: Any) -> Node:
         """A node of a kind that stands for an fx node."""
         if "shape" not in fields:
             fields["shape"] = tuple(node.meta["val"].shape)
-        fields = {"name": node.name, "source": self.path(node)} | fields
+        fields = {"name": node.name, "source": self.path(node), "origin": (node.name,)} | fields
         return self.add(kind(inputs=inputs, **fields))
 
     def view(self, node: fx.Node, x: Node, layout: Layout, name: str | None = None) -> Node:
@@ -310,14 +266,14 @@ class _Importer:
                 shape=layout.shape,
                 source=self.path(node),
                 layout=layout,
+                origin=(node.name,),
             )
         )
 
     @staticmethod
     def path(node: fx.Node) -> str:
         """Path of the innermost module that ran the operator."""
-        stack = node.meta.get("nn_module_stack") or {}
-        return list(stack.values())[-1][0] if stack else ""
+        return module_path(node)
 
     def pattern(self, weight: Constant) -> tuple[str, NM | None]:
         """Path of the layer that owns a weight, and the N:M pattern it declares (and obeys)."""
@@ -508,13 +464,9 @@ def _baddbmm(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 @_imports(aten.scaled_dot_product_attention.default)
 def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    if a["is_causal"]:
-        raise CompileError(
-            f"{importer.path(node) or 'the module'}: scaled_dot_product_attention {a['query'].shape} with "
-            "is_causal=True: only key padding masks (batch, keys) are supported, causal masks are not"
-        )
     if (
         a["dropout_p"]
+        or a["is_causal"]
         or a["enable_gqa"]
         or any(isinstance(a[name], Constant) for name in ("query", "key", "value"))
     ):
@@ -648,18 +600,3 @@ def _function(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return importer.make(
         Activation, node, (x.name,), function=Function(label, lambda value: target(value, **parameters))
     )
-
-
-def _mapped(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an fx node, with something else for the nodes among them."""
-    return cast(Any, fx.node.map_arg)((node.args, node.kwargs), change)
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(reason: str, problems: list[str], shown: int = 5) -> str:
-    """One message for several problems."""
-    more = f"\n  ... and {len(problems) - shown} more" if len(problems) > shown else ""
-    return "\n  ".join([f"{reason}:", *problems[:shown]]) + more

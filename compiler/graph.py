@@ -37,6 +37,7 @@ __all__ = [
     "Operand",
     "Pointwise",
     "Post",
+    "Problem",
     "Scale",
     "ScaledDotProduct",
     "Softmax",
@@ -46,8 +47,34 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Something that the accelerator cannot do.
+
+    Members
+    -------
+    text
+        One line for people: module path, operator, shapes, reason.
+    origin
+        The exported operators to blame.
+    reason
+        The reason alone.
+    """
+
+    text: str
+    origin: tuple[str, ...] = ()
+    reason: str = ""
+
+
 class CompileError(ValueError):
-    """A module that cannot be compiled; the message names module path, operator and shapes."""
+    """A module that cannot be compiled; the message names module path, operator and shapes.
+
+    ``problems`` lists all of them where each can be blamed on operators that the host could run instead.
+    """
+
+    def __init__(self, message: str, problems: Iterable[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 @dataclass(frozen=True)
@@ -119,12 +146,15 @@ class Node:
         sizes and lengths, too.
     source
         Module path, for messages.
+    origin
+        Names of the exported operators that it stands for.
     """
 
     name: str
     inputs: tuple[str, ...] = ()
     shape: Shape
     source: str = ""
+    origin: tuple[str, ...] = ()
 
     def evaluate(self, *operands: Tensor) -> Tensor:
         """The node's float value."""
@@ -167,13 +197,15 @@ class Aten(Node):
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    result: int | None = None  #: which one, of an operator with several
 
     @property
     def operator(self) -> str:
         return str(self.target)
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        return self.target(*_fill(self.args, operands), **_fill(self.kwargs, operands))
+        made = self.target(*_fill(self.args, operands), **_fill(self.kwargs, operands))
+        return made if self.result is None else made[self.result]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -24,13 +24,14 @@ from compiler.graph import (
     MatMul,
     Node,
     Pointwise,
+    Problem,
     Scale,
     ScaledDotProduct,
     Softmax,
     View,
 )
 
-__all__ = ["LEGAL", "check"]
+__all__ = ["LEGAL", "check", "describe", "problem"]
 
 _PLAIN = {Input, KeyMask, Linear, Add, LayerNorm, Activation, Scale}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
@@ -76,10 +77,12 @@ def check(graph: Graph, *, shown: int = 5) -> None:
     problems = next(filter(None, (list(rule(graph)) for rule in RULES)), [])
     if problems:
         more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
-        raise CompileError("\n  ".join([f"cannot compile (after {graph.stage}):", *problems[:shown], *more]))
+        texts = [problem.text for problem in problems[:shown]]
+        blamed = problems if all(problem.origin for problem in problems) else []
+        raise CompileError("\n  ".join([f"cannot compile (after {graph.stage}):", *texts, *more]), blamed)
 
 
-def _kinds(graph: Graph) -> Iterator[str]:
+def _kinds(graph: Graph) -> Iterator[Problem]:
     legal = LEGAL[graph.stage]
     illegal = [node for node in graph.nodes.values() if type(node) not in legal]
     if any(isinstance(node, Aten) for node in illegal):
@@ -87,7 +90,7 @@ def _kinds(graph: Graph) -> Iterator[str]:
             node for node in illegal if isinstance(node, Aten)
         ]  # the others are most likely consequences
     for node in illegal:
-        yield describe(graph, node, _REASONS.get(type(node), f"{node.operator} is not legal here"))
+        yield problem(graph, node, _REASONS.get(type(node), f"{node.operator} is not legal here"))
 
 
 def describe(graph: Graph, node: Node, reason: str) -> str:
@@ -98,21 +101,26 @@ def describe(graph: Graph, node: Node, reason: str) -> str:
     )
 
 
-def _operands_first(graph: Graph) -> Iterator[str]:
+def problem(graph: Graph, node: Node, reason: str) -> Problem:
+    """`describe` as a `Problem`."""
+    return Problem(describe(graph, node, reason), node.origin, reason)
+
+
+def _operands_first(graph: Graph) -> Iterator[Problem]:
     known: set[str] = set()
     for name, node in graph.nodes.items():
         if node.name != name:
-            yield f"node {node.name!r} is filed under {name!r}"
+            yield Problem(f"node {node.name!r} is filed under {name!r}")
         for operand in node.inputs:
             if operand not in known:
-                yield describe(graph, node, f"reads {operand!r}, which is not computed before it")
+                yield problem(graph, node, f"reads {operand!r}, which is not computed before it")
         known.add(name)
     for output in graph.outputs:
         if output not in known:
-            yield f"output {output!r} is not computed by any node"
+            yield Problem(f"output {output!r} is not computed by any node")
 
 
-def _equal_shapes(graph: Graph) -> Iterator[str]:
+def _equal_shapes(graph: Graph) -> Iterator[Problem]:
     """No broadcasting of data: sums have operands of one shape (constants excepted while there are some)."""
     for node in graph.nodes.values():
         if not isinstance(node, Add) or graph.stage in (
@@ -123,22 +131,22 @@ def _equal_shapes(graph: Graph) -> Iterator[str]:
         ):
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):
-            yield describe(graph, node, "operands must have equal shapes: broadcasting is not supported")
+            yield problem(graph, node, "operands must have equal shapes: broadcasting is not supported")
 
 
-def _masks_only_mask(graph: Graph) -> Iterator[str]:
+def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
     """A key mask is read by attention alone, and made from an input."""
     for node in graph.nodes.values():
         for place, name in enumerate(node.inputs):
             if isinstance(graph.nodes[name], KeyMask) and not (
                 isinstance(node, Attention | ScaledDotProduct) and place == 3
             ):
-                yield describe(graph, node, "a key mask can only mask attention")
+                yield problem(graph, node, "a key mask can only mask attention")
         if isinstance(node, KeyMask) and not isinstance(graph.nodes[node.inputs[0]], Input):
-            yield describe(graph, node, "a key mask must be an input")
+            yield problem(graph, node, "a key mask must be an input")
 
 
-def _masks_are_no_data(graph: Graph) -> Iterator[str]:
+def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
     if graph.stage in ("trace", "fold_functions", "match_scores"):
         return
@@ -149,28 +157,28 @@ def _masks_are_no_data(graph: Graph) -> Iterator[str]:
             operand = graph.nodes[name]
             if isinstance(operand, Input) and not operand.dtype.is_floating_point:
                 dtype = str(operand.dtype).removeprefix("torch.")
-                yield describe(graph, node, f"input {name!r} of {dtype} can only be a key mask")
+                yield problem(graph, node, f"input {name!r} of {dtype} can only be a key mask")
 
 
-def _rows_of_channels(graph: Graph) -> Iterator[str]:
+def _rows_of_channels(graph: Graph) -> Iterator[Problem]:
     """At the end every tensor is (rows, C) or (B, S, C), and a residual has its sum's shape."""
     if graph.stage != "fuse":
         return
     for node in graph.nodes.values():
         if not isinstance(node, Input | KeyMask) and len(node.shape) not in (2, 3):
-            yield describe(graph, node, "tensors must be (rows, channels) or (batch, rows, channels)")
+            yield problem(graph, node, "tensors must be (rows, channels) or (batch, rows, channels)")
         if isinstance(node, Linear | Pointwise) and (len(node.inputs) == 2) != node.post.residual:
-            yield describe(graph, node, "a residual is the second operand")
+            yield problem(graph, node, "a residual is the second operand")
 
 
-def _positive_scales(graph: Graph) -> Iterator[str]:
+def _positive_scales(graph: Graph) -> Iterator[Problem]:
     """The hardware's multipliers are not negative."""
     for node in graph.nodes.values():
         if isinstance(node, Attention | ScaledDotProduct) and not 0 < node.scale < math.inf:
-            yield describe(graph, node, f"the scale of the scores must be positive, not {node.scale:.4g}")
+            yield problem(graph, node, f"the scale of the scores must be positive, not {node.scale:.4g}")
 
 
-RULES: tuple[Callable[[Graph], Iterator[str]], ...] = (
+RULES: tuple[Callable[[Graph], Iterator[Problem]], ...] = (
     _operands_first,
     _kinds,
     _equal_shapes,

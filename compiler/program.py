@@ -14,11 +14,11 @@ import os
 import struct
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Instruction
 from hw.numerics import MASK_BIAS, PARAM_DTYPE
 
+if TYPE_CHECKING:
+    from compiler.report import Report
+
 __all__ = [
     "FORMAT_VERSION",
     "MaskTable",
@@ -38,8 +41,15 @@ __all__ = [
     "Program",
     "ProgramFileError",
     "TensorInfo",
+    "canonical_json",
     "load",
     "mask_params",
+    "program_from_bytes",
+    "read_zip",
+    "record",
+    "sha256",
+    "write_whole",
+    "zip_bytes",
 ]
 
 FORMAT_VERSION = 2
@@ -314,17 +324,13 @@ class Program:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file: to a temporary name in the same folder, then renamed, so that no reader sees half
         of it."""
-        target = Path(path)
-        data = self.to_bytes()
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, self.to_bytes())
+
+    def report(self) -> Report:
+        """Every operator with its place, MACs and bytes; here all are on the accelerator."""
+        from compiler.report import Report, program_rows  # compiler.report knows the front end, which programs do not need
+
+        return Report(tuple(program_rows(self)))
 
     def to_bytes(self) -> bytes:
         """The file's bytes; equal programs give equal bytes."""
@@ -339,15 +345,10 @@ class Program:
                 for name in ("code_address", "constants_address", "memory_bytes", "meta")
             },
             **{name: [asdict(item) for item in getattr(self, name)] for name in _TABLES},
-            "files": {name: {"bytes": len(data), "sha256": _sha(data)} for name, data in members.items()},
+            "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in members.items()},
         }
-        manifest["sha256"] = _sha(_json(manifest))
-        members = {"manifest.json": _json(manifest), **members}
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in members.items():
-                archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
-        return buffer.getvalue()
+        manifest["sha256"] = sha256(canonical_json(manifest))
+        return zip_bytes({"manifest.json": canonical_json(manifest), **members})
 
     def _write_masks(self, image: NDArray[np.uint8], name: str, values: NDArray[np.integer]) -> None:
         for table in self.masks:
@@ -380,6 +381,29 @@ _TABLES: dict[str, type] = {
 }
 
 
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file: to a temporary name in the same folder, then renamed."""
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def zip_bytes(members: Mapping[str, bytes]) -> bytes:
+    """A zip without compression and dates."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)
+    return buffer.getvalue()
+
+
 def load(path: str | os.PathLike[str]) -> Program:
     """Read a program file.
 
@@ -391,35 +415,30 @@ def load(path: str | os.PathLike[str]) -> Program:
         Not a program file, truncated, altered, or of a newer format; the message names file and field.
     """
     try:
-        return _read(path)
+        return program_from_bytes(Path(path).read_bytes())
     except ProgramFileError as error:
         raise ProgramFileError(f"{os.fspath(path)}: {error}") from error.__cause__
 
 
-def _read(path: str | os.PathLike[str]) -> Program:
-    members = _read_members(path)
-    manifest = _read_manifest(members["manifest.json"])
-    files = _field(manifest, "files", dict)
-    for name in _MEMBERS:
-        entry = _field(files, name, dict, "files.")
-        if name not in members:
-            raise ProgramFileError(f"{name} is missing")
-        if _field(entry, "bytes", int, f"files.{name}.") != len(members[name]) or entry.get("sha256") != _sha(
-            members[name]
-        ):
-            raise ProgramFileError(
-                f"{name} does not match its checksum: the file is truncated or was altered"
-            )
+def program_from_bytes(data: bytes) -> Program:
+    """A program from its file's bytes.
+
+    Raises
+    ------
+    ProgramFileError
+        As `load`, without the file's name.
+    """
+    members, manifest = read_zip(data, KIND, _MEMBERS)
     try:
         network = network_from_bytes(members["network.json"], members["network.bin"])
     except (ValueError, KeyError, TypeError) as error:
         raise ProgramFileError(f"network.json: {error}") from error
     tables: dict[str, Any] = {
-        name: tuple(_record(kind, item, name) for item in _field(manifest, name, list))
+        name: tuple(record(kind, item, name) for item in _field(manifest, name, list))
         for name, kind in _TABLES.items()
     }
     return Program(
-        arch=_record(Arch, _field(manifest, "arch", dict), "arch"),
+        arch=record(Arch, _field(manifest, "arch", dict), "arch"),
         code=members["code.bin"],
         constants=np.frombuffer(members["weights.bin"], np.uint8),
         network=network,
@@ -431,11 +450,30 @@ def _read(path: str | os.PathLike[str]) -> Program:
     )
 
 
-def _read_members(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    data = Path(path).read_bytes()
+def read_zip(data: bytes, kind: str, names: Sequence[str] | None = None) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The members of a file, those of `names` or all, and its manifest: of the wanted kind, and with the right checksums.
+
+    Raises
+    ------
+    ProgramFileError
+    """
+    members = _read_members(data)
+    manifest = _read_manifest(members["manifest.json"], kind)
+    files = _field(manifest, "files", dict)
+    for name in names or files:
+        entry = _field(files, name, dict, "files.")
+        if name not in members:
+            raise ProgramFileError(f"{name} is missing")
+        same = _field(entry, "bytes", int, f"files.{name}.") == len(members[name])
+        if not same or entry.get("sha256") != sha256(members[name]):
+            raise ProgramFileError(f"{name} does not match its checksum: the file is truncated or was altered")
+    return members, manifest
+
+
+def _read_members(data: bytes) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = [e for e in archive.infolist() if e.filename in ("manifest.json", *_MEMBERS)]
+            entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise zipfile.BadZipFile("compressed members")
             members = {entry.filename: archive.read(entry) for entry in entries}
@@ -455,13 +493,13 @@ def _read_members(path: str | os.PathLike[str]) -> dict[str, bytes]:
     return members
 
 
-def _read_manifest(raw: bytes) -> dict[str, Any]:
+def _read_manifest(raw: bytes, kind: str) -> dict[str, Any]:
     try:
         manifest = json.loads(raw)
     except ValueError as error:
         raise ProgramFileError(f"manifest.json: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise ProgramFileError(f"manifest.json: kind is not {KIND!r}")
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise ProgramFileError(f"manifest.json: kind is not {kind!r}")
     version = _field(manifest, "format_version", int)
     if version != FORMAT_VERSION:
         advice = "use a newer nmforge" if version > FORMAT_VERSION else "compile the model again"
@@ -469,7 +507,7 @@ def _read_manifest(raw: bytes) -> dict[str, Any]:
             f"manifest.json: format_version is {version}, this nmforge reads {FORMAT_VERSION}: {advice}"
         )
     stated = manifest.pop("sha256", None)
-    if stated != _sha(_json(manifest)):
+    if stated != sha256(canonical_json(manifest)):
         raise ProgramFileError("manifest.json: sha256 does not match: the file was altered")
     return manifest
 
@@ -481,7 +519,7 @@ def _field(values: dict[str, Any], name: str, kind: type, prefix: str = "") -> A
     return value
 
 
-def _record(kind: type, values: Any, where: str) -> Any:
+def record(kind: type, values: Any, where: str) -> Any:
     """A dataclass from its JSON form; lists become tuples."""
     if not isinstance(values, dict) or set(values) != {f.name for f in fields(kind)}:
         raise ProgramFileError(f"manifest.json: {where} does not have the fields of {kind.__name__}")
@@ -495,12 +533,12 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _json(values: dict[str, Any]) -> bytes:
+def canonical_json(values: dict[str, Any]) -> bytes:
     """Canonical form; numbers of NumPy count as numbers."""
     return json.dumps(values, indent=1, sort_keys=True, default=lambda number: number.item()).encode()
 
 
-def _sha(data: bytes) -> str:
+def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

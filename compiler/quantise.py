@@ -59,6 +59,7 @@ def quantise(
     *,
     activation_observer: Method | Callable[[], Observer] = "mse",
     residual_bits: Literal[8, 16] = 8,
+    wide: bool = False,
     progress: Progress | None = None,
 ) -> ops.QuantNetwork:
     """Choose scales from calibration data and turn every node into an integer operator.
@@ -77,6 +78,8 @@ def quantise(
         Bits of a normalised tensor where it is a residual (post-LN networks). 16 costs one more operator for
         each such tensor (MiniLM-L6: 0.994 instead of 0.991). Sums that are not normalised (the residual
         stream of pre-LN networks) always have 16.
+    wide
+        16 bits for inputs and outputs, where no operator needs 8: for a part of a network, between other parts.
     progress
         Called after each batch.
 
@@ -99,7 +102,7 @@ def quantise(
     if graph.stage != "fuse":
         graph = optimise(graph)
     return _Builder(
-        graph, calibrate(graph, calibration_batches, activation_observer, progress), residual_bits
+        graph, calibrate(graph, calibration_batches, activation_observer, progress), residual_bits, wide
     ).network()
 
 
@@ -373,10 +376,11 @@ def _weight_and_requant(
 class _Builder:
     """Scales and operators of one network."""
 
-    def __init__(self, graph: Graph, calibration: Calibration, residual_bits: int) -> None:
+    def __init__(self, graph: Graph, calibration: Calibration, residual_bits: int, wide: bool) -> None:
         self.graph = graph
         self.calibration = calibration
         self.residual_bits = residual_bits
+        self.wide = wide
         self.tensors: dict[str, ops.QuantTensor] = {}
         self.ops: list[ops.Op] = []
         self.meta: dict[str, str] = {}
@@ -389,7 +393,7 @@ class _Builder:
             if isinstance(node, Input) and not any(
                 isinstance(user, KeyMask) for user in self.users[node.name]
             ):
-                self.tensor(node, "int8", self.out_scale(node.name))
+                self.input(node)
             elif isinstance(node, KeyMask):
                 self.mask(node)
             elif isinstance(node, Attention):
@@ -415,6 +419,17 @@ class _Builder:
         self.tensors[node.name] = made
         return made
 
+    def input(self, node: Input) -> None:
+        if self.wide and any(not isinstance(user, Attention) and not self.multiplies(user, node.name) for user in self.users[node.name]):
+            self.tensor(node, "int16", max(self.calibration.peak(node.name, "out"), 1e-30) / WIDE_MARGIN)
+        else:
+            self.tensor(node, "int8", self.out_scale(node.name))
+
+    @staticmethod
+    def multiplies(user: Node, name: str) -> bool:
+        """Whether an operator multiplies a tensor, rather than adding it to something."""
+        return isinstance(user, Linear) and user.inputs[0] == name
+
     def needs8(self, name: str) -> bool:
         """Whether some operator multiplies the tensor."""
         return any(
@@ -428,6 +443,8 @@ class _Builder:
         if not isinstance(node, Linear | Pointwise) or node.post.function is not None:
             return False
         read = self.users[node.name]
+        if self.wide and node.name in self.graph.outputs:
+            return True
         if node.post.norm is not None:
             added = any(
                 isinstance(user, Linear | Pointwise) and node.name in user.inputs[1:] for user in read

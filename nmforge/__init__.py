@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from algo.permute import permute_channels
     from algo.sparsify import advance, finalize, freeze_masks, sparsify, sparsity_report
     from algo.surgery import load_pruned, prune_channels
-    from compiler.program import Program, load
+    from compiler.partitioned import PartitionedProgram, load
+    from compiler.program import Program
     from hw.arch import PRESETS, Arch, get_arch
     from hw.verilog import verilog
     from models import create_model, list_models
@@ -50,6 +51,7 @@ __all__ = [
     "FlipTracker",
     "IDPConfig",
     "MemoryModel",
+    "PartitionedProgram",
     "Program",
     "Run",
     "Trace",
@@ -90,6 +92,7 @@ _HOMES = {
     "MemoryModel": "sim.memory:MemoryModel",
     "NM": "algo.nm:NM",
     "PRESETS": "hw.arch:PRESETS",
+    "PartitionedProgram": "compiler.partitioned:PartitionedProgram",
     "Program": "compiler.program:Program",
     "Run": "sim.simulate:Run",
     "Trace": "sim.trace:Trace",
@@ -104,7 +107,7 @@ _HOMES = {
     "from_semi_structured": "algo.compressed:from_semi_structured",
     "get_arch": "hw.arch:get_arch",
     "list_models": "models:list_models",
-    "load": "compiler.program:load",
+    "load": "compiler.partitioned:load",
     "load_compressed": "algo.compressed:load_compressed",
     "load_pruned": "algo.surgery:load_pruned",
     "permute_channels": "algo.permute:permute_channels",

@@ -14,7 +14,8 @@ import torch
 from algo.nm import NM
 from compiler.listing import bound_of
 from compiler.listing import listing as to_text
-from compiler.program import Program, load
+from compiler.partitioned import PartitionedProgram, load
+from compiler.program import Program
 from hw.arch import Arch
 from models.bert import DISTRIBUTIONS, BertModel
 from models.registry import create_model, list_models

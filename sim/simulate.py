@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compiler.partitioned import PartitionedProgram
 from compiler.program import Program
 from hw.arch import Arch
 from sim.check import IsaRecord, Mismatch, compare_image, compare_log, record_isa
@@ -18,13 +19,14 @@ from sim.cycle import run_cycles
 from sim.engine import EngineRun, VerilatorEngine
 from sim.memory import MemoryModel
 from sim.model_io import Inputs, dequantise_outputs, quantise_inputs
+from sim.partitioned import run_stages
 from sim.reference import run_reference
 from sim.timing import cycles_by_operator, operator_cycles
 from sim.trace import Trace
 
 __all__ = ["Engine", "Progress", "Run", "simulate"]
 
-Engine = Literal["verilator", "isa", "cycle"]
+Engine = Literal["verilator", "isa", "reference", "cycle"]
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage (``"reference"``, ``"isa"``, ``"verilator"``), how far it is, and its end if that is known."""
@@ -73,6 +75,10 @@ class Run:
         Of the integer output tensors: names, dtypes, shapes, bytes; None for the engine "cycle".
     memory : MemoryModel
         Timing of the memory.
+    stages : tuple of Run
+        Of a partitioned program: the run of each of its programs, in order; the other attributes are their sums.
+    host_s : float
+        Of a partitioned program: seconds that the host parts took.
     """
 
     engine: Engine
@@ -93,6 +99,8 @@ class Run:
     simulator: str
     outputs_sha256: str | None
     memory: MemoryModel
+    stages: tuple["Run", ...] = ()
+    host_s: float = 0.0
 
     def __repr__(self) -> str:
         return (
@@ -104,7 +112,7 @@ class Run:
         """Everything but tensors, as plain values for JSON."""
         plain = (
             "engine", "cycles", "utilisation", "counters", "operator_cycles", "bit_exact", "bytes_checked", "outputs_sha256",
-            "wall_s", "cycles_per_s", "check_s", "build_s", "simulator",
+            "wall_s", "cycles_per_s", "check_s", "build_s", "simulator", "host_s",
         )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in plain},
@@ -115,7 +123,7 @@ class Run:
 
 
 def simulate(
-    program: Program,
+    program: Program | PartitionedProgram,
     inputs: Inputs | None = None,
     *,
     engine: Engine = "verilator",
@@ -129,14 +137,17 @@ def simulate(
 
     Parameters
     ----------
-    program : Program
+    program : Program or PartitionedProgram
+        Of the latter, each program runs on the engine and the host parts run in torch, with the values that the engine
+        gave.
     inputs
         The model's inputs: a tensor, tensors in order, or a dict by name; shapes and dtypes are the model's. The engine
         "cycle" needs none and looks at none.
     engine : str
-        ``"verilator"`` is the RTL, cycle by cycle; ``"isa"`` is functional; ``"cycle"`` has the RTL's timing without data.
+        ``"verilator"`` is the RTL, cycle by cycle; ``"isa"`` is functional; ``"reference"`` is the integer
+        reference alone, the fastest; ``"cycle"`` has the RTL's timing without data.
     check : bool
-        Compare every tensor with the integer reference and every written byte between the engines (not "cycle").
+        Compare every tensor with the integer reference and every written byte between the engines (not "reference", "cycle").
     memory : MemoryModel
         Timing of the memory (engines "verilator" and "cycle").
     max_cycles : int
@@ -163,11 +174,15 @@ def simulate(
     if max_cycles is not None and max_cycles < 1:
         raise ValueError(f"max_cycles must be at least 1, not {max_cycles!r}")
     report, memory, trace = _reporter(progress), memory or MemoryModel(), _as_trace(trace)
+    if isinstance(program, PartitionedProgram):
+        return _partitioned_run(program, inputs, engine, check, memory, max_cycles, trace, report)
     if engine == "cycle":
         return _cycle_run(program, memory, max_cycles)
     if inputs is None:
         raise ValueError(f"the engine {engine!r} needs inputs: {', '.join(spec.name for spec in program.inputs)}")
     integers = quantise_inputs(program, inputs)
+    if engine == "reference":
+        return _reference_run(program, integers, memory)
     image = _padded(program.memory_image(integers), program.arch.bus_bytes)
     start = time.monotonic()
     record = _record(program, image, integers if check else None, report) if check or engine == "isa" else None
@@ -226,6 +241,63 @@ def _record(
         report("reference", 0, None)
         reference = run_reference(program.network, integers)
     return record_isa(program, image.copy(), reference, lambda done: report("isa", done, program.instruction_count - 1))
+
+
+def _reference_run(program: Program, integers: dict[str, NDArray[np.integer]], memory: MemoryModel) -> Run:
+    start, wanted = time.monotonic(), set(program.network.outputs)
+    tensors = run_reference(program.network, integers, keep=wanted.__contains__)
+    return Run(
+        engine="reference", cycles=None, utilisation=None, wall_s=time.monotonic() - start, memory=memory,
+        simulator="nmforge integer reference", arch=program.arch, tensors=tensors,
+        outputs=dequantise_outputs(program, tensors), outputs_sha256=_sha256(tensors),
+    )
+
+
+def _partitioned_run(
+    program: PartitionedProgram, inputs: Inputs | None, engine: Engine, check: bool, memory: MemoryModel,
+    max_cycles: int | None, trace: Trace | None, report: Progress,
+) -> Run:
+    runs: list[Run] = []
+
+    def run(number: int, part: Program, values: dict[str, Any]) -> tuple[Any, ...]:
+        runs.append(simulate(
+            part, values or None, engine=engine, check=check, memory=memory, max_cycles=max_cycles, progress=report,
+        ))  # fmt: skip
+        return runs[-1].outputs
+
+    if trace is not None:
+        raise ValueError("a partitioned program cannot be traced as a whole: simulate one of its programs")
+    if engine == "cycle":
+        for number, part in enumerate(program.programs):
+            run(number, part, {})
+        return _summed(program, runs, (), 0.0)
+    if inputs is None:
+        raise ValueError(f"the engine {engine!r} needs inputs: {', '.join(spec.name for spec in program.inputs)}")
+    return _summed(program, runs, *run_stages(program, inputs, run))
+
+
+def _summed(program: PartitionedProgram, runs: list[Run], outputs: tuple[torch.Tensor, ...], host_s: float) -> Run:
+    """The runs of a partitioned program's parts as one."""
+    first, counted = runs[0], all(run.cycles is not None for run in runs)
+    cycles = sum(run.cycles or 0 for run in runs) if counted else None
+    exact = [run.bit_exact for run in runs if run.bit_exact is not None]
+    counters = {name: sum(run.counters.get(name, 0) for run in runs) for name in first.counters}
+    by_operator = {
+        f"{name} [{number}]" if any(name in other.operator_cycles for other in runs[:number]) else name: value
+        for number, run in enumerate(runs) for name, value in run.operator_cycles.items()
+    }  # fmt: skip
+    wall = sum(run.wall_s for run in runs)
+    tensors = {f"{number}.{name}": value for number, run in enumerate(runs) for name, value in run.tensors.items()}
+    return Run(
+        engine=first.engine, arch=first.arch, outputs=outputs, tensors=tensors, cycles=cycles, counters=counters,
+        operator_cycles=by_operator, bit_exact=all(exact) if exact else None,
+        utilisation=program.effective_macs / (first.arch.macs * cycles) if cycles else None,
+        mismatches=tuple(mismatch for run in runs for mismatch in run.mismatches),
+        bytes_checked=sum(run.bytes_checked for run in runs), wall_s=wall,
+        cycles_per_s=cycles / wall if cycles and wall else None, check_s=sum(run.check_s for run in runs),
+        build_s=first.build_s, simulator=first.simulator, outputs_sha256=_sha256(tensors) if tensors else None,
+        memory=first.memory, stages=tuple(runs), host_s=host_s,
+    )  # fmt: skip
 
 
 def _isa_run(program: Program, record: IsaRecord, check: bool, seconds: float, memory: MemoryModel) -> Run:

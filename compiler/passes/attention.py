@@ -47,7 +47,7 @@ def _match(graph: Graph, product: MatMul, data: set[str]) -> list[Node] | None:
     while len(masks) > 1:
         shapes = [graph.nodes[name].shape if name in graph.nodes else made[-1].shape for name in masks[:2]]
         both = Add(
-            name=f"{product.name}.mask{len(masks)}", inputs=tuple(masks[:2]), source=product.source,
+            name=f"{product.name}.mask{len(masks)}", inputs=tuple(masks[:2]), source=product.source, origin=product.origin,
             shape=tuple(torch.broadcast_shapes(*shapes)),
         )  # fmt: skip
         made.append(both)
@@ -56,10 +56,10 @@ def _match(graph: Graph, product: MatMul, data: set[str]) -> list[Node] | None:
     layout = Layout.contiguous(graph.nodes[kt].shape)
     rank = len(layout.dims)
     layout = layout.permute((*range(rank - 2), rank - 1, rank - 2))
-    k = View(name=f"{product.name}.k", inputs=(kt,), shape=layout.shape, source=product.source, layout=layout)
+    k = View(name=f"{product.name}.k", inputs=(kt,), shape=layout.shape, source=product.source, layout=layout, origin=product.origin)
     inputs = (q, k.name, product.inputs[1], *masks)
     whole = ScaledDotProduct(
-        name=product.name, inputs=inputs, shape=product.shape, source=product.source, scale=scale
+        name=product.name, inputs=inputs, shape=product.shape, source=product.source, scale=scale, origin=product.origin
     )
     return [*made, k, whole]
 
@@ -141,12 +141,13 @@ def _heads(graph: Graph, node: ScaledDotProduct) -> tuple[Attention, View] | Non
         inputs=(*bases, *mask),
         shape=q.shape,
         source=node.source,
+        origin=node.origin,
         heads=heads,
         scale=node.scale,
     )
     layout = split.reshape(tuple(node.shape))
     return whole, View(
-        name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout
+        name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout, origin=node.origin
     )
 
 

@@ -55,7 +55,7 @@ def fold_functions(graph: Graph) -> Graph:
         if expression is not None and _worthwhile(node, expression):
             name = "_".join(expression.steps[-3:])
             node = Activation(
-                name=node.name, inputs=(expression.root,), shape=node.shape, source=node.source,
+                name=node.name, inputs=(expression.root,), shape=node.shape, source=node.source, origin=node.origin,
                 function=Function(name, expression.apply),
             )  # fmt: skip
         nodes.append(node)

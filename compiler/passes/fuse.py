@@ -27,6 +27,7 @@ def fuse(graph: Graph) -> Graph:
                 inputs=node.inputs,
                 shape=node.shape,
                 source=node.source,
+                origin=node.origin,
                 post=_extended(Post(), node),
             )
             continue

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compiler.frontend import MASKED
 from compiler.graph import CompileError, Graph, Input, KeyMask, Node, ScaledDotProduct
-from compiler.legality import describe
+from compiler.legality import problem
 
 __all__ = ["fold_masks"]
 
@@ -25,12 +25,15 @@ def fold_masks(graph: Graph) -> Graph:
     nodes: list[Node] = []
     made: dict[tuple[str, bool], str] = {}
     known: dict[str, tuple[str, bool] | None] = {}  # mask operand -> (input, keep), None if it masks nothing
+    refused: list[CompileError] = []
     for node in graph.nodes.values():
         if isinstance(node, ScaledDotProduct) and len(node.inputs) == 4:
             mask = node.inputs[3]
-            if mask not in known:
-                known[mask] = _understand(graph, node)
-            found = known[mask]
+            try:
+                found = known[mask] if mask in known else known.setdefault(mask, _understand(graph, node))
+            except CompileError as error:
+                refused.append(error)
+                continue
             if found is None:
                 node = replace(node, inputs=node.inputs[:3])
             else:
@@ -43,11 +46,15 @@ def fold_masks(graph: Graph) -> Graph:
                             inputs=(found[0],),
                             shape=(batch, 1, keys),
                             source=node.source,
+                            origin=node.origin,
                             keep=found[1],
                         )
                     )
                 node = replace(node, inputs=(*node.inputs[:3], made[found]), key_mask=True)
         nodes.append(node)
+    if refused:
+        problems = [problem for error in refused for problem in error.problems]
+        raise CompileError("\n  ".join(dict.fromkeys(problem.text for problem in problems)), problems)
     return graph.rewrite(nodes)
 
 
@@ -155,4 +162,5 @@ def _ancestors(graph: Graph, name: str) -> list[Node]:
 
 
 def _refuse(graph: Graph, attention: ScaledDotProduct, reason: str) -> CompileError:
-    return CompileError(describe(graph, attention, reason))
+    found = problem(graph, attention, reason)
+    return CompileError(found.text, [found])

@@ -74,7 +74,7 @@ def _swapped(node: Node, view: View, nodes: dict[str, Node]) -> tuple[Node, View
         layout = layout if regroup is None else regroup
     inner = replace(node, inputs=tuple(nodes[name].inputs[0] for name in node.inputs), shape=shape)
     outer = View(
-        name=f"{node.name}.view", inputs=(node.name,), shape=node.shape, source=node.source, layout=layout
+        name=f"{node.name}.view", inputs=(node.name,), shape=node.shape, source=node.source, layout=layout, origin=view.origin
     )
     return inner, outer
 
@@ -83,7 +83,8 @@ def _merged(view: View, nodes: dict[str, Node]) -> View:
     """A view of a view as one, where a layout can express it."""
     while isinstance(base := nodes[view.inputs[0]], View):
         try:
-            view = replace(view, inputs=base.inputs, layout=view.layout.compose(base.layout))
+            both = tuple(dict.fromkeys((*view.origin, *base.origin)))
+            view = replace(view, inputs=base.inputs, layout=view.layout.compose(base.layout), origin=both)
         except LayoutError:
             return view
     return view

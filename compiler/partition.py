@@ -1,0 +1,337 @@
+"""The partition: which exported operators run on the accelerator, and which on the host.
+
+Everything that can be imported starts on the accelerator. Then, until nothing changes: the operators of one place
+that need nothing of each other through the other place are a *stage*; each accelerator stage is imported and goes
+through the passes; the operators that `compiler.legality` blames, and those that are not worth the way, go to the
+host. Host stages have even numbers, accelerator stages odd ones, and run in this order.
+
+Mask arithmetic is on both sides: an accelerator stage takes the module's own mask (`frontend.mask_operands`), not
+what became of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from compiler.exported import Exported, dtype_name, is_getitem, module_path, source_line
+from compiler.frontend import IMPORTS, import_part, mask_operands
+from compiler.graph import Attention, CompileError, Constant, Graph, Input, Problem
+from compiler.legality import problem
+from compiler.passes import optimise
+from compiler.passes.functions import POINTWISE
+from hw.arch import Arch
+
+__all__ = ["HostStage", "Partition", "Segment", "check_arch", "describe_host", "partition"]
+
+aten = torch.ops.aten
+
+PRODUCTS = frozenset({
+    aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
+    aten.scaled_dot_product_attention.default,
+})  # fmt: skip
+"""Operators for which the accelerator exists."""
+
+BEFORE_PRODUCT = "before the first product: cheaper than moving its operands"
+NO_PRODUCT = "no product with it: cheaper than moving its operands"
+MASK = "mask arithmetic"
+
+_REASONS: dict[str, str] = {
+    "embedding": "a look-up, no arithmetic",
+    "gather": "a look-up, no arithmetic",
+    "index": "a look-up, no arithmetic",
+    "index_select": "a look-up, no arithmetic",
+    "argmax": "a choice, no arithmetic",
+    "topk": "a choice, no arithmetic",
+    "sort": "a choice, no arithmetic",
+    "conv2d": "convolutions are not lowered here",
+    "mean": "no instruction reduces over rows",
+    "cat": "no instruction joins tensors",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class HostStage:
+    """Operators of the host, in execution order."""
+
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Operators of the accelerator, in execution order.
+
+    Members
+    -------
+    graph
+        They, after all passes.
+    inputs
+        The exported node behind each input of the graph.
+    outputs
+        The exported nodes that others read, with the graph's output for each; it may have another shape.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    graph: Graph
+    inputs: Mapping[str, fx.Node]
+    outputs: tuple[tuple[fx.Node, str], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Stages in execution order, and why each host operator is one (by name)."""
+
+    exported: Exported
+    stages: tuple[HostStage | Segment, ...]
+    reasons: Mapping[str, str]
+
+    @property
+    def host(self) -> tuple[fx.Node, ...]:
+        """All operators of the host."""
+        return tuple(node for stage in self.stages if isinstance(stage, HostStage) for node in stage.nodes)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(stage for stage in self.stages if isinstance(stage, Segment))
+
+
+def partition(exported: Exported, arch: Arch) -> Partition:
+    """Divide an exported module between accelerator and host.
+
+    Raises
+    ------
+    CompileError
+        What no place can mend: a weight that breaks its pattern, a result that does not depend on an input.
+    """
+    work = _Partitioner(exported, arch)
+    while work.improve():
+        pass
+    return work.result()
+
+
+def check_arch(graph: Graph, arch: Arch) -> None:
+    """Refuse operators of an optimised graph that an architecture has no room for.
+
+    Raises
+    ------
+    CompileError
+        With the operators to blame.
+    """
+    found = list(_arch_problems(graph, arch))
+    if found:
+        raise CompileError("\n  ".join(["cannot compile:", *(item.text for item in found)]), found)
+
+
+def _arch_problems(graph: Graph, arch: Arch) -> Iterable[Problem]:
+    for node in graph.nodes.values():
+        if isinstance(node, Attention) and not arch.attention:
+            yield problem(
+                graph, node, f"attention needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
+            )
+
+
+class _Partitioner:
+    def __init__(self, exported: Exported, arch: Arch) -> None:
+        self.exported = exported
+        self.arch = arch
+        self.order = [node for node in exported.operators if exported.constant(node) is None]
+        self.masks = {node: mask_operands(node) for node in self.order}
+        self.inlined = frozenset(
+            mask for masks in self.masks.values() for mask in masks if _is_mask_arithmetic(exported, mask)
+        )
+        self.host: dict[fx.Node, str] = {}
+        for node in self.order:
+            reason = _never(node, self.masks[node], arch)
+            if reason is not None:
+                self.host[node] = reason
+        for mask in self.inlined:
+            self.host.update((node, MASK) for node in _cone(exported, mask) if node not in self.host)
+        self.segments: dict[int, Segment] = {}
+
+    # -- which operators there are ---------------------------------------------------------------------------
+
+    def place(self, node: fx.Node) -> str | None:
+        """Why a node is on the host; None if it is not."""
+        while is_getitem(node):
+            node = cast(fx.Node, node.args[0])
+        return self.host.get(node)
+
+    def needs(self, node: fx.Node) -> list[fx.Node]:
+        """The operators whose results a node reads where it runs."""
+        own = set(self.masks[node]) & self.inlined if self.place(node) is None else set()
+        return [
+            item for item in node.all_input_nodes
+            if item.op == "call_function" and item not in own and self.exported.constant(item) is None
+        ]  # fmt: skip
+
+    def live(self) -> set[fx.Node]:
+        """Operators that the results depend on."""
+        todo = [node for node in self.exported.outputs if node.op == "call_function" and self.exported.constant(node) is None]
+        found = set(todo)
+        while todo:
+            new = [item for item in self.needs(todo.pop()) if item not in found]
+            found.update(new)
+            todo += new
+        return found
+
+    def stages(self) -> dict[int, list[fx.Node]]:
+        """Live operators by stage."""
+        level: dict[fx.Node, int] = {}
+        stages: dict[int, list[fx.Node]] = {}
+        live = self.live()
+        for node in self.order:
+            if node in live:
+                odd = int(self.place(node) is None)
+                least = max((level[item] for item in self.needs(node)), default=odd)
+                level[node] = least + ((least + odd) % 2)
+                stages.setdefault(level[node], []).append(node)
+        return stages
+
+    # -- one round -------------------------------------------------------------------------------------------
+
+    def improve(self) -> bool:
+        """Send to the host what the accelerator cannot or should not do; whether there was any."""
+        stages = self.stages()
+        found: dict[fx.Node, str] = {}
+        for number, nodes in stages.items():
+            if number % 2:
+                found |= self.not_worthwhile(nodes)
+        if not found:
+            self.segments = {}
+            for number, nodes in stages.items():
+                if number % 2:
+                    found |= self.illegal(number, nodes, stages)
+        for node, reason in found.items():
+            while is_getitem(node):
+                node = cast(fx.Node, node.args[0])
+            self.host[node] = reason
+        return bool(found)
+
+    def not_worthwhile(self, nodes: list[fx.Node]) -> dict[fx.Node, str]:
+        """Sums and functions before the first product of a stage, and what has no product with it."""
+        inside = set(nodes)
+        found: dict[fx.Node, str] = {}
+        group = {node: node for node in nodes}
+
+        def root(node: fx.Node) -> fx.Node:
+            while group[node] is not node:
+                group[node] = node = group[group[node]]
+            return node
+
+        for node in nodes:
+            below = [item for item in self.needs(node) if item in inside]
+            if node.target in POINTWISE and all(item in found for item in below):
+                found[node] = BEFORE_PRODUCT
+            for item in below:
+                group[root(item)] = root(node)
+        useful = {root(node) for node in nodes if node.target in PRODUCTS}
+        return found | {node: NO_PRODUCT for node in nodes if root(node) not in useful}
+
+    def illegal(self, number: int, nodes: list[fx.Node], stages: Mapping[int, list[fx.Node]]) -> dict[fx.Node, str]:
+        """What the passes blame when they go over a stage; if nothing, the stage is one of `segments`."""
+        inside = set(nodes)
+        read = {item for other, members in stages.items() if other != number for node in members for item in self.needs(node)}
+        outputs = [node for node in nodes if node in read or node in self.exported.outputs]
+        by_name = {node.name: node for node in self.order}
+        try:
+            graph, inputs = import_part(self.exported, nodes, outputs, self.inlined)
+            empty = [
+                node for node, name in zip(outputs, graph.outputs, strict=True)
+                if isinstance(graph.nodes[name], Input | Constant)
+            ]  # fmt: skip
+            if empty:
+                return {node: NO_PRODUCT for node in empty}
+            graph = optimise(graph)
+            check_arch(graph, self.arch)
+        except CompileError as error:
+            blamed = {by_name[name]: item.reason for item in error.problems for name in item.origin if name in by_name}
+            blamed = {node: reason for node, reason in blamed.items() if node in inside and self.place(node) is None}
+            if not blamed:
+                raise
+            return blamed
+        pairs = tuple(zip(outputs, graph.outputs, strict=True))
+        kept = {node.name for node in graph.inputs}
+        self.segments[number] = Segment(
+            tuple(nodes), _used(graph), {name: node for name, node in inputs.items() if name in kept}, pairs
+        )
+        return {}
+
+    def result(self) -> Partition:
+        stages = self.stages()
+        self._check_inputs(stages)
+        parts = [
+            self.segments[number] if number % 2 else HostStage(tuple(nodes)) for number, nodes in sorted(stages.items())
+        ]
+        reasons = {node.name: str(self.place(node)) for part in parts if isinstance(part, HostStage) for node in part.nodes}
+        return Partition(self.exported, tuple(parts), reasons)
+
+    def _check_inputs(self, stages: Mapping[int, list[fx.Node]]) -> None:
+        used = {item for nodes in stages.values() for node in nodes for item in node.all_input_nodes}
+        used |= {node for segment in self.segments.values() for node in segment.inputs.values()}
+        unused = [node for node in self.exported.inputs if node not in used and node not in self.exported.outputs]
+        if unused:
+            names = ", ".join(f"{node.name!r} {tuple(node.meta['val'].shape)}" for node in unused)
+            raise CompileError(f"the result does not depend on input {names}: leave it out of example_inputs")
+
+
+def _used(graph: Graph) -> Graph:
+    """Without inputs that nobody reads any more (masks that mask nothing)."""
+    users = graph.users()
+    nodes = {name: node for name, node in graph.nodes.items() if not isinstance(node, Input) or users[name]}
+    return replace(graph, nodes=nodes)
+
+
+def _never(node: fx.Node, masks: list[fx.Node], arch: Arch) -> str | None:
+    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open."""
+    value = node.meta["val"]
+    if is_getitem(node):
+        return None
+    target: Any = node.target
+    if target not in IMPORTS and target not in POINTWISE:
+        name = target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else str(target)
+        return _REASONS.get(name, "no instruction does it")
+    results = [value] if isinstance(value, Tensor) else list(value)
+    operands = [item.meta["val"] for item in node.all_input_nodes if item not in masks]
+    for tensor in (*results, *operands):
+        if isinstance(tensor, Tensor) and tensor.dtype != torch.float32:
+            return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"
+    if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
+        return f"a norm over {results[0].shape[-1]} columns does not fit row_depth {arch.row_depth} of {arch.name}"
+    return None
+
+
+def _cone(exported: Exported, node: fx.Node) -> set[fx.Node]:
+    """Operators and inputs that a value is computed from, and its own."""
+    found, todo = {node}, [node]
+    while todo:
+        new = [item for item in todo.pop().all_input_nodes if item not in found and exported.constant(item) is None]
+        found.update(new)
+        todo += new
+    return found
+
+
+def _is_mask_arithmetic(exported: Exported, node: fx.Node) -> bool:
+    """Whether a value comes from masks and constants alone."""
+    if exported.constant(node) is not None:
+        return False
+    inputs = [item for item in _cone(exported, node) if item.op != "call_function"]
+    return all(
+        isinstance(item.meta["val"], Tensor) and not item.meta["val"].is_floating_point() and item.meta["val"].ndim == 2
+        for item in inputs
+    )
+
+
+def describe_host(node: fx.Node, reason: str) -> str:
+    """One line about an operator of the host: module path, source line, operator, shapes, reason."""
+    shapes = ", ".join(
+        str(tuple(item.meta["val"].shape)) for item in node.all_input_nodes if isinstance(item.meta.get("val"), Tensor)
+    )
+    value = node.meta["val"]
+    result = tuple(value.shape) if isinstance(value, Tensor) else "several"
+    line = source_line(node)
+    where = f"{module_path(node) or 'the module'}{f' ({line})' if line else ''}"
+    return f"{where}: {node.target} {node.name!r} ({shapes}) -> {result}: {reason}"
