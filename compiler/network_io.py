@@ -11,20 +11,23 @@ from numpy.typing import NDArray
 from algo.nm import NM
 from compiler.ops import (
     Attention,
+    Conv,
     LayerNorm,
     Linear,
+    MaxPool,
     Pointwise,
     QuantNetwork,
     QuantTensor,
     Requant,
     ResidualInput,
+    Window,
 )
 
 __all__ = ["network_from_bytes", "network_to_bytes"]
 
 _TYPES = {
     kind.__name__: kind
-    for kind in (Attention, LayerNorm, Linear, Pointwise, QuantTensor, Requant, ResidualInput)
+    for kind in (Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, QuantTensor, Requant, ResidualInput, Window)
 }
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")
 
