@@ -202,6 +202,10 @@ class ModelTensor:
     An activation is ``round(value / scale)`` clipped to the tensor's dtype, reshaped to (batch, rows,
     channels); of a keymask (kind), True or 1 marks a key that takes part, or with ``inverted`` one that does
     not (torch's key_padding_mask).
+
+    An activation with an `image` is (batch, channels, height, width) in the model, and rows of channels in the network. image: of
+    an output (height, width); of an input (height, width) of the windows that become rows, then kernel, stride, padding and
+    dilation, (vertical, horizontal) each; columns are in the order (kernel line, kernel column, channel).
     """
 
     name: str
@@ -211,6 +215,7 @@ class ModelTensor:
     scale: float
     kind: Literal["activation", "keymask"] = "activation"
     inverted: bool = False
+    image: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
