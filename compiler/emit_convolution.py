@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from algo.nm import NM
 from compiler.emit import IDENTITY, Emitter, Segment, Stream, k_chunks, requant_params
+from compiler.images import copy_placement
 from compiler.ops import Conv, MaxPool, QuantNetwork
 from compiler.pack import check_pattern
+from compiler.placement import PatchPlacement
 from compiler.schedule import Task
 from compiler.steps import At, Step
 from compiler.verify_network import LoweringError, describe
-from compiler.windows import Fetch, fetches
+from compiler.windows import Fetch, Move, fetches, moves
 from hw.arch import Arch
 from hw.isa import Out, Residual, RowOp, Scale, Source
 
@@ -43,7 +45,8 @@ class Block:
 def emit_convolution(emitter: Emitter, index: int, op: Conv, network: QuantNetwork) -> list[Task]:
     """A chain of TILEs for each row tile and block of output columns."""
     check_pattern(op.weight.reshape(-1, op.weight.shape[3]), op.pattern, layer=describe(op))
-    plan = _plan(emitter, op, network)
+    x, tasks = _source(emitter, index, op, network)
+    plan = _plan(emitter, op, x, network)
     positions = range(op.weight.shape[1] * op.weight.shape[2])
     chains = []
     for block in blocks(op, emitter.arch):
@@ -56,16 +59,48 @@ def emit_convolution(emitter: Emitter, index: int, op: Conv, network: QuantNetwo
             for position in positions
         }
         chains.append((block, At(emitter.constants.add(requant_params(op.requant, block.segment))), streams))
-    return [
-        Task(tuple(_chain(emitter, index, op, tile, wanted, block, p_addr, streams)))
+    return tasks + [
+        Task(tuple(_chain(emitter, index, op, x, tile, wanted, block, p_addr, streams)))
         for tile, wanted in enumerate(plan)
         for block, p_addr, streams in chains
     ]
 
 
-def _plan(emitter: Emitter, op: Conv | MaxPool, network: QuantNetwork) -> list[list[Fetch]]:
-    images = [network.tensors[name].image or (1, 1) for name in (op.x, op.out)]
+def _source(emitter: Emitter, index: int, op: Conv | MaxPool, network: QuantNetwork) -> tuple[str, list[Task]]:
+    """What the operator reads: its input, or a copy in other patches, with the tasks that make it if it is new."""
     stored = [emitter.tensors[name].stored(emitter.arch) for name in (op.x, op.out)]
+    place = copy_placement(op, network, stored[0], stored[1], emitter.arch)
+    if not isinstance(place, PatchPlacement):
+        return op.x, []
+    name = f"{op.x}@{place.grid[0]}x{place.grid[1]}"
+    if name in emitter.tensors:
+        return name, []
+    patches = (place.height, place.width, *place.grid)
+    emitter.tensors[name] = replace(emitter.tensors[op.x], name=name, patches=patches)
+    return name, [
+        Task((_move(emitter, index, op.x, name, move, segment),))
+        for move in moves(stored[0], place, emitter.arch)
+        for segment in emitter.segments(name)
+    ]
+
+
+def _move(emitter: Emitter, index: int, x: str, name: str, move: Move, segment: Segment) -> Step:
+    return Step(
+        op=index,
+        fields={
+            "source": Source.STREAM, "mult": 2, "shift": 1, "cols": segment.stop - segment.start, "out": Out.STORE8,
+            "a_rotate": move.rotate, "o_skip": move.start, "o_drop": emitter.arch.rows - move.stop,
+        },
+        addresses={"a_addr": emitter.column(x, move.source, segment.start), "o_addr": emitter.column(name, move.tile, segment.start)},
+        reads=((x, move.source),),
+        writes=((name, move.tile),),
+        note=f"copy rows {move.start}..{move.stop - 1} of [{move.tile}] of {name}",
+    )  # fmt: skip
+
+
+def _plan(emitter: Emitter, op: Conv | MaxPool, x: str, network: QuantNetwork) -> list[list[Fetch]]:
+    images = [network.tensors[name].image or (1, 1) for name in (op.x, op.out)]
+    stored = [emitter.tensors[name].stored(emitter.arch) for name in (x, op.out)]
     try:
         return fetches(stored[0], stored[1], op.window.sources(*images), emitter.arch)
     except ValueError as error:
@@ -76,6 +111,7 @@ def _chain(
     emitter: Emitter,
     index: int,
     op: Conv,
+    x: str,
     tile: int,
     wanted: list[Fetch],
     block: Block,
@@ -92,12 +128,12 @@ def _chain(
     steps, cols = [], block.segment.stop - block.segment.start
     for place, (fetch, stream) in enumerate(parts):
         fields = {**stream.fields, "cols": cols, "psum_in": int(place > 0), **_turned(fetch)}
-        addresses = {**stream.addresses, "a_addr": emitter.column(op.x, fetch.tile, stream.start)}
+        addresses = {**stream.addresses, "a_addr": emitter.column(x, fetch.tile, stream.start)}
         step = Step(
             op=index,
             fields={**fields, "psum_out": 1},
             addresses=addresses,
-            reads=((op.x, fetch.tile),),
+            reads=((x, fetch.tile),),
             note=f"{op.name} [{tile}] columns {block.segment.start}..{block.segment.stop - 1}, position {fetch.position}",
         )
         if place + 1 == len(parts):
@@ -187,18 +223,18 @@ def emit_max_pool(emitter: Emitter, index: int, op: MaxPool, network: QuantNetwo
 
     Rows that a fetch blanks read as 0, so that x must not be negative where there are any.
     """
-    plan = _plan(emitter, op, network)
+    x, tasks = _source(emitter, index, op, network)
+    plan = _plan(emitter, op, x, network)
     plan = [sorted(wanted, key=lambda fetch: fetch.zero.bit_count()) for wanted in plan]
     if any(fetch.zero for fetch in _all(plan)) and not is_non_negative(network, op.x):
         raise LoweringError(
             f"{describe(op)}: max pooling at the edges of an image, or of one that does not fit the array, needs values that "
             f"are not negative, such as those after a ReLU"
         )
-    tasks = []
     for turn in range(max(map(len, plan))):
         for tile, wanted in enumerate(plan):
             if turn < len(wanted):
-                tasks += [Task((_largest(emitter, index, op, tile, wanted[turn], turn, s),)) for s in emitter.segments(op.out)]
+                tasks += [Task((_largest(emitter, index, op, x, tile, wanted[turn], turn, s),)) for s in emitter.segments(op.out)]
     return tasks
 
 
@@ -206,7 +242,9 @@ def _all(plan: list[list[Fetch]]) -> Iterable[Fetch]:
     return (fetch for wanted in plan for fetch in wanted)
 
 
-def _largest(emitter: Emitter, index: int, op: MaxPool, tile: int, fetch: Fetch, turn: int, segment: Segment) -> Step:
+def _largest(
+    emitter: Emitter, index: int, op: MaxPool, x: str, tile: int, fetch: Fetch, turn: int, segment: Segment
+) -> Step:
     out, region = emitter.column(op.out, tile, segment.start), (op.out, tile)
     compared = {"residual": Residual.MAX8, **IDENTITY} if turn else {}
     return Step(
@@ -215,8 +253,8 @@ def _largest(emitter: Emitter, index: int, op: MaxPool, tile: int, fetch: Fetch,
             "source": Source.STREAM, "mult": 2, "shift": 1, "cols": segment.stop - segment.start, "out": Out.STORE8,
             "row_op": RowOp.NONE, **compared, **_turned(fetch),
         },
-        addresses={"a_addr": emitter.column(op.x, fetch.tile, segment.start), "o_addr": out, **({"r_addr": out} if turn else {})},
-        reads=((op.x, fetch.tile), *((region,) if turn else ())),
+        addresses={"a_addr": emitter.column(x, fetch.tile, segment.start), "o_addr": out, **({"r_addr": out} if turn else {})},
+        reads=((x, fetch.tile), *((region,) if turn else ())),
         writes=(region,),
         note=f"{op.name} [{tile}] position {fetch.position}",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Which grid of patches each image is stored in (`compiler.placement.PatchPlacement`).
 
 Tensors that one operator reads and writes row by row must lie alike; they form a class. A convolution may go from one grid to
-another, at the price of more fetches. The grids are chosen for the fewest cycles on a coarse model, class by class until
+another, at the price of more fetches, or of a copy of its input in the grid of its output. The grids are chosen for the fewest cycles on a coarse model, class by class until
 nothing changes.
 """
 
@@ -14,10 +14,10 @@ from math import prod
 
 from compiler.ops import Attention, Conv, Linear, MaxPool, QuantNetwork
 from compiler.placement import PatchPlacement, Placement, RowPlacement
-from compiler.windows import count_fetches
+from compiler.windows import count_fetches, moves
 from hw.arch import Arch
 
-__all__ = ["choose_grids"]
+__all__ = ["choose_grids", "copy_placement"]
 
 Grid = tuple[int, int]
 SWEEPS = 4
@@ -53,6 +53,26 @@ def choose_grids(network: QuantNetwork, arch: Arch) -> dict[str, tuple[int, int,
     return {name: (*sizes[key], *chosen[key]) for name, key in classes.items() if key in chosen}
 
 
+def copy_placement(op: Conv | MaxPool, network: QuantNetwork, source: Placement, out: Placement, arch: Arch) -> Placement | None:
+    """The placement in which a copy of the input of a convolution or pooling makes it cheaper, copy included; None if the
+    input is as good as it lies."""
+    cost = _Cost(network, arch, {name: name for name in network.tensors})
+    images = [network.tensors[name].image or (1, 1) for name in (op.x, op.out)]
+    copied = _like(source, images[0], out, arch)
+    if copied == source:
+        return None
+    inputs, outputs = (network.tensors[name].shape[2] for name in (op.x, op.out))
+    each = inputs if isinstance(op, MaxPool) else cost.product(inputs // op.groups, inputs, outputs, op.pattern)
+    now, then = (cost.count(place, out, op.window, images[0], images[1]) * each for place in (source, copied))
+    return copied if then + cost.moved(source, copied) * inputs < now else None
+
+
+def _like(source: Placement, image: tuple[int, int], out: Placement, arch: Arch) -> Placement:
+    """Patches in the grid of the output, in which each kernel position takes one fetch."""
+    grid = out.grid if isinstance(out, PatchPlacement) else (1, 1)
+    return PatchPlacement(source.batch, *image, arch.rows, arch.row_groups, grid)
+
+
 def _classes(network: QuantNetwork) -> dict[str, str]:
     """The first tensor of the class of each tensor: what an operator reads and writes row by row lies alike."""
     parent = {name: name for name in network.tensors}
@@ -78,9 +98,9 @@ def _grids(size: tuple[int, int], groups: int) -> list[Grid]:
     counts = [sorted({-(-length // patch) for patch in range(1, length + 1)}) for length in size]
     grids = [(y, x) for y in counts[0] for x in counts[1] if y * x <= groups]
 
-    def order(grid: Grid) -> tuple[float, int]:
+    def order(grid: Grid) -> tuple[float, int, int]:
         patch = [-(-length // count) for length, count in zip(size, grid, strict=True)]
-        return prod(patch) / (groups // prod(grid)), sum(patch)
+        return prod(patch) / (groups // prod(grid)), sum(patch), patch[0]  # flat patches: copies then move longer runs of rows
 
     return sorted(grids, key=order)
 
@@ -97,7 +117,7 @@ class _Cost:
                     self.at[name].append(lambda grids, op=op: self.windowed(op, grids))
             elif isinstance(op, Linear):
                 self.at[classes[op.out]].append(lambda grids, op=op: self.linear(op, grids))
-        self.count = cache(self._count)
+        self.count, self.moved = cache(self._count), cache(self._moved)
 
     def around(self, name: str, grids: dict[str, Grid]) -> float:
         """Of the operators that read or write a class."""
@@ -114,13 +134,17 @@ class _Cost:
         source, out = self.stored(op.x, grids), self.stored(op.out, grids)
         one = [self.stored(name, grids, 1) for name in (op.x, op.out)]
         images = [self.network.tensors[name].image or (1, 1) for name in (op.x, op.out)]
+        inputs, outputs = (self.network.tensors[name].shape[2] for name in (op.x, op.out))
+        each = inputs if isinstance(op, MaxPool) else self.product(inputs // op.groups, inputs, outputs, op.pattern)
         fetched = self.count(one[0], one[1], op.window, images[0], images[1]) * out.tiles / one[1].tiles
         if source.share != out.share:  # tiles of the output take rows of more tiles of the input, or of parts of them
             fetched *= max(1.0, out.share / source.share)
-        inputs, outputs = (self.network.tensors[name].shape[2] for name in (op.x, op.out))
-        if isinstance(op, MaxPool):
-            return fetched * inputs
-        return fetched * self.product(inputs // op.groups, inputs, outputs, op.pattern)
+        copied = _like(source, images[0], out, self.arch)
+        if copied == source:
+            return fetched * each
+        single = self.count(_like(one[0], images[0], one[1], self.arch), one[1], op.window, images[0], images[1])
+        again = self.moved(source, copied) * inputs + single * out.tiles / one[1].tiles * each
+        return min(fetched * each, again)
 
     def linear(self, op: Linear, grids: dict[str, Grid]) -> float:
         outputs, inputs = op.weight.shape
@@ -131,6 +155,12 @@ class _Cost:
         density = pattern.n / pattern.m if pattern is not None else 1.0  # type: ignore[attr-defined]
         tiles = -(-outputs // self.arch.lanes)
         return max(loaded, tiles * max(self.arch.lanes, inputs * density))
+
+    def _moved(self, source: Placement, out: Placement) -> int:
+        try:
+            return len(moves(source, out, self.arch))
+        except ValueError:
+            return 1 << 30
 
     def _count(
         self, source: Placement, out: Placement, window: object, image: tuple[int, int], out_image: tuple[int, int]

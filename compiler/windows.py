@@ -11,7 +11,7 @@ from compiler.ops import Window
 from compiler.placement import Placement
 from hw.arch import Arch
 
-__all__ = ["Fetch", "count_fetches", "fetches"]
+__all__ = ["Fetch", "Move", "count_fetches", "fetches", "moves"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,39 @@ class Fetch:
     tile: int
     rotate: int
     zero: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """Token rows [start, stop) of a tile of a tensor's copy come from tile `source` of the tensor, turned by `rotate` groups."""
+
+    tile: int
+    source: int
+    rotate: int
+    start: int
+    stop: int
+
+
+def moves(source: Placement, out: Placement, arch: Arch) -> list[Move]:
+    """How a tensor's tiles become those of another placement; the rows in between keep what they have.
+
+    Raises
+    ------
+    ValueError
+        As `fetches`.
+    """
+    pixels = np.arange(out.packed_rows().shape[1])[None]
+    keys, where = _keys(source, out, pixels, arch)
+    depth = arch.rows // arch.row_groups
+    order = np.lexsort((where, keys[:, 0]))
+    result: list[Move] = []
+    for (tile, _, origin, rotate), group in zip(keys[order].tolist(), where[order].tolist(), strict=True):
+        last = result[-1] if result else None
+        if last is not None and (last.tile, last.source, last.rotate) == (tile, origin, rotate) and group * depth <= last.stop:
+            result[-1] = Move(tile, origin, rotate, last.start, (group + 1) * depth)
+        else:
+            result.append(Move(tile, origin, rotate, group * depth, (group + 1) * depth))
+    return result
 
 
 def fetches(source: Placement, out: Placement, pixels: NDArray[np.int64], arch: Arch) -> list[list[Fetch]]:
