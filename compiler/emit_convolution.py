@@ -196,10 +196,11 @@ def _densest(marks: NDArray[np.bool_], m: int) -> int:
 
 
 def _cycles(block: Block, arch: Arch) -> float:
-    """Of one TILE of the block, about."""
+    """Of one fetch of the block, about; in several TILEs if the ring does not hold two of it."""
     inputs, cols = block.stop - block.first, block.segment.stop - block.segment.start
     density = 1.0 if block.pattern is None else block.pattern.n / block.pattern.m
-    return max(inputs, -(-cols // arch.lanes) * max(arch.lanes, inputs * density), OVERHEAD if block.pattern else 0) + 4
+    pieces = -(-2 * inputs // arch.lane_depth)
+    return pieces * max(-(-inputs // pieces), -(-cols // arch.lanes) * max(arch.lanes, inputs * density / pieces), OVERHEAD if block.pattern else 0) + 4 * pieces
 
 
 def _matrix(op: Conv, block: Block, position: int) -> NDArray[np.int8]:

@@ -15,7 +15,8 @@ FEW_CHANNELS = 16
 
 def place_images(graph: Graph) -> Graph:
     """A view of an input as rows of pixels becomes an `Unfold`, one of an output as an image a `Fold`: the host does both
-    when it writes and reads memory. A convolution of an input with few channels becomes a Linear on the windows."""
+    when it writes and reads memory. A convolution of an input with few channels becomes a Linear on the windows; a pattern whose
+    groups they do not fill is given up."""
     users = graph.users()
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
@@ -28,7 +29,7 @@ def place_images(graph: Graph) -> Graph:
                 name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin, size=node.shape[2:]
             )
         elif isinstance(node, Convolution) and isinstance(x := nodes[node.inputs[0]], Unfold) and node.groups == 1:
-            if len(users[x.name]) == 1 and x.shape[-1] <= FEW_CHANNELS and node.pattern is None:
+            if len(users[x.name]) == 1 and x.shape[-1] <= FEW_CHANNELS:
                 node = _unfolded(node, x, nodes)
         nodes[node.name] = node
     return graph.rewrite(nodes.values())
@@ -43,7 +44,7 @@ def _unfolded(node: Convolution, x: Unfold, nodes: dict[str, Node]) -> Linear:
     )  # fmt: skip
     return Linear(
         name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin, weight=weight, bias=node.bias,
-        post=node.post,
+        pattern=None if node.pattern is None or node.weight.shape[1] % node.pattern.m else node.pattern, post=node.post,
     )  # fmt: skip
 
 
