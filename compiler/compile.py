@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import operator
+import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from algo.quantize import Method
-from compiler.exported import Exported, export
-from compiler.frontend import import_whole
+from compiler.exported import Exported, export, module_path, source_line
+from compiler.frontend import by_rows, import_whole
 from compiler.graph import CompileError, Fold, Graph, Unfold
-from compiler.host import HostPart, host_part
+from compiler.host import HostOp, HostPart, host_part
 from compiler.lower import Lowered, lower
+from compiler.onnx_import import load_onnx
 from compiler.ops import QuantNetwork
 from compiler.partition import HostStage, Partition, Segment, check_arch, describe_host, partition
 from compiler.partitioned import PartitionedProgram
 from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor, Program
-from compiler.report import partition_rows
 from compiler.quantise import quantise, stored_name
+from compiler.report import partition_rows
 from compiler.schedule import ORDERS, Order
 from hw.arch import Arch, get_arch
 
-__all__ = ["Host", "Measure", "Progress", "compile_model", "compile_network"]
+__all__ = ["Host", "Measure", "Progress", "compile_model", "compile_network", "float_boundary"]
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a stage ("trace", "passes", "calibrate", "lower"), how far it is, and its end if that is
@@ -40,8 +42,8 @@ Measure = Callable[[Program], int]
 
 
 def compile_model(
-    model: nn.Module,
-    example_inputs: Any,
+    model: nn.Module | str | os.PathLike[str],
+    example_inputs: Any = None,
     *,
     arch: str | Arch = "sta1024",
     calibration: Iterable[Any] | None = None,
@@ -59,10 +61,11 @@ def compile_model(
     Parameters
     ----------
     model
-        Any `nn.Module` that `torch.export` takes; layers in sparse training count with their masked weights.
+        Any `nn.Module` that `torch.export` takes, or the path of an ONNX file; layers in sparse training count
+        with their masked weights.
     example_inputs
         A tensor, a tuple of positional arguments or a dict of keyword arguments; they fix the shapes of the
-        program.
+        program. An ONNX file without open dimensions needs none.
     arch
         Preset name or `Arch`.
     calibration
@@ -104,6 +107,8 @@ def compile_model(
     }  # fmt: skip
     scales: dict[str, Any] = {"activation_observer": observer, "residual_bits": residual_bits}
     report("trace", 0, 1)
+    if isinstance(model, str | os.PathLike):
+        model, example_inputs = load_onnx(model, example_inputs)
     exported = export(model, example_inputs)
     graph, found = _divided(exported, target, host, report)
     if calibration is None:
@@ -163,16 +168,22 @@ def _compile_partition(
     found: Partition, target: Arch, calibration: Iterable[Any], scales: dict[str, Any], options: dict[str, Any]
 ) -> PartitionedProgram:
     exported, report = found.exported, options["progress"]
-    values = _boundary_values(found, calibration, report)
+    values = float_boundary(found, calibration, report)
     stages: list[HostPart | Program] = []
     for stage in found.stages:
         if isinstance(stage, HostStage):
             stages.append(_host(found, stage))
             continue
         network = quantise(stage.graph, _segment_batches(stage, values), wide=True, **scales)
+        turned = {name: node for name, node in stage.inputs.items() if _by_rows(stage, name)}
+        if turned:
+            stages.append(_turning(turned))
         stages.append(compile_network(
             network, target, **options,
-            inputs=[_model_tensor(stage.graph, network, name, _outside(stage, name)) for name in network.inputs],
+            inputs=[
+                _model_tensor(stage.graph, network, name, _outside(stage, name) + (".rows" if name in turned else ""))
+                for name in network.inputs
+            ],
             outputs=[
                 replace(_model_tensor(stage.graph, network, name, node.name), shape=tuple(node.meta["val"].shape))
                 for node, name in stage.outputs
@@ -180,14 +191,10 @@ def _compile_partition(
         ))  # fmt: skip
     program = PartitionedProgram(
         stages=tuple(stages),
-        inputs=tuple(
-            ModelTensor(
-                name=node.name, tensor=node.name, shape=tuple(node.meta["val"].shape), dtype=str(node.meta["val"].dtype), scale=1.0
-            )
-            for node in exported.inputs
-        ),
+        inputs=tuple(_argument(node.name, node.meta["val"]) for node in exported.inputs),
         outputs=tuple(node.name for node in exported.outputs),
         rows=partition_rows(found),
+        meta={f"range.{node.name}": _range(node.name, values) for node in exported.inputs if not _is_float(node)},
     )  # fmt: skip
     warning = program.report().warning
     if warning:
@@ -199,6 +206,20 @@ def _outside(stage: Segment, name: str) -> str:
     """The exported node that a network's input stands for."""
     node = stage.graph.nodes[name]
     return stage.inputs[node.inputs[0] if isinstance(node, Unfold) else name].name
+
+
+def _is_float(node: Any) -> bool:
+    return bool(node.meta["val"].is_floating_point())
+
+
+def _range(name: str, values: list[dict[str, Tensor]]) -> str:
+    """Smallest and largest value of an input in the calibration data."""
+    low, high = zip(*(batch[name].aminmax() for batch in values))
+    return f"{int(min(low))} {int(max(high))}"
+
+
+def _argument(name: str, value: Tensor) -> ModelTensor:
+    return ModelTensor(name=name, tensor=name, shape=tuple(value.shape), dtype=str(value.dtype), scale=1.0)
 
 
 def _host(found: Partition, stage: HostStage) -> HostPart:
@@ -216,11 +237,11 @@ def _read_by(stage: HostStage | Segment) -> list[Any]:
     return [item for node in stage.nodes for item in node.all_input_nodes]
 
 
-def _boundary_values(found: Partition, batches: Iterable[Any], report: Progress) -> list[dict[str, Tensor]]:
-    """What goes between the stages in float, for each batch."""
+def float_boundary(found: Partition, batches: Iterable[Any], report: Progress | None = None) -> list[dict[str, Tensor]]:
+    """What goes to the accelerator in float, by exported name, for each batch of the module's inputs."""
     exported = found.exported
     needed = {node for stage in found.segments for node in stage.inputs.values()}
-    wanted = {node.name for node in needed}
+    wanted = {node.name for node in needed} | {node.name for node in exported.inputs}
     for node in reversed(exported.operators):
         if node in needed:
             needed.update(node.all_input_nodes)
@@ -237,14 +258,40 @@ def _boundary_values(found: Partition, batches: Iterable[Any], report: Progress)
         inputs = exported.bind(batch)
         whole.run(inputs, observe=observe)
         result.append({**{name: value for name, value in inputs.items() if name in wanted}, **seen})
-        report("calibrate", done, None)
+        if report is not None:
+            report("calibrate", done, None)
     if not result:
         raise ValueError("compiling needs at least one calibration batch")
     return result
 
 
 def _segment_batches(stage: Segment, values: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [{name: batch[node.name] for name, node in stage.inputs.items()} for batch in values]
+    return [
+        {
+            name: by_rows(batch[node.name]) if _by_rows(stage, name) else batch[node.name]
+            for name, node in stage.inputs.items()
+        }
+        for batch in values
+    ]
+
+
+def _by_rows(stage: Segment, name: str) -> bool:
+    """Whether a graph's input is an exported tensor of heads, turned."""
+    return stage.graph.nodes[name].shape != tuple(stage.inputs[name].meta["val"].shape)
+
+
+def _turning(turned: Mapping[str, Any]) -> HostPart:
+    """A host part that turns heads into rows."""
+    ops = []
+    for node in turned.values():
+        name, reference = node.name, {"ref": node.name}
+        common: dict[str, Any] = {"kwargs": {}, "source": module_path(node), "line": source_line(node)}
+        ops += [
+            HostOp(name=f"{name}.turned", target="aten.transpose.int", args=[reference, 1, 2], **common),
+            HostOp(name=f"{name}.rows", target="aten.flatten.using_ints", args=[{"ref": f"{name}.turned"}, 2], **common),
+        ]
+    names = [node.name for node in turned.values()]
+    return HostPart(ops=tuple(ops), constants={}, inputs=tuple(names), outputs=tuple(f"{name}.rows" for name in names))
 
 
 def compile_network(

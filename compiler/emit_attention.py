@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from compiler.emit import Emitter, Segment, k_chunks, mask_stride
-from compiler.ops import Attention
+from compiler.ops import Attention, ScoreBias
 from compiler.placement import Piece
 from compiler.plan import align_up
 from compiler.program import mask_params
 from compiler.schedule import Task
 from compiler.steps import At, Region, Step
 from compiler.verify_network import LoweringError, describe
-from hw.isa import Operand, Out, RowOp, Scale
+from hw.isa import Operand, Out, Residual, RowOp, Scale
 from hw.isa_check import constant_alignment
 from hw.numerics import PARAM_DTYPE
 
-__all__ = ["emit_attention"]
+__all__ = ["emit_attention", "masked_scores", "visible_share"]
 
 
 def emit_attention(emitter: Emitter, index: int, op: Attention) -> list[Task]:
     """Tasks of operator number `index`: copies of keys and values if they are needed, then a task for each batch entry,
     row tile and head."""
-    values, copies = emitter.values(index, op.v, op.heads)
+    values, copies = emitter.values(index, op.v, op.groups)
     keys, more = emitter.keys(index, op.k)
     tasks = [Task((step,)) for step in (*copies, *more)]
     emit = _AttentionEmitter(emitter, index, op, keys, values)
@@ -60,7 +63,7 @@ class _AttentionEmitter:
     def __post_init__(self) -> None:
         arch, op = self.parent.arch, self.op
         self.channels = self.parent.tensors[op.k].shape[2]
-        self.head_dim = self.channels // op.heads
+        self.head_dim = self.channels // op.groups
         self.place = self.parent.placement(self.keys)
         self.span = self.place.longest_span
         self.one_pass = self.span <= min(arch.row_depth, arch.lane_depth)
@@ -102,10 +105,40 @@ class _AttentionEmitter:
         table = mask_params(self.place, batch, True, op.score_mult, op.score_shift)
         return {"scale": Scale.COLUMN}, {"p_addr": At(parent.constants.add(table), offset)}
 
+    def kv_head(self, unit: _Unit) -> int:
+        """Which head of the keys and values a unit uses."""
+        return unit.head // (self.op.heads // self.op.groups)
+
+    def limit(self, unit: _Unit) -> int:
+        """Columns of scores that a unit needs: those after the last key that any of its rows sees are left out."""
+        span = self.place.span(unit.batch)
+        if self.op.bias is None:
+            return span
+        seen = np.flatnonzero(~masked_scores(self.op.bias)[self.bias_index(unit)].all(0))
+        return int(self.place.own_rows(unit.batch)[seen[-1]]) + 1 if len(seen) else span
+
+    def bias_index(self, unit: _Unit) -> tuple[int, int, slice]:
+        """Where a unit's rows are within the bias."""
+        batches, heads, _, _ = self.op.bias.values.shape  # type: ignore[union-attr]
+        start = unit.number * self.parent.arch.rows
+        return unit.batch % batches, unit.head % heads, slice(start, start + unit.piece.count)
+
+    def bias(self, unit: _Unit, start: int) -> tuple[dict[str, int], dict[str, At]]:
+        """What is added to the scores from column `start` on: a residual, laid out as columns."""
+        bias, rows = self.op.bias, self.parent.arch.rows
+        if bias is None:
+            return {}, {}
+        values = bias.values[self.bias_index(unit)]
+        columns = np.zeros((self.place.span(unit.batch), rows), bias.values.dtype)
+        columns[self.place.own_rows(unit.batch), unit.piece.skip : unit.piece.skip + unit.piece.count] = values.T
+        kind = Residual.INT8 if columns.itemsize == 1 else Residual.INT16
+        at = At(self.parent.constants.add(columns), start * rows * columns.itemsize)
+        return {"residual": kind, "r_mult": bias.mult, "r_shift": bias.shift}, {"r_addr": at}
+
     def scores(self, unit: _Unit, block: tuple[int, int] | None = None, **fields: int) -> list[Step]:
         """Q * K^T for a block of keys, into the row unit."""
         parent, op, rows, batch = self.parent, self.op, self.parent.arch.rows, unit.batch
-        start, stop = block or (0, self.place.span(batch))
+        start, stop = block or (0, self.limit(unit))
         read = [(self.keys, parent.own_tile(self.keys, batch, t)) for t in range(start // rows, -(-stop // rows))]
         fields = {
             "row_op": RowOp.SOFTMAX,
@@ -115,10 +148,13 @@ class _AttentionEmitter:
             **fields,
         }
         scale, addresses = self.score_params(batch, start)
-        fields |= scale
+        added, bias_address = self.bias(unit, start)
+        fields |= scale | added
+        addresses |= bias_address
         steps = []
         for place, (k0, k1) in enumerate(self.chunks):
             final, channel = place + 1 == len(self.chunks), unit.head * self.head_dim + k0
+            key_channel = self.kv_head(unit) * self.head_dim + k0
             steps.append(
                 Step(
                     op=self.index,
@@ -132,7 +168,7 @@ class _AttentionEmitter:
                     },
                     addresses={
                         "a_addr": parent.column(op.q, unit.piece.tile, channel),
-                        "w_addr": parent.column(self.keys, parent.own_tile(self.keys, batch, start // rows), channel),
+                        "w_addr": parent.column(self.keys, parent.own_tile(self.keys, batch, start // rows), key_channel),
                         **(addresses if final else {}),
                     },
                     reads=((op.q, unit.piece.tile), *read),
@@ -149,12 +185,12 @@ class _AttentionEmitter:
     ) -> list[Step]:
         """P * V for a block of keys; partial sums are kept unless the block is the last."""
         parent, op, arch, batch = self.parent, self.op, self.parent.arch, unit.batch
-        span = self.place.span(batch)
+        span = self.limit(unit)
         start, stop = block or (0, span)
         f0, f1 = features or (0, self.head_dim)
         final, channel = stop == span, unit.head * self.head_dim + f0
         stride = parent.block_stride(self.values)
-        weights = parent.transposed(self.values, batch, unit.head, start)
+        weights = parent.transposed(self.values, batch, self.kv_head(unit), start)
         fields: dict[str, int] = {
             "operand": Operand.ROWS,
             "a_unsigned": 1,
@@ -200,7 +236,7 @@ class _AttentionEmitter:
     def blocked(self, unit: _Unit) -> list[Step]:
         """A row in blocks of keys: the maximum over all of them, then block by block exponentials and
         products with the values."""
-        arch, span, steps = self.parent.arch, self.place.span(unit.batch), []
+        arch, span, steps = self.parent.arch, self.limit(unit), []
         blocks = self.blocks(span)
         for block in blocks:
             steps += self.scores(unit, block, row_op=RowOp.MAX, out=Out.NONE, row_first=int(block[0] == 0))
@@ -217,3 +253,13 @@ class _AttentionEmitter:
                 steps += self.scores(unit, block, row_op=RowOp.EXP, row_first=int(first), row_last=int(last))
                 steps += self.output(unit, block, (f0, min(self.head_dim, f0 + width)))
         return steps
+
+
+def masked_scores(bias: ScoreBias) -> NDArray[np.bool_]:
+    """Which scores a bias masks, whatever they are: (batch or 1, heads or 1, rows, keys)."""
+    return bias.values.astype(np.int64) * bias.mult >> bias.shift <= -(1 << 16)
+
+
+def visible_share(op: Attention) -> float:
+    """Part of the scores that the bias does not mask."""
+    return 1.0 if op.bias is None else float(1 - masked_scores(op.bias).mean())

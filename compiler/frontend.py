@@ -41,7 +41,7 @@ from compiler.graph import (
 )
 from compiler.layout import Layout, LayoutError
 
-__all__ = ["FUNCTIONS", "IMPORTS", "trace"]
+__all__ = ["FUNCTIONS", "IMPORTS", "MASKED", "VIEWS", "by_rows", "import_part", "import_whole", "mask_operands", "trace"]
 
 aten = torch.ops.aten
 MASKED = -1000.0
@@ -106,10 +106,38 @@ def import_part(
         The graph, and the exported node behind each of its inputs.
     """
     importer = _Importer(exported, inlined)
+    chosen = list(chosen)
+    importer.heads = _heads_from_outside(chosen)
     return importer.graph(chosen, outputs), importer.boundary
 
 
-def mask_operands(node: fx.Node) -> list[fx.Node]:
+def by_rows(value: Tensor) -> Tensor:
+    """Heads (batch, heads, rows, channels) as rows (batch, rows, heads * channels)."""
+    return value.transpose(1, 2).flatten(2)
+
+
+VIEWS = frozenset({
+    aten.clone.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
+    aten.flatten.using_ints, aten.alias.default,
+})  # fmt: skip
+"""Operators of one tensor that move elements."""
+
+
+def _heads_from_outside(chosen: list[fx.Node]) -> set[fx.Node]:
+    """Queries, keys and values (batch, heads, rows, channels) that attention takes from other stages."""
+    inside, found = set(chosen), set()
+    for node in chosen:
+        if node.target is aten.scaled_dot_product_attention.default:
+            for item in node.args[:3]:
+                while item in inside and cast(fx.Node, item).target in VIEWS:
+                    item = cast(fx.Node, item).args[0]
+                if isinstance(item, fx.Node) and item not in inside and len(item.meta["val"].shape) == 4:
+                    found.add(item)
+    return found
+
+
+def mask_operands(exported: Exported, node: fx.Node) -> list[fx.Node]:
     """What an operator takes as a mask: the mask of an attention, the condition of a masked fill, and what is added
     to a product of activations."""
     target, args = node.target, node.args
@@ -120,7 +148,7 @@ def mask_operands(node: fx.Node) -> list[fx.Node]:
     elif target in (aten.where.self, aten.where.ScalarOther):
         found = [args[0], args[2]]
     elif target is aten.add.Tensor and all(isinstance(item, fx.Node) for item in args[:2]):
-        found = [y for x, y in (args[:2], args[1::-1]) if _is_scores(cast(fx.Node, x)) and not _is_scores(cast(fx.Node, y))]
+        found = [y for x, y in (args[:2], args[1::-1]) if _is_scores(exported, x) and not _is_scores(exported, y)]
     else:
         found = []
     return [item for item in found if isinstance(item, fx.Node)]
@@ -130,13 +158,14 @@ _SCORES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
 
 
-def _is_scores(node: fx.Node) -> bool:
+def _is_scores(exported: Exported, value: Any) -> bool:
     """Whether a value is a scaled product of activations."""
+    node = cast(fx.Node, value)
     while node.target in _SCORES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
         node = cast(fx.Node, node.args[0])
-    return node.target in _PRODUCTS
+    return node.target in _PRODUCTS and all(exported.constant(item) is None for item in node.all_input_nodes[:2])
 
 
 class _Importer:
@@ -149,6 +178,7 @@ class _Importer:
         self.nodes: dict[str, Node] = {}
         self.values: dict[fx.Node, Any] = {}  # Node, or a list of them
         self.boundary: dict[str, fx.Node] = {}  # what each input stands for
+        self.heads: set[fx.Node] = set()  # heads that come from outside: they are taken `by_rows`
         self.problems: list[str] = []
 
     def graph(self, chosen: Iterable[fx.Node], outputs: Iterable[fx.Node]) -> Graph:
@@ -157,7 +187,7 @@ class _Importer:
             for node in self.exported.inputs:
                 self.value(node)
         for node in chosen:
-            for mask in mask_operands(node):
+            for mask in mask_operands(self.exported, node):
                 if mask in self.inlined:
                     self._inline(mask)
             self.values[node] = self._call(node)
@@ -183,14 +213,25 @@ class _Importer:
                 value = node.meta["val"]
                 made: Any = value
                 if isinstance(value, Tensor):
-                    made = self.add(Input(name=node.name, shape=tuple(value.shape), dtype=value.dtype, origin=(node.name,)))
-                    self.boundary[made.name] = node
+                    made = self._input(node, value)
             elif isinstance(constant[0], Tensor):
                 made = self.constant(node, *constant)
             else:
                 made = [self.constant(node, part, constant[1]) for part in constant[0]]
             self.values[node] = made
         return self.values[node]
+
+    def _input(self, node: fx.Node, value: Tensor) -> Node:
+        shape = tuple(value.shape)
+        if node in self.heads:
+            shape = (shape[0], shape[2], shape[1] * shape[3])
+        made = self.add(Input(name=node.name, shape=shape, dtype=value.dtype, origin=(node.name,)))
+        self.boundary[made.name] = node
+        if node not in self.heads:
+            return made
+        batch, heads, rows, width = value.shape
+        split = Layout.contiguous((batch, rows, heads, width)).permute((0, 2, 1, 3))
+        return self.view(node, made, split, f"{node.name}.heads")
 
     def add(self, node: Node) -> Node:
         """Put a node into the graph under a name of its own."""
@@ -239,7 +280,10 @@ class _Importer:
         if isinstance(value, Tensor):
             return self.make(Aten, node, names, **fields)
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else () for part in value]
-        return [self.make(Aten, node, names, name=f"{node.name}.{i}", shape=shape, result=i, **fields) for i, shape in enumerate(shapes)]
+        return [
+            self.make(Aten, node, names, name=f"{node.name}.{i}", shape=shape, result=i, **fields)
+            for i, shape in enumerate(shapes)
+        ]
 
     def bound(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by name, with defaults; fx nodes replaced by ours."""
@@ -323,7 +367,19 @@ def _dropout(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return None if a["train"] and a["p"] > 0 else a["input"]
 
 
-@_imports(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.expand.default)
+@_imports(aten.expand.default)
+def _expand(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    old, new = a["self"].shape, tuple(node.meta["val"].shape)
+    if old == new:
+        return a["self"]
+    layout = Layout.contiguous((1,) * (len(new) - len(old)) + old)
+    for dim, (before, after) in enumerate(zip(layout.shape, new, strict=True)):
+        if before != after:
+            layout = layout.expand(dim, after)
+    return importer.view(node, a["self"], layout)
+
+
+@_imports(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout)
 def _same_if_equal(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     value = node.args[0].meta["val"]  # type: ignore[union-attr]
     new = node.meta["val"]
@@ -464,13 +520,19 @@ def _baddbmm(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 @_imports(aten.scaled_dot_product_attention.default)
 def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    if (
-        a["dropout_p"]
-        or a["is_causal"]
-        or a["enable_gqa"]
-        or any(isinstance(a[name], Constant) for name in ("query", "key", "value"))
-    ):
+    if a["dropout_p"] or any(isinstance(a[name], Constant) for name in ("query", "key", "value")):
         return None
+    heads, kv_heads = (a[name].shape[-3] if len(a[name].shape) == 4 else 1 for name in ("query", "key"))
+    if heads != kv_heads:
+        if not a["enable_gqa"] or heads % kv_heads:
+            return None
+        for name in ("key", "value"):  # written out, as match_heads knows it
+            layout = Layout.contiguous(a[name].shape).repeat(1, heads // kv_heads)
+            a[name] = importer.view(node, a[name], layout, f"{node.name}.{name}")
+    if a["is_causal"]:
+        causal = torch.ones(a["query"].shape[-2], a["key"].shape[-2], dtype=torch.bool).tril()
+        made = Constant(name=f"{node.name}.causal", shape=tuple(causal.shape), value=causal, origin=(node.name,))
+        a["attn_mask"] = importer.add(made)
     operands = [a["query"], a["key"], a["value"]] + ([a["attn_mask"]] if a["attn_mask"] is not None else [])
     scale = a["scale"] if a["scale"] is not None else a["query"].shape[-1] ** -0.5
     names, path = tuple(item.name for item in operands), importer.path(node)

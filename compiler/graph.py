@@ -407,11 +407,12 @@ class ScaledDotProduct(Node):
     """``softmax(scale * q @ k.T, masked) @ v`` over the last two dimensions; inputs q, k, v [, mask].
 
     A mask operand is what the module gave (bool or additive, broadcast to the scores), or a `KeyMask`
-    (``key_mask``).
+    (``key_mask``). ``bias`` of the scores' shape is added to them (-inf: the key is masked).
     """
 
     scale: float
     key_mask: bool = False
+    bias: Tensor | None = None
 
     def evaluate(self, *operands: Tensor) -> Tensor:
         q, k, v, *mask = operands
@@ -419,22 +420,32 @@ class ScaledDotProduct(Node):
         if bias is not None and self.key_mask:
             keep = bias[:, None]  # (batch, 1, 1, keys)
             bias = keep if q.ndim == 4 else keep.expand(-1, q.shape[0] // len(keep), 1, -1).flatten(0, 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_joined(bias, self.bias), scale=self.scale)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention(Node):
-    """Multi-head softmax attention on (..., rows, heads * head_dim); inputs q, k, v [, `KeyMask`]."""
+    """Multi-head softmax attention on (..., rows, heads * head_dim); inputs q, k, v [, `KeyMask`].
+
+    k and v have ``kv_heads`` heads (None: as many as q), each for as many neighbouring heads of q. ``bias`` (batch or 1,
+    heads or 1, rows, keys) is added to the scores (-inf: the key is masked).
+    """
 
     heads: int
     scale: float
+    kv_heads: int | None = None
+    bias: Tensor | None = None
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for x in operands[:3])
+        groups = self.kv_heads or self.heads
+        counts = (self.heads, groups, groups)
+        q, k, v = (x.unflatten(-1, (n, -1)).transpose(-2, -3) for x, n in zip(operands[:3], counts, strict=True))
+        k, v = (x.repeat_interleave(self.heads // groups, -3) for x in (k, v))
         mask = operands[3] if len(operands) > 3 else None
         if mask is not None:
             mask = mask[:, None] if q.ndim == 4 else mask
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        bias = self.bias if self.bias is None or q.ndim == 4 else self.bias[0]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=_joined(mask, bias), scale=self.scale)
         return mixed.transpose(-2, -3).flatten(-2)
 
 
@@ -562,6 +573,13 @@ class Graph:
             shape, operands = "x".join(map(str, node.shape)), ", ".join(node.inputs)
             lines.append(f"{node.name:32} {node.operator:18} {shape:>14}  ({operands})  {node.source}")
         return "\n".join([f"graph after {self.stage}:", *lines, f"outputs: {', '.join(self.outputs)}"])
+
+
+def _joined(keep: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A bool mask and a bias of scores as one mask."""
+    if keep is None or bias is None:
+        return keep if bias is None else bias
+    return torch.where(keep, bias, torch.tensor(-torch.inf))
 
 
 def _fill(value: Any, operands: tuple[Tensor, ...]) -> Any:

@@ -95,6 +95,17 @@ class Layout:
         dims = (*self.dims[:dim], _joined(part), *self.dims[dim + 1 :])
         return Layout(dims, self.offset + _at(atoms, start))
 
+    def expand(self, dim: int, size: int) -> Layout:
+        """Repeat a dimension of size 1."""
+        if self.dims[dim]:
+            raise LayoutError(f"only a dimension of size 1 can be expanded, not {self.shape[dim]}")
+        return Layout((*self.dims[:dim], ((size, 0),) if size > 1 else (), *self.dims[dim + 1 :]), self.offset)
+
+    def repeat(self, dim: int, count: int) -> Layout:
+        """Show each index of a dimension ``count`` times in a row."""
+        dims = (*self.dims[:dim], _joined([*self.dims[dim], (count, 0)]), *self.dims[dim + 1 :])
+        return Layout(dims, self.offset)
+
     def compose(self, inner: Layout) -> Layout:
         """The map of this view of ``inner``, straight to ``inner``'s base.
 
@@ -174,6 +185,8 @@ def _check_carry(atoms: list[Atom], offset: int, places: list[tuple[int, int, in
 def _through(atom: Atom, places: list[tuple[int, int, int]]) -> list[Atom]:
     """An atom over the flat index of a view, as atoms over the view's base, slowest first."""
     count, step = atom
+    if step == 0:
+        return [atom]
     pieces: list[Atom] = []
     for size, stride, low in places:
         if count == 1:

@@ -47,6 +47,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
         "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
@@ -68,7 +69,7 @@ _REASONS: dict[type[Node], str] = {
     MatMul: "a product of two activations is supported only as softmax(q k^T) v attention",
     Softmax: "softmax is supported only over the keys of an attention",
     ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
-    "split into heads; k and v of equal shape, with as many heads and channels as q",
+    "split into heads; k and v of equal shape, with as many heads as q or a divisor of that",
     View: "this rearrangement of data is supported only around attention heads",
     Scale: "scaling is supported only after a Linear layer or within attention",
 }
@@ -98,7 +99,11 @@ def _kinds(graph: Graph) -> Iterator[Problem]:
             node for node in illegal if isinstance(node, Aten)
         ]  # the others are most likely consequences
     for node in illegal:
-        yield problem(graph, node, _REASONS.get(type(node), f"{node.operator} is not legal here"))
+        reason = _REASONS.get(type(node), f"{node.operator} is not legal here")
+        origin = node.origin
+        if isinstance(node, Constant):  # whoever reads it is to blame
+            origin = tuple(name for user in graph.nodes.values() if node.name in user.inputs for name in user.origin)
+        yield Problem(describe(graph, node, reason), origin, "" if isinstance(node, Aten) else reason)
 
 
 def describe(graph: Graph, node: Node, reason: str) -> str:
@@ -133,6 +138,7 @@ def _equal_shapes(graph: Graph) -> Iterator[Problem]:
     for node in graph.nodes.values():
         if not isinstance(node, Add) or graph.stage in (
             "trace",
+            "match_norms",
             "fold_functions",
             "match_scores",
             "fold_masks",
@@ -156,7 +162,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "fold_functions", "match_scores"):
+    if graph.stage in ("trace", "match_norms", "fold_functions", "match_scores"):
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):

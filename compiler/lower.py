@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.emit import Emitter, mask_stride
-from compiler.emit_attention import emit_attention
+from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
 from compiler.images import choose_grids
 from compiler.ops import Attention, Conv, Linear, MaxPool, Op, QuantNetwork
@@ -105,7 +105,7 @@ def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
     for op in network.ops:
         if isinstance(op, Attention):
             batch, keys, channels = network.tensors[op.k].shape
-            if RowPlacement(batch, keys, arch.rows).longest_span + channels // op.heads > arch.lane_depth:
+            if RowPlacement(batch, keys, arch.rows).longest_span + channels // op.groups > arch.lane_depth:
                 return min(depth, 1)
     return depth
 
@@ -160,7 +160,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
     plain: set[str] = set()
     for op in network.ops:
         if isinstance(op, Attention):
-            value_heads.setdefault(op.v, set()).add(op.heads)
+            value_heads.setdefault(op.v, set()).add(op.groups)
             keys.add(op.k)
             plain.add(op.q)
         elif op.x is not None:
@@ -307,6 +307,7 @@ def _operator_info(
         kind = "attention"
         shape = (batch * op.heads * rows, tensors[op.k].shape[1], channels // op.heads)
         macs = 2 * shape[0] * shape[1] * shape[2]
+        density = visible_share(op)
     else:
         kind, shape, macs = "pointwise", (batch * rows, channels, channels), 0
     return OperatorInfo(

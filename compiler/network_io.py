@@ -20,6 +20,7 @@ from compiler.ops import (
     QuantTensor,
     Requant,
     ResidualInput,
+    ScoreBias,
     Window,
 )
 
@@ -27,7 +28,9 @@ __all__ = ["network_from_bytes", "network_to_bytes"]
 
 _TYPES = {
     kind.__name__: kind
-    for kind in (Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, QuantTensor, Requant, ResidualInput, Window)
+    for kind in (
+        Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, QuantTensor, Requant, ResidualInput, ScoreBias, Window,
+    )  # fmt: skip
 }
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")
 

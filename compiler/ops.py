@@ -16,7 +16,7 @@ from algo.nm import NM
 
 __all__ = [
     "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant",
-    "ResidualInput", "Window",
+    "ResidualInput", "ScoreBias", "Window",
 ]
 
 TensorDtype = Literal["int8", "int16", "keymask"]
@@ -77,6 +77,16 @@ class ResidualInput:
 
 
 @dataclass(frozen=True, eq=False)
+class ScoreBias:
+    """Added to an attention's requantised scores, as a residual is: values int8 or int16 (batch or 1, heads or 1, rows, keys).
+    A sum of -32768 masks the key."""
+
+    values: NDArray[np.integer]
+    mult: int
+    shift: int
+
+
+@dataclass(frozen=True, eq=False)
 class LayerNorm:
     """Row normalisation after requantisation and residual: gamma int16 (C,), beta int32 (C,), shift uint8 (C,); eps in the
     units of ``ln_eps``. rms=True is RMSNorm."""
@@ -110,10 +120,12 @@ class Linear:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention:
-    """Multi-head softmax attention. q, k, v: int8 (batch, rows, heads * head_dim); mask: a keymask tensor
+    """Multi-head softmax attention. q: int8 (batch, rows, heads * head_dim); k, v: int8 (batch, keys, kv_heads * head_dim),
+    where head h uses number h // (heads / kv_heads) of theirs (kv_heads None: as many as heads); mask: a keymask tensor
     (batch, 1, keys) or None.
 
-    Scores: int16 = requantise(q @ k.T (+ MASK_BIAS for a masked key), score_mult, score_shift), units of 2^-8 in the log2 domain.
+    Scores: int16 = requantise(q @ k.T (+ MASK_BIAS for a masked key), score_mult, score_shift) + bias, units of 2^-8 in the
+    log2 domain.
     Output: ``requantise(p @ v, 0, m_t, s_t)``, sat8, with the row scale made from out_mult, out_shift (row_mult, row_shift of
     numerics.md).
     """
@@ -129,7 +141,14 @@ class Attention:
     out_mult: int
     out_shift: int
     mask: str | None = None
+    bias: ScoreBias | None = None
+    kv_heads: int | None = None
     source: str = ""
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, fx
 
 from compiler.exported import Exported, dtype_name, is_getitem, module_path, source_line
-from compiler.frontend import IMPORTS, import_part, mask_operands
+from compiler.frontend import IMPORTS, VIEWS, import_part, mask_operands
 from compiler.graph import Attention, CompileError, Constant, Graph, Input, Problem
 from compiler.legality import problem
 from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
+from compiler.passes.norms import NORM_PARTS
 from hw.arch import Arch
 
 __all__ = ["HostStage", "Partition", "Segment", "check_arch", "describe_host", "partition"]
@@ -37,6 +38,7 @@ PRODUCTS = frozenset({
 """Operators for which the accelerator exists."""
 
 BEFORE_PRODUCT = "before the first product: cheaper than moving its operands"
+FOR_HOST = "a rearrangement that only the host reads"
 NO_PRODUCT = "no product with it: cheaper than moving its operands"
 MASK = "mask arithmetic"
 
@@ -51,6 +53,9 @@ _REASONS: dict[str, str] = {
     "conv2d": "convolutions are not lowered here",
     "mean": "no instruction reduces over rows",
     "cat": "no instruction joins tensors",
+    "mul": "no instruction multiplies two activations, or an activation by a constant tensor",
+    "sub": "no instruction takes two activations from each other",
+    "pow": "part of a sum of squares that is no norm",
 }
 
 
@@ -139,7 +144,7 @@ class _Partitioner:
         self.exported = exported
         self.arch = arch
         self.order = [node for node in exported.operators if exported.constant(node) is None]
-        self.masks = {node: mask_operands(node) for node in self.order}
+        self.masks = {node: mask_operands(exported, node) for node in self.order}
         self.inlined = frozenset(
             mask for masks in self.masks.values() for mask in masks if _is_mask_arithmetic(exported, mask)
         )
@@ -182,13 +187,19 @@ class _Partitioner:
         """Live operators by stage."""
         level: dict[fx.Node, int] = {}
         stages: dict[int, list[fx.Node]] = {}
-        live = self.live()
+        self.live_now = live = self.live()
         for node in self.order:
             if node in live:
                 odd = int(self.place(node) is None)
                 least = max((level[item] for item in self.needs(node)), default=odd)
                 level[node] = least + ((least + odd) % 2)
-                stages.setdefault(level[node], []).append(node)
+        for node in reversed(level):  # a view goes where it is read, so that whole tensors go between stages
+            read = [level[user] for user in node.users if user in level]
+            if node.target in VIEWS and self.place(node) is None and read and node not in self.exported.outputs:
+                later = min(read)
+                level[node] = later if later % 2 else level[node]
+        for node in level:
+            stages.setdefault(level[node], []).append(node)
         return stages
 
     # -- one round -------------------------------------------------------------------------------------------
@@ -222,14 +233,21 @@ class _Partitioner:
                 group[node] = node = group[group[node]]
             return node
 
+        for node in reversed(nodes):
+            users = [user for user in node.users if user in self.live_now]
+            if node.target in VIEWS and users and all(self.place(user) is not None or user in found for user in users):
+                found[node] = FOR_HOST
         for node in nodes:
             below = [item for item in self.needs(node) if item in inside]
-            if node.target in POINTWISE and all(item in found for item in below):
+            part_of_norm = any(user.target in NORM_PARTS for user in node.users)
+            if node.target in POINTWISE and not part_of_norm and all(item in found for item in below):
                 found[node] = BEFORE_PRODUCT
             for item in below:
                 group[root(item)] = root(node)
+        if found:
+            return found
         useful = {root(node) for node in nodes if node.target in PRODUCTS}
-        return found | {node: NO_PRODUCT for node in nodes if root(node) not in useful}
+        return {node: NO_PRODUCT for node in nodes if root(node) not in useful}
 
     def illegal(self, number: int, nodes: list[fx.Node], stages: Mapping[int, list[fx.Node]]) -> dict[fx.Node, str]:
         """What the passes blame when they go over a stage; if nothing, the stage is one of `segments`."""
@@ -248,16 +266,21 @@ class _Partitioner:
             graph = optimise(graph)
             check_arch(graph, self.arch)
         except CompileError as error:
-            blamed = {by_name[name]: item.reason for item in error.problems for name in item.origin if name in by_name}
-            blamed = {node: reason for node, reason in blamed.items() if node in inside and self.place(node) is None}
+            blamed = {
+                node: item.reason or _no_instruction(node)
+                for item in error.problems
+                for node in map(by_name.get, item.origin)
+                if node in inside and self.place(node) is None
+            }
             if not blamed:
                 raise
-            return blamed
+            cheap = {node: reason for node, reason in blamed.items() if node.target not in PRODUCTS}
+            return cheap or blamed  # perhaps the product is only in bad company
         pairs = tuple(zip(outputs, graph.outputs, strict=True))
+        graph = _used(graph)
         kept = {node.name for node in graph.inputs}
-        self.segments[number] = Segment(
-            tuple(nodes), _used(graph), {name: node for name, node in inputs.items() if name in kept}, pairs
-        )
+        taken = {name: node for name, node in inputs.items() if name in kept}
+        self.segments[number] = Segment(tuple(nodes), graph, taken, pairs)
         return {}
 
     def result(self) -> Partition:
@@ -291,9 +314,8 @@ def _never(node: fx.Node, masks: list[fx.Node], arch: Arch) -> str | None:
     if is_getitem(node):
         return None
     target: Any = node.target
-    if target not in IMPORTS and target not in POINTWISE:
-        name = target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else str(target)
-        return _REASONS.get(name, "no instruction does it")
+    if target not in IMPORTS and target not in POINTWISE and target not in NORM_PARTS:
+        return _no_instruction(node)
     results = [value] if isinstance(value, Tensor) else list(value)
     operands = [item.meta["val"] for item in node.all_input_nodes if item not in masks]
     for tensor in (*results, *operands):
@@ -302,6 +324,13 @@ def _never(node: fx.Node, masks: list[fx.Node], arch: Arch) -> str | None:
     if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
         return f"a norm over {results[0].shape[-1]} columns does not fit row_depth {arch.row_depth} of {arch.name}"
     return None
+
+
+def _no_instruction(node: fx.Node) -> str:
+    """The reason for an operator that the accelerator does not have."""
+    target: Any = node.target
+    name = target._schema.name.removeprefix("aten::") if hasattr(target, "_schema") else str(target)
+    return _REASONS.get(name, "no instruction does it")
 
 
 def _cone(exported: Exported, node: fx.Node) -> set[fx.Node]:
@@ -318,10 +347,10 @@ def _is_mask_arithmetic(exported: Exported, node: fx.Node) -> bool:
     """Whether a value comes from masks and constants alone."""
     if exported.constant(node) is not None:
         return False
-    inputs = [item for item in _cone(exported, node) if item.op != "call_function"]
-    return all(
-        isinstance(item.meta["val"], Tensor) and not item.meta["val"].is_floating_point() and item.meta["val"].ndim == 2
-        for item in inputs
+    cone = _cone(exported, node)
+    inputs = [item.meta["val"] for item in cone if item.op != "call_function"]
+    return not any(item.target in PRODUCTS for item in cone) and all(
+        isinstance(value, Tensor) and value.ndim == 2 for value in inputs
     )
 
 

@@ -41,7 +41,7 @@ from compiler.graph import (
 )
 from compiler.passes import optimise
 
-__all__ = ["Calibration", "activation_table", "calibrate", "norm_parameters", "quantise", "resize", "stored_name"]
+__all__ = ["Calibration", "activation_table", "calibrate", "norm_parameters", "quantise", "resize", "score_bias", "stored_name"]
 
 Progress = Callable[[int, "int | None"], None]
 """Called after each calibration batch with the batches done and the number of batches, if known."""
@@ -384,6 +384,17 @@ def stored_name(graph: Graph, name: str) -> str:
     return node.inputs[0] if isinstance(node, Fold) else name
 
 
+def score_bias(bias: Tensor) -> ops.ScoreBias:
+    """Integers for a float bias of scores (-inf: masked): 8 bits if it only masks, else 16 bits in steps of 2 (2^-7 in the
+    log2 domain), clipped at +-177."""
+    masked = bias.isneginf()
+    finite = torch.where(masked, torch.tensor(0.0), bias).double()
+    if not bool(finite.any()):
+        return ops.ScoreBias(torch.where(masked, -128, 0).to(torch.int8).numpy(), (1 << 15) - 1, 1)
+    steps = torch.round(finite * LOG2E_256 / 2).clamp_(-32767, 32767)
+    return ops.ScoreBias(torch.where(masked, -32768.0, steps).to(torch.int16).numpy(), 1 << 14, 13)
+
+
 # -- the network ---------------------------------------------------------------------------------------------
 
 
@@ -441,7 +452,9 @@ class _Builder:
         return made
 
     def input(self, node: Input) -> None:
-        if self.wide and any(not isinstance(user, Attention) and not self.multiplies(user, node.name) for user in self.users[node.name]):
+        read = self.users[node.name]
+        added = any(not isinstance(user, Attention) and not self.multiplies(user, node.name) for user in read)
+        if self.wide and added:
             self.tensor(node, "int16", max(self.calibration.peak(node.name, "out"), 1e-30) / WIDE_MARGIN)
         else:
             self.tensor(node, "int8", self.out_scale(node.name))
@@ -671,6 +684,8 @@ class _Builder:
             ops.Attention(
                 name=node.name, q=q, k=k, v=v, out=out.name, heads=node.heads, mask=mask, source=node.source,
                 score_mult=score[0], score_shift=score[1], out_mult=output[0], out_shift=output[1],
+                kv_heads=node.kv_heads,
+                bias=None if node.bias is None else score_bias(node.bias),
             )
         )  # fmt: skip
 
@@ -685,6 +700,8 @@ def resize(network: ops.QuantNetwork, *, batch: int, rows: int) -> ops.QuantNetw
     """
     if batch < 1 or rows < 1:
         raise ValueError(f"batch and rows must be >= 1, not {batch} and {rows}")
+    if any(isinstance(op, ops.Attention) and op.bias is not None for op in network.ops):
+        raise ValueError("a network with causal or other constant masks cannot be resized")
     lengths = {tensor.shape[2 if tensor.dtype == "keymask" else 1] for tensor in network.tensors.values()}
     if len(lengths) > 1:
         raise ValueError(f"a network with sequences of several lengths {sorted(lengths)} cannot be resized")

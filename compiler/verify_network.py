@@ -191,7 +191,12 @@ def _check_attention(op: Attention, tensors: dict[str, QuantTensor]) -> None:
     )
     _require(
         op,
-        k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[2] == q.shape[2],
+        op.groups >= 1 and op.heads % op.groups == 0,
+        f"{op.heads} heads do not divide into {op.groups} heads of keys and values",
+    )
+    _require(
+        op,
+        k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[2] * op.heads == q.shape[2] * op.groups,
         f"q {q.shape}, k {k.shape} and v {v.shape} do not fit",
     )
     _shape(op, "output", out, q.shape)
@@ -199,6 +204,21 @@ def _check_attention(op: Attention, tensors: dict[str, QuantTensor]) -> None:
     if op.mask is not None:
         _dtype(op, "mask", tensors[op.mask], "keymask")
         _shape(op, "mask", tensors[op.mask], (k.shape[0], 1, k.shape[1]))
+    if op.bias is not None:
+        values, full = op.bias.values, (q.shape[0], op.heads, q.shape[1], k.shape[1])
+        _require(
+            op,
+            values.dtype in (np.int8, np.int16)
+            and values.ndim == 4
+            and values.shape[2:] == full[2:]
+            and all(size in (1, whole) for size, whole in zip(values.shape[:2], full[:2], strict=True)),
+            f"bias must be int8 or int16 like {full}, not {values.dtype} {values.shape}",
+        )
+        _require(
+            op,
+            0 <= op.bias.mult < 1 << 15 and 1 <= op.bias.shift <= 63,
+            f"bias mult, shift out of range: {op.bias.mult}, {op.bias.shift}",
+        )
     _require(
         op,
         0 <= op.score_mult < 1 << 15 and 1 <= op.score_shift <= 63,

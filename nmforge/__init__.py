@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hw.verilog import verilog
     from models import create_model, list_models
     from nmforge.api import compile, verify
+    from sim.compare import compare
     from sim.handle import Dut
     from sim.memory import MemoryModel
     from sim.simulate import Run, simulate
@@ -58,6 +59,7 @@ __all__ = [
     "UntraceableError",
     "advance",
     "channel_groups",
+    "compare",
     "compile",
     "count",
     "create_model",
@@ -99,6 +101,7 @@ _HOMES = {
     "UntraceableError": "algo.capture:UntraceableError",
     "advance": "algo.sparsify:advance",
     "channel_groups": "algo.channels:channel_groups",
+    "compare": "sim.compare:compare",
     "compile": "nmforge.api:compile",
     "count": "algo.count:count",
     "create_model": "models:create_model",

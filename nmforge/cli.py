@@ -284,7 +284,7 @@ def verify(checkpoint: Checkpoint, pattern: CheckPattern = None, as_json: Json =
 
 # -- compile ----------------------------------------------------------------------------------------------------------
 
-SourceName = Annotated[str, typer.Argument(help="Folder that train or demo left, or the name of a registered model.")]
+SourceName = Annotated[str, typer.Argument(help="Folder that train or demo left, name of a registered model, or ONNX file.")]
 ProgramFile = Annotated[Path, typer.Option("--output", "-o", help="Program file to write.")]
 Choice = Annotated[
     str | None,
@@ -297,6 +297,12 @@ Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in one run
 Pretrained = Annotated[
     bool, typer.Option("--pretrained", help="Published weights of a registered model; else random ones.")
 ]
+Whole = Annotated[
+    bool, typer.Option("--whole", help="The whole network, token numbers or images in; else the encoder of a sentence model.")
+]
+HostWork = Annotated[
+    str, typer.Option("--host", help="allow: what the accelerator cannot do runs on the host. forbid: it is an error.")
+]
 Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the program as text.")]
 
 
@@ -305,6 +311,8 @@ Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the 
     epilog=_examples(
         "compile out/train -o x.nmf",
         "compile minilm_l6 --pattern 1:4 --pretrained -o x.nmf",
+        "compile minilm_l6 --whole --pretrained -o x.nmf",
+        "compile model.onnx --host forbid -o x.nmf",
         "compile tinybert_4 --batch 2 --length 128 --listing x.txt -o x.nmf",
     ),
 )
@@ -319,14 +327,17 @@ def compile_command(
     pretrained: Pretrained = False,
     calibration: Calibration = 128,
     listing: Listing = None,
+    whole: Whole = False,
+    host: HostWork = "allow",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """Quantise a model's encoder and compile it to one program file.
+    """Quantise a network and compile it to one program file.
 
-    The encoder takes embedded tokens (batch, length, channels) and a padding
-    mask; embedding, pooling and head stay on the host. Other networks:
-    nmforge.compile(model, example_inputs) in Python.
+    Of a sentence model, the encoder: it takes embedded tokens (batch, length,
+    channels) and a padding mask. With --whole, and of ONNX files, all of it;
+    what the accelerator cannot do runs on the host, and nmforge report says
+    what and why.
     """
     from nmforge.arguments import parse_arch, parse_pattern
 
@@ -336,7 +347,7 @@ def compile_command(
 
     result = build_program(
         source, output, pattern=table, arch=chosen, batch=batch, length=length, pretrained=pretrained,
-        calibration=calibration, listing=listing, seed=seed,
+        calibration=calibration, listing=listing, seed=seed, whole=whole, host=host,  # type: ignore[arg-type]
     )  # fmt: skip
     if not as_json:
         before, after = result["weight_bytes_dense"] / 1e6, result["weight_bytes"] / 1e6
@@ -345,6 +356,11 @@ def compile_command(
             f"weights {before:.2f} MB as int8, {after:.2f} MB stored, at least {result['bound_cycles']:,} cycles",
             soft_wrap=True,
         )
+        if result["host_operators"]:
+            out().print(
+                f"{result['host_operators']} operators with {result['macs_host']:,} MACs on the host: nmforge report {output}",
+                soft_wrap=True,
+            )
     return result
 
 
@@ -420,7 +436,7 @@ def simulate(
 # -- report and verilog -----------------------------------------------------------------------------------------------
 
 ReportSource = Annotated[
-    Path, typer.Argument(help="Folder of the demo, its summary.json, or what simulate --json printed.")
+    Path, typer.Argument(help="Folder of the demo, its summary.json, what simulate --json printed, or a program file.")
 ]
 ReportFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html beside the source.")
@@ -428,11 +444,18 @@ ReportFile = Annotated[
 
 
 @app.command(
-    epilog=_examples("report out/demo", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html")
+    epilog=_examples("report out/demo", "report x.nmf", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html")
 )
 @guarded
 def report(source: ReportSource, output: ReportFile = None, as_json: Json = False) -> dict[str, Any]:
-    """Write a self-contained HTML report of a demo or of one simulation."""
+    """Write a self-contained HTML report of a demo or of one simulation; of a program, list what runs where."""
+    if source.suffix == ".nmf":
+        from compiler.partitioned import load
+
+        places = load(source).report()
+        if not as_json:
+            print(places)
+        return {"program": str(source), **places.to_dict()}
     from algo.checkpoint import read_json
     from nmforge.errors import BadInputError
     from sim.report import write_report

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from algo.nm import NM
+from compiler.compile import Host
 from compiler.listing import bound_of
 from compiler.listing import listing as to_text
 from compiler.partitioned import PartitionedProgram, load
@@ -19,6 +20,7 @@ from compiler.program import Program
 from hw.arch import Arch
 from models.bert import DISTRIBUTIONS, BertModel
 from models.registry import create_model, list_models
+from nmforge.api import compile
 from nmforge.arguments import pattern_text
 from nmforge.console import progress_bars, reporter, write_text
 from nmforge.encoder import compile_encoder
@@ -26,6 +28,7 @@ from nmforge.errors import BadInputError, unknown
 from nmforge.inputs import check_outputs, random_inputs, read_inputs, write_outputs
 from nmforge.sentiment import SentimentConfig, prepare, train
 from nmforge.sources import load_source
+from nmforge.whole import whole_source
 from sim.memory import MemoryModel
 from sim.simulate import Engine, Run, simulate
 from sim.trace import Trace
@@ -128,10 +131,19 @@ def build_program(
     calibration: int,
     listing: Path | None,
     seed: int,
+    whole: bool = False,
+    host: Host = "allow",
 ) -> dict[str, Any]:
     """Compile, write the program file, and say what is in it as JSON values."""
     if not output.resolve().parent.is_dir():
         raise BadInputError(f"the folder of {output} does not exist")
+    if host not in get_args(Host):
+        raise unknown("value of --host", host, get_args(Host))
+    if whole or source.endswith(".onnx"):
+        return _build_whole(
+            source, output, host=host, arch=arch, listing=listing, pattern=pattern, batch=batch, length=length,
+            pretrained=pretrained, calibration=calibration, seed=seed,
+        )  # fmt: skip
     found = load_source(source, pattern=pattern, pretrained=pretrained, calibration=calibration, seed=seed)
     if length > found.bert.config.positions:
         raise BadInputError(f"length must be <= {found.bert.config.positions}, the positions of the model, not {length}")
@@ -140,16 +152,41 @@ def build_program(
         program = compile_encoder(
             found.bert, batch=batch, length=length, arch=arch, calibration=found.calibration, progress=reporter(progress)
         )
-    seconds = round(time.monotonic() - start, 2)
+    return _written(program, output, listing, found.description, time.monotonic() - start)
+
+
+def _build_whole(
+    source: str, output: Path, *, host: Host, arch: Arch, listing: Path | None, **options: Any
+) -> dict[str, Any]:
+    """`build_program` for a whole network: token numbers or images in, results out."""
+    found = whole_source(source, **options)
+    start = time.monotonic()
+    with progress_bars() as progress:
+        program = compile(
+            found.model, found.example, arch=arch, calibration=found.calibration, host=host, progress=reporter(progress)
+        )
+    return _written(program, output, listing, found.description, time.monotonic() - start)
+
+
+def _written(
+    program: Program | PartitionedProgram, output: Path, listing: Path | None, description: str, seconds: float
+) -> dict[str, Any]:
+    """Write a program file, and say what is in it as JSON values."""
     program.save(output)
+    parts = program.programs if isinstance(program, PartitionedProgram) else (program,)
     if listing is not None:
-        write_text(listing, to_text(program))
-    bound = bound_of(program.instructions, program.arch)
+        write_text(listing, "\n".join(map(to_text, parts)))
+    bounds = [bound_of(part.instructions, part.arch) for part in parts]
     dense, stored = program.weight_bytes
+    places = program.report()
     return {
         "file": str(output),
-        "source": found.description,
-        "arch": arch.name,
+        "source": description,
+        "arch": program.arch.name,
+        "programs": len(parts),
+        "macs_host": places.macs["host"],
+        "host_operators": sum(row.place == "host" for row in places.rows),
+        "warning": places.warning,
         "operators": len(program.operators),
         "instructions": program.instruction_count,
         "memory_bytes": program.memory_bytes,
@@ -157,9 +194,9 @@ def build_program(
         "weight_bytes": stored,
         "macs": program.macs,
         "effective_macs": program.effective_macs,
-        "bound_cycles": bound.cycles,
-        "bound_unit": bound.unit,
-        "seconds": seconds,
+        "bound_cycles": sum(bound.cycles for bound in bounds),
+        "bound_unit": max(bounds, key=lambda bound: bound.cycles).unit,
+        "seconds": round(seconds, 2),
     }
 
 
@@ -174,7 +211,7 @@ def run_program(
     memory: MemoryModel,
     trace: Trace | None,
     seed: int,
-) -> tuple[Program, Run]:
+) -> tuple[Program | PartitionedProgram, Run]:
     """Load a program, run it on inputs from a file or a seed, and write its outputs; `arch`: refuse a program for another."""
     if engine not in get_args(Engine):
         raise unknown("engine", engine, get_args(Engine))
@@ -192,12 +229,15 @@ def run_program(
             progress=reporter(progress, _LABELS, _expected(program)),
         )  # fmt: skip
     if outputs is not None:
-        write_outputs(outputs, {spec.name: _array(value) for spec, value in zip(program.outputs, run.outputs, strict=True)})
+        names = [spec if isinstance(spec, str) else spec.name for spec in program.outputs]
+        write_outputs(outputs, {name: _array(value) for name, value in zip(names, run.outputs, strict=True)})
     return program, run
 
 
-def _expected(program: Program) -> dict[str, int]:
+def _expected(program: Program | PartitionedProgram) -> dict[str, int]:
     """Cycles that the run will take at least; nothing for a program whose errors are yet to be reported."""
+    if isinstance(program, PartitionedProgram):
+        return {}
     try:
         return {"verilator": bound_of(program.instructions, program.arch).cycles}
     except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def compile_encoder(
     """Compile a model's encoder for `batch` sequences of `length` tokens with a padding mask."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
     example = encoder_inputs(bert, (ids, torch.ones_like(ids)))
-    return compile(bert.encoder, example, arch=arch, calibration=calibration, progress=progress)
+    program = compile(bert.encoder, example, arch=arch, calibration=calibration, progress=progress, host="forbid")
+    return cast(Program, program)  # nothing is on the host
 
 
 def int8_logits(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from compiler.partitioned import PartitionedProgram
 from compiler.program import ModelTensor, Program
 from nmforge.errors import BadInputError
 
@@ -65,10 +66,23 @@ def write_outputs(path: Path, outputs: Arrays) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def random_inputs(program: Program, seed: int) -> Arrays:
-    """Inputs that use the whole range of every input tensor; masks leave a random number of leading keys in."""
+def random_inputs(program: Program | PartitionedProgram, seed: int) -> Arrays:
+    """Inputs that use the whole range of every input tensor; masks leave a random number of leading keys in.
+
+    Of a partitioned program: normal numbers, integers in the range of the calibration data.
+    """
     generator = np.random.default_rng(seed)
+    if isinstance(program, PartitionedProgram):
+        return {spec.name: _like_calibration(spec, program, generator) for spec in program.inputs}
     return {spec.name: _random(spec, program, generator) for spec in program.inputs}
+
+
+def _like_calibration(spec: ModelTensor, program: PartitionedProgram, generator: np.random.Generator) -> NDArray[Any]:
+    dtype = spec.dtype.removeprefix("torch.")
+    if f"range.{spec.name}" not in program.meta:
+        return generator.standard_normal(spec.shape).astype(dtype)
+    low, high = map(int, program.meta[f"range.{spec.name}"].split())
+    return generator.integers(low, high + 1, spec.shape).astype(dtype)
 
 
 def _random(spec: ModelTensor, program: Program, generator: np.random.Generator) -> NDArray[Any]:

@@ -59,8 +59,7 @@ def bind_inputs(specs: tuple[ModelTensor, ...], inputs: Any) -> dict[str, torch.
     for spec in specs:
         value = torch.as_tensor(given[spec.name])
         if str(value.dtype) != spec.dtype or tuple(value.shape) != spec.shape:
-            raise ValueError(
-                f"input {spec.name!r} must be {spec.dtype} {spec.shape}, not {value.dtype} {tuple(value.shape)}".replace("torch.", "")
-            )
+            found = f"{value.dtype} {tuple(value.shape)}"
+            raise ValueError(f"input {spec.name!r} must be {spec.dtype} {spec.shape}, not {found}".replace("torch.", ""))
         result[spec.name] = value
     return result

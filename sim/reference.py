@@ -322,7 +322,7 @@ def _requantise(
 def _add(q: Tensor, residual: Tensor, operand: ResidualInput) -> Tensor:
     """``sat16(q + rshr(r * mult, shift))``: exact as in `_requantise`, the product has 31 bits."""
     scaled = residual.double().mul_(float(np.ldexp(float(operand.mult), -operand.shift))).add_(0.5).floor_()
-    return scaled.add_(q).clamp_(-32768, 32767)
+    return (scaled + q).clamp_(-32768, 32767)
 
 
 def _norm(q: NDArray[Any], norm: LayerNorm) -> NDArray[Any]:
@@ -340,7 +340,8 @@ def _attention(
     batch, rows, channels = q.shape
     heads, width, keys = op.heads, channels // op.heads, k.shape[1]
     result = np.empty((batch, rows, channels), np.float64)
-    qh, kh, vh = (_tensor(x).view(batch, -1, heads, width).transpose(1, 2) for x in (q, k, v))
+    qh, kh, vh = (_tensor(x).view(batch, -1, x.shape[2] // width, width).transpose(1, 2) for x in (q, k, v))
+    kh, vh = (x.repeat_interleave(heads // op.groups, 1) for x in (kh, vh))
     bias = (
         np.zeros((batch, 1, 1, keys), np.int64)
         if mask is None
@@ -355,6 +356,9 @@ def _attention(
         s = _requantise(
             scores, bias[part], np.array([op.score_mult]), np.array([op.score_shift]), width << 14
         )
+        if op.bias is not None:
+            added = op.bias.values if len(op.bias.values) == 1 else op.bias.values[part]
+            s = _add(s, _tensor(added), ResidualInput("", op.bias.mult, op.bias.shift))
         p, m, shift = softmax_rows(s.numpy().astype(np.int64), op.out_mult, op.out_shift)
         mixed = (torch.from_numpy(p).to(value_dtype) @ vh[part].to(value_dtype)).double()
         out = _requantise(mixed, np.zeros(1, np.int32), m[..., None], shift[..., None], keys * 255 * 128)

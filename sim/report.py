@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
+from compiler.partitioned import PartitionedProgram
 from compiler.program import Program
 from hw.arch import Arch
 from sim import plots
@@ -34,9 +35,10 @@ _WAITS = {"busy": "computing", "wait_weights": "waits for weights", "wait_column
 _WAIT_COLOURS = (plots.SPARSE, "#b45309", "#1d4ed8", "#7e22ce", "#cbd5e1")
 
 
-def run_record(program: Program, run: Run) -> dict[str, Any]:
+def run_record(program: Program | PartitionedProgram, run: Run) -> dict[str, Any]:
     """What a report shows of a run, as JSON values: `Run.to_dict`, and the program's operators with their cycles."""
     operators = []
+    parts = program.programs if isinstance(program, PartitionedProgram) else (program,)
     for operator in program.operators:
         row = asdict(operator)
         del row["spans"]
@@ -45,11 +47,12 @@ def run_record(program: Program, run: Run) -> dict[str, Any]:
         "kind": "nmforge run",
         "arch_parameters": run.arch.to_dict(),
         "operators": operators,
+        "places": program.report().to_dict(),
         "program": {
             "instructions": program.instruction_count,
-            "code_bytes": len(program.code),
-            "constant_bytes": len(program.constants),
-            "activation_bytes": program.activation_bytes,
+            "code_bytes": sum(len(part.code) for part in parts),
+            "constant_bytes": sum(len(part.constants) for part in parts),
+            "activation_bytes": max(part.activation_bytes for part in parts),
             "memory_bytes": program.memory_bytes,
             "macs": program.macs,
             "effective_macs": program.effective_macs,

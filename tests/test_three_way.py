@@ -32,6 +32,16 @@ def test_random_program(seed):
     assert run.bit_exact, run.mismatches
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_random_program_with_constant_masks(seed):
+    """Causal and other masks of scores, biases per batch entry and head, grouped queries, other sequences."""
+    network = random_network(200 + seed, TINY, masks=True, cross=seed % 2 == 1)
+    program = compile_network(network, TINY, order=ORDERS[seed % len(ORDERS)])
+    memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
+    assert run.bit_exact, run.mismatches
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_program_with_fewer_rows_than_lanes(seed):
     network = random_network(seed, FLAT)

@@ -17,6 +17,7 @@ from compiler.passes.fuse import fuse
 from compiler.passes.images import place_images
 from compiler.passes.linears import fold_biases, fold_scales, split_linears
 from compiler.passes.masks import fold_masks
+from compiler.passes.norms import match_norms
 from compiler.passes.views import drop_views, sink_views
 
 __all__ = ["PASSES", "optimise", "run_passes"]
@@ -24,6 +25,7 @@ __all__ = ["PASSES", "optimise", "run_passes"]
 Pass = Callable[[Graph], Graph]
 
 PASSES: tuple[Pass, ...] = (
+    match_norms,  # x * rsqrt(mean(x^2) + eps) becomes one norm
     fold_functions,  # x * sigmoid(x) and the like become one function
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from compiler.graph import (
     Add,
@@ -56,7 +57,9 @@ def _match(graph: Graph, product: MatMul, data: set[str]) -> list[Node] | None:
     layout = Layout.contiguous(graph.nodes[kt].shape)
     rank = len(layout.dims)
     layout = layout.permute((*range(rank - 2), rank - 1, rank - 2))
-    k = View(name=f"{product.name}.k", inputs=(kt,), shape=layout.shape, source=product.source, layout=layout, origin=product.origin)
+    k = View(
+        name=f"{product.name}.k", inputs=(kt,), shape=layout.shape, source=product.source, origin=product.origin, layout=layout
+    )
     inputs = (q, k.name, product.inputs[1], *masks)
     whole = ScaledDotProduct(
         name=product.name, inputs=inputs, shape=product.shape, source=product.source, scale=scale, origin=product.origin
@@ -118,17 +121,19 @@ def _heads(graph: Graph, node: ScaledDotProduct) -> tuple[Attention, View] | Non
     bases, layouts = zip(*(_unsplit(graph, name) for name in node.inputs[:3]), strict=True)
     q, k, v = (graph.nodes[name] for name in bases)
     *lead, rows, width = node.shape
-    channels, keys = q.shape[-1], graph.nodes[node.inputs[1]].shape[-2]
+    channels, keys, kv_channels = q.shape[-1], graph.nodes[node.inputs[1]].shape[-2], k.shape[-1]
     batch = q.shape[0] if len(q.shape) == 3 else 1
-    for tensor, length in ((q, rows), (k, keys), (v, keys)):
-        if tensor.shape != ((batch, length, channels) if len(q.shape) == 3 else (length, channels)):
+    for tensor, length, size in ((q, rows, channels), (k, keys, kv_channels), (v, keys, kv_channels)):
+        if tensor.shape != ((batch, length, size) if len(q.shape) == 3 else (length, size)):
             return None
-    if channels % width:
+    if channels % width or kv_channels % width or channels % kv_channels:
         return None
-    heads = channels // width
+    heads, groups = channels // width, kv_channels // width
     split, split_keys = (
-        Layout.contiguous((batch, length, heads, width)).permute((0, 2, 1, 3)) for length in (rows, keys)
+        Layout.contiguous((batch, length, count, width)).permute((0, 2, 1, 3))
+        for length, count in ((rows, heads), (keys, groups))
     )
+    split_keys = split_keys.repeat(1, heads // groups) if groups < heads else split_keys
     try:
         wanted = [split.reshape((*lead, rows, width)), *[split_keys.reshape((*lead, keys, width))] * 2]
     except LayoutError:
@@ -143,12 +148,23 @@ def _heads(graph: Graph, node: ScaledDotProduct) -> tuple[Attention, View] | Non
         source=node.source,
         origin=node.origin,
         heads=heads,
+        kv_heads=None if groups == heads else groups,
         scale=node.scale,
+        bias=None if node.bias is None else _common(node.bias.reshape(batch, heads, rows, keys)),
     )
     layout = split.reshape(tuple(node.shape))
     return whole, View(
         name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout, origin=node.origin
     )
+
+
+def _common(bias: Tensor) -> Tensor:
+    """A bias (batch, heads, rows, keys) with one entry for all batch entries or heads where they are equal."""
+    for dim in (0, 1):
+        first = bias.narrow(dim, 0, 1)
+        if bool((bias == first).all()):
+            bias = first
+    return bias.clone()
 
 
 def _unsplit(graph: Graph, name: str) -> tuple[str, Layout]:

@@ -62,7 +62,7 @@ def _channels(user: Node, linear: Linear) -> tuple[int, int] | None:
     if not isinstance(user, View):
         return None
     width = linear.shape[-1]
-    inner = sorted((stride, size) for dim in user.layout.dims for size, stride in dim if stride < width)
+    inner = sorted((stride, size) for dim in user.layout.dims for size, stride in dim if 0 < stride < width)
     reach = 1
     for stride, size in inner:
         if stride != reach:

@@ -1,14 +1,14 @@
-"""fold_masks: whatever arithmetic a module does on its padding mask becomes one `KeyMask`.
+"""fold_masks: whatever arithmetic a module does on its masks becomes one `KeyMask` and a constant bias of the scores.
 
-Modules build masks in many ways (``(1 - m) * -1e4``, ``masked_fill(-inf)``, ``m[:, None, None, :].bool()``,
-...), so the pass does not match patterns: it runs the arithmetic on probe masks and looks at which keys each
-query may see.
+Modules build masks in many ways (``(1 - m) * -1e4``, ``masked_fill(-inf)``, ``m[:, None, None, :].bool()``, causal
+masks joined with padding masks, relative position biases, ...), so the pass does not match patterns: it runs the
+arithmetic on probe masks and looks at which keys each query may see, and at what is added to the scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,46 +20,57 @@ from compiler.legality import problem
 __all__ = ["fold_masks"]
 
 
+@dataclass(frozen=True, eq=False)
+class _Meaning:
+    """What a mask operand does to scores: ``bias`` of their shape is added (None: nothing), and keys whose ``input``
+    (batch, keys) has not the value ``keep`` are removed ("": none)."""
+
+    input: str = ""
+    keep: bool = True
+    bias: Tensor | None = None
+
+
 def fold_masks(graph: Graph) -> Graph:
-    """Replace the mask operand of each attention by a `KeyMask` of an input; drop masks that mask nothing."""
+    """Replace the mask operand of each attention by a `KeyMask` of an input and a constant bias; drop what masks
+    nothing."""
     nodes: list[Node] = []
     made: dict[tuple[str, bool], str] = {}
-    known: dict[str, tuple[str, bool] | None] = {}  # mask operand -> (input, keep), None if it masks nothing
+    known: dict[tuple[str, tuple[int, ...]], _Meaning] = {}
     refused: list[CompileError] = []
     for node in graph.nodes.values():
         if isinstance(node, ScaledDotProduct) and len(node.inputs) == 4:
-            mask = node.inputs[3]
+            key = (node.inputs[3], _scores(graph, node))
             try:
-                found = known[mask] if mask in known else known.setdefault(mask, _understand(graph, node))
+                found = known[key] if key in known else known.setdefault(key, _understand(graph, node))
             except CompileError as error:
                 refused.append(error)
                 continue
-            if found is None:
-                node = replace(node, inputs=node.inputs[:3])
-            else:
-                if found not in made:
-                    made[found] = f"{found[0]}.keep{int(found[1])}"
-                    batch, keys = graph.nodes[found[0]].shape
-                    nodes.append(
-                        KeyMask(
-                            name=made[found],
-                            inputs=(found[0],),
-                            shape=(batch, 1, keys),
-                            source=node.source,
-                            origin=node.origin,
-                            keep=found[1],
-                        )
-                    )
-                node = replace(node, inputs=(*node.inputs[:3], made[found]), key_mask=True)
+            node = replace(node, inputs=node.inputs[:3], bias=found.bias)
+            if found.input:
+                mask = (found.input, found.keep)
+                if mask not in made:
+                    made[mask] = f"{found.input}.keep{int(found.keep)}"
+                    batch, keys = graph.nodes[found.input].shape
+                    nodes.append(KeyMask(
+                        name=made[mask], inputs=(found.input,), shape=(batch, 1, keys), source=node.source,
+                        origin=node.origin, keep=found.keep,
+                    ))  # fmt: skip
+                node = replace(node, inputs=(*node.inputs, made[mask]), key_mask=True)
         nodes.append(node)
     if refused:
-        problems = [problem for error in refused for problem in error.problems]
-        raise CompileError("\n  ".join(dict.fromkeys(problem.text for problem in problems)), problems)
+        problems = [found for error in refused for found in error.problems]
+        raise CompileError("\n  ".join(dict.fromkeys(found.text for found in problems)), problems)
     return graph.rewrite(nodes)
 
 
-def _understand(graph: Graph, attention: ScaledDotProduct) -> tuple[str, bool] | None:
-    """Which input masks the keys of an attention, and which value keeps a key; None if all keys stay."""
+def _scores(graph: Graph, attention: ScaledDotProduct) -> tuple[int, ...]:
+    """Shape of an attention's scores: (batch, heads, rows, keys) or (batch * heads, rows, keys)."""
+    query, key = (graph.nodes[name].shape for name in attention.inputs[:2])
+    return (*query[:-1], key[-2])
+
+
+def _understand(graph: Graph, attention: ScaledDotProduct) -> _Meaning:
+    """What the mask operand of an attention does."""
     order = _ancestors(graph, attention.inputs[3])
     inputs = [node for node in order if isinstance(node, Input)]
     if len(inputs) > 1 or any(len(node.shape) != 2 for node in inputs):
@@ -67,40 +78,41 @@ def _understand(graph: Graph, attention: ScaledDotProduct) -> tuple[str, bool] |
         raise _refuse(
             graph, attention, f"the mask must come from one input of shape (batch, keys), not from {shapes}"
         )
-    heads = graph.nodes[attention.inputs[0]].shape[:-2]
-    scores = (*heads, graph.nodes[attention.inputs[0]].shape[-2], graph.nodes[attention.inputs[1]].shape[-2])
-    if not inputs:
-        if bool(_kept(graph, attention, order, scores, {}).all()):
-            return None
-        raise _refuse(
-            graph, attention,
-            "its mask is a constant (causal or other 2-D): only key padding masks from an input "
-            "(batch, keys) are supported",
-        )  # fmt: skip
-    return _probe(graph, attention, order, inputs[0], scores)
+    if inputs:
+        return _probe(graph, attention, order, inputs[0])
+    return _Meaning(bias=_bias(*_effect(graph, attention, order, {})))
 
 
-def _probe(
-    graph: Graph, attention: ScaledDotProduct, order: list[Node], mask: Input, scores: tuple[int, ...]
-) -> tuple[str, bool]:
-    """Run the mask arithmetic on masks of ones, of zeros and of both."""
-    agree = {True: True, False: True}
-    for probe in _probes(mask):
-        kept = _kept(graph, attention, order, scores, {mask.name: probe.to(mask.dtype)})
-        for keep in agree:
+def _bias(kept: Tensor, added: Tensor) -> Tensor | None:
+    """A constant effect as a bias; None if there is none."""
+    if bool(kept.all()) and not bool(added.any()):
+        return None
+    return torch.where(kept, added, torch.tensor(-torch.inf))
+
+
+def _probe(graph: Graph, attention: ScaledDotProduct, order: list[Node], mask: Input) -> _Meaning:
+    """Run the mask arithmetic on masks of ones, of zeros and of both: the effect must be a constant one, joined with
+    the mask of keys."""
+    scores = _scores(graph, attention)
+    effects = [(probe, *_effect(graph, attention, order, {mask.name: probe.to(mask.dtype)})) for probe in _probes(mask)]
+    for keep in (True, False):
+        # probes begin with all ones and all zeros: one of them removes no key
+        _, constant, added = effects[0 if keep else 1]
+        for probe, kept, bias in effects:
             wanted = _wanted(probe == keep, scores)
-            agree[keep] &= wanted is not None and bool((kept == wanted).all())
-    if not any(agree.values()):
-        raise _refuse(
-            graph, attention,
-            f"the mask from input {mask.name!r} {mask.shape} depends on the query, the head or several "
-            "entries (causal or 2-D): only key padding masks are supported",
-        )  # fmt: skip
-    return mask.name, agree[True]
+            if wanted is None or not bool((kept == (wanted & constant)).all()) or not bool((bias == added)[kept].all()):
+                break
+        else:
+            return _Meaning(mask.name, keep, _bias(constant, added))
+    raise _refuse(
+        graph, attention,
+        f"the mask from input {mask.name!r} {mask.shape} is no padding mask of keys joined with a constant one: it depends "
+        "on the query, the head or several entries",
+    )  # fmt: skip
 
 
 def _wanted(keep: Tensor, scores: tuple[int, ...]) -> Tensor | None:
-    """A key padding mask as it looks on scores (batch, heads, rows, keys) or (batch * heads, rows, keys)."""
+    """A key padding mask as it looks on scores."""
     batch, keys = keep.shape
     if keys != scores[-1] or scores[0] % batch:
         return None
@@ -121,35 +133,28 @@ def _probes(mask: Input) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _kept(
-    graph: Graph,
-    attention: ScaledDotProduct,
-    order: list[Node],
-    scores: tuple[int, ...],
-    inputs: dict[str, Tensor],
-) -> Tensor:
-    """bool of the scores' shape: which key each query may see."""
-    values = dict(inputs)
+def _effect(
+    graph: Graph, attention: ScaledDotProduct, order: list[Node], inputs: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Which key each query may see (bool), and what is added to its score (float, 0 where it may not); of the scores'
+    shape."""
+    values, scores = dict(inputs), _scores(graph, attention)
     for node in order:
         if not isinstance(node, Input):
             values[node.name] = node.evaluate(*(values[name] for name in node.inputs))
     mask = values[attention.inputs[3]]
     try:
-        torch.broadcast_shapes(mask.shape, scores)
+        fits = tuple(torch.broadcast_shapes(mask.shape, scores)) == scores
     except RuntimeError:
-        raise _refuse(
-            graph, attention, f"its mask {tuple(mask.shape)} does not fit scores {scores}"
-        ) from None
-    if mask.dtype != torch.bool:
-        kept = mask > MASKED
-        if bool(((mask != 0) & kept).any()) or bool(mask.isnan().any()):
-            raise _refuse(
-                graph, attention,
-                "its additive mask holds values that neither keep a key (0) nor remove it (<= -1000): "
-                "attention biases are not supported",
-            )  # fmt: skip
-        mask = kept
-    return mask.expand(scores)
+        fits = False
+    if not fits or bool(mask.isnan().any()):
+        what = "has a NaN" if fits else f"does not fit scores {scores}"
+        raise _refuse(graph, attention, f"its mask {tuple(mask.shape)} {what}")
+    mask = mask.expand(scores)
+    if mask.dtype == torch.bool:
+        return mask, torch.zeros(scores)
+    kept = mask > MASKED
+    return kept, torch.where(kept, mask, torch.tensor(0.0)).float()
 
 
 def _ancestors(graph: Graph, name: str) -> list[Node]:

@@ -94,12 +94,63 @@ def _mlp(m: Any, x: Tensor) -> Tensor:
     return m.b(F.gelu(m.a(x)))
 
 
+def _causal_and_padding(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    return bert_attention(
+        m, x, mask,
+        lambda s, m: s.masked_fill(torch.ones(7, 7).triu(1).bool(), -1e9).masked_fill(m[:, None, None, :] == 0, -1e9),
+    )  # fmt: skip
+
+
+def _grouped(m: Any, x: Tensor, *, repeat: bool) -> Tensor:
+    """Four heads of queries, two of keys and values, causal."""
+    q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2) for part in (m.q(x), m.k(x), m.v(x)))
+    if repeat:
+        k, v = (part[:, :, None].expand(2, 2, 2, 7, 6).reshape(2, 4, 7, 6) for part in (k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeat)
+    return m.o(mixed.transpose(1, 2).flatten(2))
+
+
+def _grouped_layers() -> dict[str, nn.Module]:
+    return {"q": nn.Linear(24, 24), "k": nn.Linear(24, 12), "v": nn.Linear(24, 12), "o": nn.Linear(24, 24)}
+
+
+def _rms_by_hand(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.b(m.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)))
+
+
 def _two() -> dict[str, nn.Module]:
     return {"a": nn.Linear(24, 48), "b": nn.Linear(48, 24)}
 
 
 X, ROWS = (2, 7, 24), (9, 24)
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "causal and padding mask": (
+        lambda: Apply(_causal_and_padding, **attention_layers()),
+        lambda: (torch.randn(X), keep_mask()),
+    ),
+    "position bias": (
+        lambda: Apply(
+            lambda m, x: bert_attention(m, x, x, lambda s, _: s + torch.arange(147.0).sin().view(3, 7, 7)), **attention_layers()
+        ),
+        lambda: torch.randn(X),
+    ),
+    "grouped queries": (
+        lambda: Apply(lambda m, x: _grouped(m, x, repeat=False), **_grouped_layers()),
+        lambda: torch.randn(X),
+    ),
+    "grouped queries, repeated keys": (
+        lambda: Apply(lambda m, x: _grouped(m, x, repeat=True), **_grouped_layers()),
+        lambda: torch.randn(X),
+    ),
+    "cross-attention": (
+        lambda: Apply(lambda m, x, y: m.a(x, y, y, need_weights=False)[0], a=nn.MultiheadAttention(24, 3, batch_first=True)),
+        lambda: (torch.randn(X), torch.randn(2, 5, 24)),
+    ),
+    "RMSNorm written out": (
+        lambda: Apply(_rms_by_hand, a=nn.Linear(24, 48), b=nn.Linear(48, 24), weight=nn.Parameter(torch.rand(48) + 0.5)),
+        lambda: torch.randn(X),
+    ),
     "linear": (lambda: nn.Linear(24, 5), lambda: torch.randn(ROWS)),
     "mlp with dropout": (
         lambda: nn.Sequential(

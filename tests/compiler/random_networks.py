@@ -19,6 +19,7 @@ from compiler.ops import (
     QuantTensor,
     Requant,
     ResidualInput,
+    ScoreBias,
 )
 from hw.arch import Arch
 
@@ -85,6 +86,7 @@ class _Builder:
     max_channels: int
     max_rows: int
     cross: bool
+    masks: bool = False
     tensors: dict[str, QuantTensor] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
@@ -195,9 +197,11 @@ class _Builder:
             if keys == rows
             else self.tensor((batch, keys, self.integer(1, self.max_channels)), "int8", is_input=True)
         )
+        groups = self.groups(heads)
+        kv_channels = channels // heads * (groups or heads)
         q = self.linear(x, cols=channels, dtype="int8")
-        k = self.linear(other, cols=channels, dtype="int8")
-        v = k if self.chance(0.15) else self.linear(other, cols=channels, dtype="int8")
+        k = self.linear(other, cols=kv_channels, dtype="int8")
+        v = k if self.chance(0.15) else self.linear(other, cols=kv_channels, dtype="int8")
         mask = self.tensor((batch, 1, keys), "keymask", is_input=True) if self.chance(0.5) else None
         out = self.tensor((batch, rows, channels), "int8")
         head_bits = int(np.log2(channels // heads) / 2)
@@ -214,9 +218,31 @@ class _Builder:
                 out_mult=self.integer(1 << 14, (1 << 15) - 1),
                 out_shift=self.integer(13, 16),
                 mask=mask,
+                kv_heads=groups,
+                bias=self.score_bias((batch, heads, rows, keys)),
             )
         )
         return out
+
+    def groups(self, heads: int) -> int | None:
+        """Heads of keys and values: any divisor of those of the queries; None without `masks`."""
+        if not self.masks:
+            return None
+        return int(self.rng.choice([n for n in range(1, heads + 1) if heads % n == 0]))
+
+    def score_bias(self, shape: tuple[int, int, int, int]) -> ScoreBias | None:
+        """Causal, any mask, or numbers with masked places; for all batch entries and heads or each; None without `masks`."""
+        if not self.masks or self.chance(0.2):
+            return None
+        batch, heads, rows, keys = shape
+        shape = (batch if self.chance(0.5) else 1, heads if self.chance(0.5) else 1, rows, keys)
+        seen = np.broadcast_to(np.tri(rows, keys, self.integer(0, 2), dtype=bool), shape)
+        if self.chance(0.4):
+            seen = self.rng.random(shape) < 0.6
+        if self.chance(0.5):
+            return ScoreBias(np.where(seen, 0, -128).astype(np.int8), (1 << 15) - 1, 1)
+        values = self.rng.integers(-3000, 3000, shape)
+        return ScoreBias(np.where(seen, values, -32768).astype(np.int16), 1 << 14, 13)
 
 
 def random_network(
@@ -228,6 +254,7 @@ def random_network(
     max_rows: int | None = None,
     max_channels: int | None = None,
     cross: bool = False,
+    masks: bool = False,
 ) -> QuantNetwork:
     """A network of about `ops` operators (an attention brings its projections).
 
@@ -240,6 +267,8 @@ def random_network(
         unit.
     cross
         Some attentions look at another sequence, a further input (which `sim.reference` does not take).
+    masks
+        Attentions have constant masks and biases, and groups of queries share keys.
     max_rows, max_channels
         Largest sequence and feature count; by default about three tiles of rows and beyond the ring of small
         architectures.
@@ -247,7 +276,7 @@ def random_network(
     rng = np.random.default_rng(seed)
     rows = max_rows or 3 * arch.rows + 1
     channels = max_channels or min(2 * arch.lane_depth + 5, 8 * arch.lanes + 5)
-    build = _Builder(rng, arch, channels, rows, cross)
+    build = _Builder(rng, arch, channels, rows, cross, masks)
     shape = (build.integer(1, max_batch), build.integer(1, rows), build.integer(1, channels))
     build.tensor(shape, "int8", is_input=True)
     if build.chance(0.3):

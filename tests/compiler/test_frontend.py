@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from algo.nm import NM
 from algo.sparsify import finalize, sparsify
 from compiler.frontend import trace
-from compiler.graph import Activation, CompileError, Input, LayerNorm, Linear
+from compiler.graph import Activation, Attention, CompileError, Input, LayerNorm, Linear
 from compiler.passes import optimise
 from models.bert import BertConfig, BertModel
 from tests.compiler.modules import Apply, attention_layers, keep_mask, split_heads
@@ -231,9 +231,10 @@ def test_causal_attention():
         )
         return m.o(mixed.transpose(1, 2).flatten(2))
 
-    assert "is_causal=True: only key padding masks (batch, keys) are supported" in _refused(
-        Apply(function, **attention_layers()), X
-    )
+    graph = optimise(trace(Apply(function, **attention_layers()), X))
+    (node,) = (node for node in graph.nodes.values() if isinstance(node, Attention))
+    assert node.bias.shape == (1, 1, 7, 7)
+    assert torch.equal(node.bias.isneginf()[0, 0], torch.ones(7, 7).triu(1).bool())
 
 
 def test_sequence_first_attention():

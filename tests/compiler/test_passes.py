@@ -169,19 +169,13 @@ def test_dtypes_of_a_padding_mask(dtype):
 
 
 REFUSED = {
-    "causal and padding": (
-        lambda s, m: s.masked_fill(torch.ones(7, 7).triu(1).bool(), -1e9).masked_fill(
-            m[:, None, None, :] == 0, -1e9
-        ),
-        r"the mask from input 'args_1' \(2, 7\) depends on the query, the head or several entries \(causal",
-    ),
     "pairs of tokens": (
         lambda s, m: s.masked_fill((m[:, None, None, :] * m[:, None, :, None]) == 0, -1e9),
-        "depends on the query, the head or several entries",
+        "it depends on the query, the head or several entries",
     ),
     "bias": (
         lambda s, m: s + m[:, None, None, :].float() * 0.5,
-        "attention biases are not supported",
+        "is no padding mask of keys joined with a constant one",
     ),
 }
 
@@ -201,13 +195,35 @@ def test_constant_masks():
 
     graph = masked(torch.zeros(7, 7))
     assert not any(isinstance(node, KeyMask) for node in graph.nodes.values())
-    with pytest.raises(CompileError, match=r"mask is a constant \(causal or other 2-D\)"):
-        masked(torch.full((7, 7), -INF).triu(1))
-    with pytest.raises(CompileError, match="attention biases are not supported"):
-        masked(torch.arange(7.0))
+    assert _biases(masked(torch.full((7, 7), -INF).triu(1)))[0].shape == (1, 1, 7, 7)
+    assert torch.equal(_biases(masked(torch.arange(7.0)))[0][0, 0], torch.arange(7.0).expand(7, 7))
+    per_head = torch.randn(3, 7, 7)
+    assert torch.equal(_biases(masked(per_head))[0], per_head[None])
+    with pytest.raises(CompileError, match=r"its mask \(7, 7\) has a NaN"):
+        masked(torch.full((7, 7), float("nan")))
+
+
+def _biases(graph):
+    return [node.bias for node in graph.nodes.values() if isinstance(node, Attention)]
+
+
+def test_rms_norms_written_out():
+    graph = stages("RMSNorm written out")[-1]
+    assert [type(node) for node in graph.nodes.values()][1:] == [Linear, Linear]
+    first, last = (node for node in graph.nodes.values() if isinstance(node, Linear))
+    assert first.post.norm.rms and first.post.norm.eps == 1e-6 and last.post.norm is None
+    other = Apply(lambda m, x: m.a(x) * torch.rsqrt(m.a(x).mean(-1, keepdim=True) + 1e-6), a=nn.Linear(24, 24))
+    with pytest.raises(CompileError, match="aten.rsqrt.default 'rsqrt'"):
+        optimise(trace(other, torch.randn(2, 7, 24)))
+
+
+def test_grouped_queries():
+    for name in ("grouped queries", "grouped queries, repeated keys"):
+        (node,) = (node for node in stages(name)[-1].nodes.values() if isinstance(node, Attention))
+        assert (node.heads, node.kv_heads) == (4, 2), name
 
 
 def test_the_passes_are_one_visible_list():
     names = [transform.__name__ for transform in PASSES]
-    assert names[0] == "fold_functions" and names[-1] == "fuse"
+    assert names[0] == "match_norms" and names[-1] == "fuse"
     assert [graph.stage for graph in stages("linear")] == ["trace", *names]

@@ -79,7 +79,7 @@ def test_progress(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_errors(program: Program, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown engine 'spice'; the engines are verilator, isa, cycle"):
+    with pytest.raises(ValueError, match=r"unknown engine 'spice'; the engines are verilator, isa, reference, cycle"):
         simulate(program, random_input(), engine="spice")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the engine 'isa' needs inputs: x"):
         simulate(program, engine="isa")

@@ -1,0 +1,96 @@
+"""match_norms: a root mean square norm written out becomes one `LayerNorm` node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compiler.graph import Aten, Constant, Graph, LayerNorm, Node, Norm, Operand
+
+__all__ = ["NORM_PARTS", "match_norms"]
+
+aten = torch.ops.aten
+
+NORM_PARTS = frozenset({aten.mean.dim, aten.rsqrt.default})
+"""Operators that only ever run on the accelerator as parts of a norm."""
+
+Nodes = Mapping[str, Node]
+
+
+def match_norms(graph: Graph) -> Graph:
+    """``x * rsqrt(mean(x^2) + eps)``, and that times a constant vector, becomes an RMSNorm."""
+    nodes: dict[str, Node] = {}
+    for node in graph.nodes.values():
+        nodes[node.name] = _normalised(node, nodes) or _scaled(node, nodes) or node
+    return graph.rewrite(nodes.values())
+
+
+def _normalised(node: Node, nodes: Nodes) -> Node | None:
+    """``x * rsqrt(mean(x^2) + eps)`` without a weight."""
+    if not _is(node, aten.mul.Tensor) or len(node.inputs) != 2:
+        return None
+    for x, factor in (node.inputs, node.inputs[::-1]):
+        eps = _eps(nodes[factor], x, nodes)
+        if eps is not None and nodes[x].shape == node.shape:
+            channels = node.shape[-1]
+            norm = Norm(torch.ones(channels), torch.zeros(channels), eps, rms=True)
+            return LayerNorm(name=node.name, inputs=(x,), shape=node.shape, source=node.source, origin=node.origin, norm=norm)
+    return None
+
+
+def _scaled(node: Node, nodes: Nodes) -> Node | None:
+    """An RMSNorm of no weight times a constant vector."""
+    if not _is(node, aten.mul.Tensor) or len(node.inputs) != 2:
+        return None
+    for x, weight in (node.inputs, node.inputs[::-1]):
+        norm, constant = nodes[x], nodes[weight]
+        if isinstance(norm, LayerNorm) and norm.norm.rms and _is_ones(norm.norm.gamma) and _is_vector(constant, node):
+            gamma = constant.value.reshape(-1)  # type: ignore[attr-defined]
+            return replace(
+                norm, name=node.name, source=node.source, origin=(*norm.origin, *node.origin),
+                norm=replace(norm.norm, gamma=gamma),
+            )  # fmt: skip
+    return None
+
+
+def _is(node: Node, target: Any) -> bool:
+    return isinstance(node, Aten) and node.target is target
+
+
+def _is_ones(gamma: Tensor) -> bool:
+    return bool((gamma == 1).all())
+
+
+def _is_vector(node: Node, like: Node) -> bool:
+    return isinstance(node, Constant) and node.value.numel() == like.shape[-1] == node.shape[-1]
+
+
+def _eps(node: Node, x: str, nodes: Nodes) -> float | None:
+    """eps of ``rsqrt(mean(x^2) + eps)``; None if the node is something else."""
+    if _is(node, aten.reciprocal.default) and _is(nodes[node.inputs[0]], aten.sqrt.default):
+        node = nodes[node.inputs[0]]
+    elif not _is(node, aten.rsqrt.default):
+        return None
+    total = nodes[node.inputs[0]]
+    if not isinstance(total, Aten) or total.target not in (aten.add.Tensor, aten.add.Scalar) or total.kwargs:
+        return None
+    eps = next((item for item in total.args if isinstance(item, int | float)), None)
+    if eps is None and len(total.inputs) == 2:
+        constants = [nodes[name] for name in total.inputs if isinstance(nodes[name], Constant)]
+        eps = float(constants[0].value) if constants and constants[0].value.numel() == 1 else None  # type: ignore[attr-defined]
+    if eps is None:
+        return None
+    mean = nodes[total.inputs[0]]
+    rank = len(nodes[x].shape)
+    if not isinstance(mean, Aten) or mean.target is not aten.mean.dim or len(mean.args) != 3 or not mean.args[2]:
+        return None
+    if [dim % rank for dim in mean.args[1]] != [rank - 1]:
+        return None
+    square = nodes[mean.inputs[0]]
+    powered = _is(square, aten.pow.Tensor_Scalar) and square.args == (Operand(0), 2)  # type: ignore[attr-defined]
+    same = _is(square, aten.mul.Tensor) and set(square.inputs) == {x}
+    return eps if (powered or same or _is(square, aten.square.default)) and square.inputs[0] == x else None

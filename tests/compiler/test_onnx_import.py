@@ -1,0 +1,169 @@
+"""ONNX files compute what torch and ONNX's own reference do, and take the same way; what is not understood is named."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+from compiler.compile import compile_model
+from compiler.graph import CompileError
+from compiler.onnx_import import OPSETS, load_onnx
+from compiler.program import Program
+from sim.simulate import simulate
+from tests.compiler.networks import retriever
+
+FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
+
+
+def write(path: Path, nodes: list, shapes: dict, *, initial: dict | None = None, opset: int = 20, domain: str = "") -> Path:
+    """A model of some nodes with the inputs `shapes` (float) and the output "y"."""
+    inputs = [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in shapes.items()]
+    constants = [onnx.numpy_helper.from_array(value, name) for name, value in (initial or {}).items()]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", FLOAT, ["n"])], constants)
+    imports = [helper.make_opsetid("", opset)] + ([helper.make_opsetid(domain, 1)] if domain else [])
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=9), path)
+    return path
+
+
+W = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+CASES = {
+    "Gemm": ([helper.make_node("Gemm", ["x", "w"], ["y"], transA=0, alpha=0.5)], (3, 6), {"w": W}),
+    "MatMul and Erf": (
+        [
+            helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("Erf", ["a"], ["b"]),
+            helper.make_node("Mul", ["a", "b"], ["y"]),
+        ],
+        (2, 3, 6), {"w": W},
+    ),
+    "Reshape by Shape": (
+        [
+            helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "zero"], ["n"]),
+            helper.make_node("Concat", ["n", "minus"], ["t"], axis=0), helper.make_node("Reshape", ["x", "t"], ["y"]),
+        ],
+        (2, 3, 6), {"zero": np.array([0]), "minus": np.array([-1])},
+    ),
+    "Slice, Pad, Transpose": (
+        [
+            helper.make_node("Slice", ["x", "a", "b", "c"], ["s"]), helper.make_node("Pad", ["s", "p"], ["q"]),
+            helper.make_node("Transpose", ["q"], ["y"], perm=[1, 0]),
+        ],
+        (4, 6), {"a": np.array([1]), "b": np.array([9]), "c": np.array([1]), "p": np.array([0, 1, 2, 0])},
+    ),
+    "ReduceMean, Split, Where": (
+        [
+            helper.make_node("Split", ["x"], ["l", "r"], axis=1, num_outputs=2), helper.make_node("Less", ["l", "r"], ["c"]),
+            helper.make_node("Where", ["c", "l", "r"], ["w"]), helper.make_node("ReduceMean", ["w", "ax"], ["y"], keepdims=0),
+        ],
+        (4, 6), {"ax": np.array([1])},
+    ),
+    "Conv with uneven pads": (
+        [helper.make_node("Conv", ["x", "k"], ["y"], pads=[0, 1, 1, 1], strides=[2, 1])],
+        (1, 2, 7, 7), {"k": np.ones((3, 2, 3, 3), np.float32)},
+    ),
+    "LayerNormalization, Softmax, TopK": (
+        [
+            helper.make_node("LayerNormalization", ["x", "g"], ["n"]), helper.make_node("Softmax", ["n"], ["p"], axis=0),
+            helper.make_node("TopK", ["p", "k"], ["y", "i"], axis=1),
+        ],
+        (4, 6), {"g": np.arange(6, dtype=np.float32), "k": np.array([2])},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference_of_onnx(name: str, tmp_path: Path) -> None:
+    nodes, shape, initial = CASES[name]
+    path = write(tmp_path / "m.onnx", nodes, {"x": shape}, initial=initial)
+    module, inputs = load_onnx(path)
+    with torch.no_grad():
+        result = module(**inputs)[0].numpy()
+    (wanted,) = ReferenceEvaluator(str(path)).run(None, {"x": inputs["x"].numpy()})
+    np.testing.assert_allclose(result, wanted, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The retriever by torch's own exporter."""
+    path = tmp_path_factory.mktemp("onnx") / "retriever.onnx"
+    module, inputs = retriever()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, inputs, path, dynamo=True, verbose=False, external_data=False)
+    return path
+
+
+def test_a_model_of_torchs_exporter(exported: Path) -> None:
+    module, inputs = retriever()
+    named = dict(zip(("ids", "mask"), inputs, strict=True))
+    program = compile_model(exported, named, arch="tiny", calibration=[named])
+    direct = compile_model(module, inputs, arch="tiny", calibration=[inputs])
+    assert program.macs == direct.macs and program.report().macs == direct.report().macs
+    run = simulate(program, named, engine="isa")
+    wanted = simulate(direct, inputs, engine="isa").outputs
+    assert run.bit_exact
+    torch.testing.assert_close(run.outputs[0], wanted[0], atol=0.03, rtol=0)
+    assert torch.equal(run.outputs[1], wanted[1])
+
+
+def test_an_encoder_is_a_whole_program(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x, path = torch.randn(2, 6, 16), tmp_path / "e.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), path, dynamo=True, verbose=False, external_data=False)
+        program = compile_model(str(path), arch="tiny", host="forbid")  # example inputs come from the file
+    assert isinstance(program, Program) and program.inputs[0].shape == (2, 6, 16)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_unknown_and_custom_operators_name_the_node(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", [helper.make_node("Einsum", ["x"], ["y"], name="mix", equation="ij->ji")], {"x": (2, 3)})
+    with pytest.raises(CompileError, match=r"ONNX node 'mix' \(Einsum\): operator Einsum is not understood: compile the torch"):
+        load_onnx(path)
+    node = helper.make_node("Magic", ["x"], ["y"], name="spell", domain="acme")
+    path = write(tmp_path / "n.onnx", [node], {"x": (2, 3)}, domain="acme")
+    with pytest.raises(CompileError, match=r"ONNX node 'spell' \(acme.Magic\): custom operators of domain 'acme' are not"):
+        load_onnx(path)
+
+
+def test_unknown_versions(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": (2, 3)}, opset=9)
+    with pytest.raises(CompileError, match=f"uses operators of version 9; {OPSETS[0]} to {OPSETS[-1]} are understood: convert"):
+        load_onnx(path)
+
+
+def test_open_dimensions(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": ("batch", 3)})
+    with pytest.raises(CompileError, match=r"input 'x' .* has an open dimension 0 \(batch\): give example_inputs"):
+        load_onnx(path)
+    module, _ = load_onnx(path, torch.zeros(5, 3))
+    assert module(x=torch.ones(5, 3))[0].shape == (5, 3)
+    with pytest.raises(ValueError, match=r"the ONNX model has 1 inputs \(x\), not 2"):
+        load_onnx(path, (torch.zeros(5, 3), torch.zeros(1)))
+    with pytest.raises(ValueError, match="the ONNX model's inputs are x, not z"):
+        load_onnx(path, {"z": torch.zeros(5, 3)})
+
+
+def test_shapes_that_depend_on_data_and_bad_files(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Cast", ["x"], ["n"], to=INT), helper.make_node("Reshape", ["z", "n"], ["y"], name="bend")]
+    module_path = write(tmp_path / "m.onnx", nodes, {"x": (1,), "z": (2, 3)})
+    module, _ = load_onnx(module_path, (torch.tensor([6.0]), torch.zeros(2, 3)))
+    with pytest.raises(CompileError, match="torch.export cannot trace OnnxModule"):
+        compile_model(module, {"x": torch.tensor([6.0]), "z": torch.zeros(2, 3)}, arch="tiny")
+    (tmp_path / "bad.onnx").write_bytes(b"nothing of the kind")
+    with pytest.raises(CompileError, match="bad.onnx is no ONNX model that can be read"):
+        load_onnx(tmp_path / "bad.onnx")
+    with pytest.raises(FileNotFoundError, match="no ONNX file at"):
+        load_onnx(tmp_path / "none.onnx")
+    path = write(tmp_path / "c.onnx", [helper.make_node("Relu", ["w"], ["y"])], {"x": (2, 3)}, initial={"w": W})
+    with pytest.raises(CompileError, match="output 'y' of the ONNX model does not depend on an input"):
+        load_onnx(path)
