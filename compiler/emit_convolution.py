@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from algo.nm import NM
 from compiler.emit import IDENTITY, Emitter, Segment, Stream, k_chunks, requant_params
 from compiler.images import copy_placement
-from compiler.ops import Conv, MaxPool, QuantNetwork
+from compiler.ops import Attention, Conv, MaxPool, QuantNetwork
 from compiler.pack import check_pattern
 from compiler.placement import PatchPlacement
 from compiler.schedule import Task
@@ -91,7 +91,10 @@ def _move(emitter: Emitter, index: int, x: str, name: str, move: Move, segment: 
             "source": Source.STREAM, "mult": 2, "shift": 1, "cols": segment.stop - segment.start, "out": Out.STORE8,
             "a_rotate": move.rotate, "o_skip": move.start, "o_drop": emitter.arch.rows - move.stop,
         },
-        addresses={"a_addr": emitter.column(x, move.source, segment.start), "o_addr": emitter.column(name, move.tile, segment.start)},
+        addresses={
+            "a_addr": emitter.column(x, move.source, segment.start),
+            "o_addr": emitter.column(name, move.tile, segment.start),
+        },
         reads=((x, move.source),),
         writes=((name, move.tile),),
         note=f"copy rows {move.start}..{move.stop - 1} of [{move.tile}] of {name}",
@@ -200,7 +203,8 @@ def _cycles(block: Block, arch: Arch) -> float:
     inputs, cols = block.stop - block.first, block.segment.stop - block.segment.start
     density = 1.0 if block.pattern is None else block.pattern.n / block.pattern.m
     pieces = -(-2 * inputs // arch.lane_depth)
-    return pieces * max(-(-inputs // pieces), -(-cols // arch.lanes) * max(arch.lanes, inputs * density / pieces), OVERHEAD if block.pattern else 0) + 4 * pieces
+    multiplied = -(-cols // arch.lanes) * max(arch.lanes, inputs * density / pieces)
+    return pieces * (4 + max(-(-inputs // pieces), multiplied, OVERHEAD if block.pattern else 0))
 
 
 def _matrix(op: Conv, block: Block, position: int) -> NDArray[np.int8]:
@@ -266,4 +270,6 @@ def is_non_negative(network: QuantNetwork, name: str) -> bool:
     op = next((op for op in network.ops if op.out == name), None)
     if isinstance(op, MaxPool):
         return is_non_negative(network, op.x)
-    return op is not None and op.norm is None and not hasattr(op, "heads") and op.table is not None and int(op.table.min()) >= 0
+    if op is None or isinstance(op, Attention) or op.norm is not None or op.table is None:
+        return False
+    return int(op.table.min()) >= 0

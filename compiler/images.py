@@ -1,15 +1,15 @@
 """Which grid of patches each image is stored in (`compiler.placement.PatchPlacement`).
 
 Tensors that one operator reads and writes row by row must lie alike; they form a class. A convolution may go from one grid to
-another, at the price of more fetches, or of a copy of its input in the grid of its output. The grids are chosen for the fewest cycles on a coarse model, class by class until
-nothing changes.
+another, at the price of more fetches, or of a copy of its input in the grid of its output. The grids are chosen for the
+fewest cycles on a coarse model, class by class until nothing changes.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from math import prod
 
 from compiler.ops import Attention, Conv, Linear, MaxPool, QuantNetwork
@@ -114,9 +114,9 @@ class _Cost:
         for op in network.ops:
             if isinstance(op, Conv | MaxPool):
                 for name in {classes[op.x], classes[op.out]}:
-                    self.at[name].append(lambda grids, op=op: self.windowed(op, grids))
+                    self.at[name].append(partial(self.windowed, op))
             elif isinstance(op, Linear):
-                self.at[classes[op.out]].append(lambda grids, op=op: self.linear(op, grids))
+                self.at[classes[op.out]].append(partial(self.linear, op))
         self.count, self.moved = cache(self._count), cache(self._moved)
 
     def around(self, name: str, grids: dict[str, Grid]) -> float:

@@ -434,7 +434,8 @@ class _Builder:
                 self.tensor(node, "int8", self.out_scale(node.name))
             elif isinstance(node, Pointwise):
                 self.pointwise(node)
-        inputs = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold) and node.name in self.tensors]
+        given = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold)]
+        inputs = [name for name in given if name in self.tensors]
         return ops.QuantNetwork(
             tensors=self.tensors,
             ops=tuple(self.ops),
@@ -635,7 +636,8 @@ class _Builder:
         mean = self.calibration.mean(node.inputs[0], "out").reshape(node.groups, inputs)[group]
         weight, requant = _weight_and_requant(
             Linear(name=node.name, shape=node.shape, source=node.source, weight=flat, bias=node.bias),
-            in_scale=self.tensors[x].scale, out_scale=grid, in_offset=0.0, mean=np.tile(mean, kernel[0] * kernel[1]), added=added - zero,
+            in_scale=self.tensors[x].scale, out_scale=grid, in_offset=0.0, mean=np.tile(mean, kernel[0] * kernel[1]),
+            added=added - zero,
         )  # fmt: skip
         self.image(x, node.size)
         self.image(node.name, node.out_size)

@@ -141,7 +141,7 @@ def _check_window(op: Conv | MaxPool, tensors: dict[str, QuantTensor]) -> None:
         image = tensor.image
         _require(
             op, image is not None and image[0] * image[1] == tensor.shape[1],
-            f"{role} ({tensor.name!r}) must be an image, its rows the pixels; it has the shape {tensor.shape} and the image {image}",
+            f"{role} ({tensor.name!r}) must be an image, its rows the pixels; it has shape {tensor.shape} and image {image}",
         )  # fmt: skip
     _require(op, tensors[op.x].shape[0] == tensors[op.out].shape[0], "x and output must have the same batch")
     window = op.window

@@ -22,12 +22,14 @@ def place_images(graph: Graph) -> Graph:
     for node in graph.nodes.values():
         if isinstance(node, View) and isinstance(x := graph.nodes[node.inputs[0]], Input) and _is_rows(node.layout, x.shape):
             node = Unfold(
-                name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin, out_size=x.shape[2:]
-            )
+                name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin,
+                out_size=(x.shape[2], x.shape[3]),
+            )  # fmt: skip
         elif isinstance(node, View) and node.name in graph.outputs and len(node.shape) == 4 and _is_image(node, graph):
             node = Fold(
-                name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin, size=node.shape[2:]
-            )
+                name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin,
+                size=(node.shape[2], node.shape[3]),
+            )  # fmt: skip
         elif isinstance(node, Convolution) and isinstance(x := nodes[node.inputs[0]], Unfold) and node.groups == 1:
             if len(users[x.name]) == 1 and x.shape[-1] <= FEW_CHANNELS:
                 node = _unfolded(node, x, nodes)
@@ -39,12 +41,12 @@ def _unfolded(node: Convolution, x: Unfold, nodes: dict[str, Node]) -> Linear:
     weight = node.weight.permute(0, 2, 3, 1).flatten(1)
     shape = (*node.shape[:2], weight.shape[1])
     nodes[x.name] = replace(
-        x, shape=shape, out_size=node.out_size, kernel=tuple(node.weight.shape[2:]), stride=node.stride, padding=node.padding,
+        x, shape=shape, out_size=node.out_size, kernel=(node.weight.shape[2], node.weight.shape[3]), stride=node.stride, padding=node.padding,
         dilation=node.dilation,
     )  # fmt: skip
     return Linear(
-        name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin, weight=weight, bias=node.bias,
-        pattern=None if node.pattern is None or node.weight.shape[1] % node.pattern.m else node.pattern, post=node.post,
+        name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin, weight=weight,
+        bias=node.bias, pattern=None if node.pattern is None or node.weight.shape[1] % node.pattern.m else node.pattern, post=node.post,
     )  # fmt: skip
 
 

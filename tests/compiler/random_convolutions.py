@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from algo.nm import NM
 from compiler.ops import Conv, LayerNorm, Linear, MaxPool, Op, QuantNetwork, QuantTensor, Requant, ResidualInput, Window
@@ -14,7 +13,8 @@ __all__ = ["random_convolutions"]
 
 
 def random_convolutions(seed: int, arch: Arch, *, ops: int = 4, max_size: int = 9, max_batch: int = 3) -> QuantNetwork:
-    """Images of any size; kernels, strides, paddings, dilations and groups of all kinds, every N:M class, residuals, tables, norms."""
+    """Images of any size; kernels, strides, paddings, dilations and groups of all kinds, every N:M class, residuals, tables,
+    norms."""
     return _Builder(np.random.default_rng(seed), arch, max_size, max_batch).network(ops)
 
 
@@ -111,8 +111,8 @@ class _Builder:
         if centred and post["table"] is None and cols <= self.arch.row_depth and self.rng.random() < 0.5:
             norm = self.norm(cols)
         conv = Conv(
-            name=f"conv{len(self.ops)}", x=x, weight=weight.reshape(cols, high, wide, -1), window=window, groups=groups, norm=norm,
-            pattern=pattern, requant=self.requant(cols, high * wide * inputs // groups), **post,  # type: ignore[arg-type]
+            name=f"conv{len(self.ops)}", x=x, weight=weight.reshape(cols, high, wide, -1), window=window, groups=groups,
+            norm=norm, pattern=pattern, requant=self.requant(cols, high * wide * inputs // groups), **post,  # type: ignore[arg-type]
         )  # fmt: skip
         self.ops.append(conv)
 
@@ -131,8 +131,3 @@ class _Builder:
         out = self.tensor(size, self.tensors[x].shape[2])
         self.positive.add(out)
         self.ops.append(MaxPool(name=f"pool{len(self.ops)}", x=x, out=out, window=window))
-
-
-def whole(values: NDArray[np.integer], image: tuple[int, int]) -> NDArray[np.integer]:
-    """(batch, pixels, channels) as (batch, channels, height, width)."""
-    return values.reshape(len(values), *image, -1).transpose(0, 3, 1, 2)

@@ -59,8 +59,8 @@ def test_every_pass_computes_the_same(kind, image):
     module, x = settled(kind()), torch.randn(2, 3, *image)
     with torch.no_grad():
         expected = module(x)
-    graph = trace(module, x)
-    for graph in (graph, *run_passes(graph)):
+    traced = trace(module, x)
+    for graph in (traced, *run_passes(traced)):
         (value,) = graph.run(x).values()
         assert torch.allclose(value.reshape(expected.shape), expected, atol=1e-4), graph.stage
 

@@ -24,7 +24,7 @@ def random_placement(rng, batch, image, arch):
     return PatchPlacement(batch, *image, arch.rows, arch.row_groups, grid)
 
 
-def seen(image, out, window, pixels):
+def seen(image, out, window):
     """Which pixel (from 1 on) each output pixel sees at each kernel position, 0 outside: by torch.unfold."""
     numbers = torch.arange(1.0, image[0] * image[1] + 1).reshape(1, 1, *image)
     pads = [
@@ -32,7 +32,8 @@ def seen(image, out, window, pixels):
         for p, n, s, k, d, size in zip(window.padding, out, window.stride, window.kernel, window.dilation, image)
     ]
     columns = F.unfold(F.pad(numbers, (*pads[1], *pads[0])), window.kernel, window.dilation, 0, window.stride)
-    high = [(size + sum(pad) - (k - 1) * d - 1) // s + 1 for size, pad, k, d, s in zip(image, pads, window.kernel, window.dilation, window.stride)]
+    sizes = zip(image, pads, window.kernel, window.dilation, window.stride)
+    high = [(size + sum(pad) - (k - 1) * d - 1) // s + 1 for size, pad, k, d, s in sizes]
     return columns.reshape(-1, *high)[:, : out[0], : out[1]].reshape(-1, out[0] * out[1]).long().numpy()
 
 
@@ -40,12 +41,11 @@ def seen(image, out, window, pixels):
 def test_fetches_bring_what_the_windows_see(seed):
     rng = np.random.default_rng(seed)
     arch = (PRESETS["tiny"], WIDE)[seed % 2]
-    image, out, batch = (tuple(rng.integers(1, 9, 2).tolist()) for _ in range(2)), None, int(rng.integers(1, 5))
-    image, out = image
+    (image, out), batch = (tuple(rng.integers(1, 9, 2).tolist()) for _ in range(2)), int(rng.integers(1, 5))
     kernel, stride, dilation, padding = (tuple(rng.integers(low, 4, 2).tolist()) for low in (1, 1, 1, 0))
     window = Window(kernel=kernel, stride=stride, padding=padding, dilation=dilation)
     source, target = (random_placement(rng, batch, size, arch) for size in (image, out))
-    expected = seen(image, out, window, None)
+    expected = seen(image, out, window)
     stored = np.full((source.tiles, arch.rows), -7)
     values = np.arange(batch)[:, None] * 1000 + np.arange(1, image[0] * image[1] + 1)
     stored.reshape(-1)[source.packed_rows()] = values
