@@ -152,6 +152,7 @@ def _mean(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
     weight = torch.full((channels, 1, high, wide), 1 / (high * wide))
     rows = importer.make(
         Convolution, node, (_rows(importer, node, x).name,), name=f"{node.name}.average", shape=(batch, 1, channels),
-        weight=weight, bias=None, size=(high, wide), out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=channels,
+        weight=weight, bias=None, size=(high, wide), out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1),
+        groups=channels,
     )  # fmt: skip
     return importer.view(node, rows, Layout.contiguous(rows.shape).reshape(tuple(node.meta["val"].shape)))

@@ -41,12 +41,13 @@ def _unfolded(node: Convolution, x: Unfold, nodes: dict[str, Node]) -> Linear:
     weight = node.weight.permute(0, 2, 3, 1).flatten(1)
     shape = (*node.shape[:2], weight.shape[1])
     nodes[x.name] = replace(
-        x, shape=shape, out_size=node.out_size, kernel=(node.weight.shape[2], node.weight.shape[3]), stride=node.stride, padding=node.padding,
-        dilation=node.dilation,
+        x, shape=shape, out_size=node.out_size, kernel=(node.weight.shape[2], node.weight.shape[3]), stride=node.stride,
+        padding=node.padding, dilation=node.dilation,
     )  # fmt: skip
     return Linear(
         name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin, weight=weight,
-        bias=node.bias, pattern=None if node.pattern is None or node.weight.shape[1] % node.pattern.m else node.pattern, post=node.post,
+        bias=node.bias, pattern=None if node.pattern is None or node.weight.shape[1] % node.pattern.m else node.pattern,
+        post=node.post,
     )  # fmt: skip
 
 

@@ -20,9 +20,9 @@ TINY, LARGE = PRESETS["tiny"], PRESETS["sta1024"]
 
 
 def conv(outputs, inputs, groups=1, kernel=(3, 3), pattern=None, **fields):
-    rng = np.random.default_rng(0)
+    weight = np.random.default_rng(0).integers(1, 127, (outputs, *kernel, inputs // groups)).astype(np.int8)
     return Conv(
-        name="conv", x="x", out="y", groups=groups, weight=rng.integers(1, 127, (outputs, *kernel, inputs // groups)).astype(np.int8),
+        name="conv", x="x", out="y", groups=groups, weight=weight,
         window=Window(kernel=kernel, padding=(1, 1)), pattern=pattern,
         requant=Requant(np.zeros(outputs, np.int32), np.ones(outputs, np.int16), np.ones(outputs, np.uint8)), **fields,
     )  # fmt: skip
