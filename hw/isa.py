@@ -162,8 +162,8 @@ FIELDS: tuple[Field, ...] = (
     Field("x_addr", 32, "weight positions: 4 * `lanes` bytes a word, contiguous"),
     Field("p_addr", 32, "column parameters, 8 bytes a column; TABLE: 256 bytes"),
     Field("r_addr", 32, "residual columns"),
-    Field("g_addr", 32, "LAYERNORM, RMSNORM: gamma and beta, 8 bytes a column, laid out as column parameters; else, of activations "
-                        "from memory: bit g set: row group g is zero"),
+    Field("g_addr", 32, "LAYERNORM, RMSNORM: gamma and beta, 8 bytes a column, laid out as column parameters; else, of "
+                        "activations from memory: bit g set: row group g is zero"),
     Field("o_addr", 32, "output"),
     Field("o_stride", 32, "STORE8T: bytes from one block of `lanes` columns to the next"),
     Field("o_skip", 6, "STORE8, STORE16: so many token rows at the start of each column keep their bytes in memory"),

@@ -3,7 +3,9 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["MASK_BIAS", "PARAM_DTYPE", "requantise", "residual_add", "residual_max", "round_shift", "saturate", "table_lookup", "wrap32"]
+__all__ = [
+    "MASK_BIAS", "PARAM_DTYPE", "requantise", "residual_add", "residual_max", "round_shift", "saturate", "table_lookup", "wrap32",
+]
 
 Int = NDArray[np.int64]
 

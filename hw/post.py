@@ -142,7 +142,8 @@ class Post(wiring.Component):
         m = Module()
         cmd, index, take, advance = self.cmd.payload, Signal(16), Signal(), Signal()
         # the enables of a column travel with it; residual is consumed one stage later than the sum
-        flags = data.StructLayout({"valid": 1, "psum_in": 1, "keep": 1, "add": 1, "larger": 1, "table": 1, "rows": 1, "by_row": 1})
+        names = ("valid", "psum_in", "keep", "add", "larger", "table", "rows", "by_row")
+        flags = data.StructLayout(dict.fromkeys(names, 1))
         stages = [Signal(flags, name=f"stage_{name}") for name in STAGES]
         enter = Signal(flags)
         keep_busy, inputs = Signal(), Signal()
