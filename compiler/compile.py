@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from algo.quantize import Method
 from compiler.exported import Exported, export, module_path, source_line
 from compiler.frontend import by_rows, import_whole
-from compiler.graph import CompileError, Graph
+from compiler.graph import CompileError, Fold, Graph, Unfold
 from compiler.host import HostOp, HostPart, host_part
 from compiler.lower import Lowered, lower
 from compiler.onnx_import import load_onnx
@@ -23,7 +23,7 @@ from compiler.partition import HostStage, Partition, Segment, check_arch, descri
 from compiler.partitioned import PartitionedProgram
 from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor, Program
-from compiler.quantise import quantise
+from compiler.quantise import quantise, stored_name
 from compiler.report import partition_rows
 from compiler.schedule import ORDERS, Order
 from hw.arch import Arch, get_arch
@@ -124,7 +124,10 @@ def compile_model(
         network,
         target,
         inputs=[_model_tensor(graph, network, name) for name in network.inputs],
-        outputs=[_model_tensor(graph, network, name) for name in network.outputs],
+        outputs=[
+            replace(_model_tensor(graph, network, name), shape=tuple(node.meta["val"].shape))
+            for name, node in zip(graph.outputs, exported.outputs, strict=True)
+        ],
         **options,
     )
 
@@ -178,7 +181,7 @@ def _compile_partition(
         stages.append(compile_network(
             network, target, **options,
             inputs=[
-                _model_tensor(stage.graph, network, name, stage.inputs[name].name + (".rows" if name in turned else ""))
+                _model_tensor(stage.graph, network, name, _outside(stage, name) + (".rows" if name in turned else ""))
                 for name in network.inputs
             ],
             outputs=[
@@ -197,6 +200,12 @@ def _compile_partition(
     if warning:
         warnings.warn(warning, stacklevel=4)
     return program
+
+
+def _outside(stage: Segment, name: str) -> str:
+    """The exported node that a network's input stands for."""
+    node = stage.graph.nodes[name]
+    return stage.inputs[node.inputs[0] if isinstance(node, Unfold) else name].name
 
 
 def _is_float(node: Any) -> bool:
@@ -359,10 +368,17 @@ def _silent(stage: str, done: int, total: int | None) -> None:
 def _model_tensor(graph: Graph, network: QuantNetwork, name: str, outside: str = "") -> ModelTensor:
     """An input or output as the model has it, by the name that it has outside: data are float32, masks have the dtype of
     the example."""
-    node, tensor = graph.nodes[name], network.tensors[name]
+    node, tensor = graph.nodes[name], network.tensors[stored_name(graph, name)]
+    image: tuple[int, ...] | None = None
+    if isinstance(node, Unfold):
+        image = (*node.out_size, *node.kernel, *node.stride, *node.padding, *node.dilation)
+        node = graph.nodes[node.inputs[0]]
+    elif isinstance(node, Fold):
+        image = node.size
     return ModelTensor(
-        name=outside or name,
-        tensor=name,
+        name=outside or node.name,
+        tensor=tensor.name,
+        image=image,
         shape=tuple(node.shape),
         dtype=str(getattr(node, "dtype", "torch.float32")),
         scale=tensor.scale,

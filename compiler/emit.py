@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algo.nm import NM
-from compiler.ops import Attention, LayerNorm, Linear, Pointwise, Requant
+from compiler.ops import Attention, Conv, LayerNorm, Linear, Pointwise, Requant
 from compiler.pack import check_pattern, pack_weights
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
@@ -26,7 +26,7 @@ from hw.isa_check import constant_alignment, k_limits
 from hw.numerics import PARAM_DTYPE
 from hw.row import norm_constants
 
-__all__ = ["Emitter", "Segment", "k_chunks", "mask_stride"]
+__all__ = ["IDENTITY", "Emitter", "Segment", "Stream", "k_chunks", "mask_stride", "requant_params"]
 
 MAX_COLS = (1 << 16) - 1
 NOTHING = {"source": Source.ZERO, "mult": 0, "shift": 1}
@@ -44,7 +44,7 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Stream:
+class Stream:
     """Packed weights of one segment and chunk of inputs (from `start` on) in the constants, as an instruction
     names them."""
 
@@ -78,6 +78,10 @@ class Emitter:
     def placement(self, name: str) -> RowPlacement:
         """Where the token rows of a tensor lie."""
         return self.tensors[name].placement(self.arch)
+
+    def tiles(self, name: str) -> int:
+        """Row tiles of a tensor in columns."""
+        return self.tensors[name].stored(self.arch).tiles
 
     def own_tile(self, name: str, batch: int, tile: int) -> int:
         """Number of row tile `tile` of a batch entry in a tensor of keys or values; also of its region."""
@@ -163,7 +167,7 @@ class Emitter:
         )
 
     def post(
-        self, op: Linear | Pointwise, tile: int, segment: Segment
+        self, op: Linear | Pointwise | Conv, tile: int, segment: Segment
     ) -> tuple[dict[str, int], dict[str, At], tuple[Region, ...], Region]:
         """Residual, table, norm and store of a segment: fields, addresses, regions read, region written."""
         fields, addresses, written = self.store(op.out, tile, segment)
@@ -194,7 +198,7 @@ class Emitter:
         }
         return fields, At(self.constants.add(_params(norm.beta, norm.gamma, norm.shift)))
 
-    def table(self, op: Linear | Pointwise) -> str | None:
+    def table(self, op: Linear | Pointwise | Conv) -> str | None:
         return None if op.table is None else self.constants.add(op.table)
 
     def segments(self, name: str, *, limit: int = MAX_COLS) -> list[Segment]:
@@ -255,13 +259,13 @@ class Emitter:
         segments = [
             (
                 segment,
-                At(self.constants.add(_requant_params(op.requant, segment))),
+                At(self.constants.add(requant_params(op.requant, segment))),
                 [self.pack(index, op, segment, chunk) for chunk in chunks],
             )
             for segment in self.segments(op.out, limit=limit)
         ]
         tasks = []
-        for tile in range(self.placement(op.x).tiles):
+        for tile in range(self.tiles(op.x)):
             tasks += [Task(tuple(self.linear_chain(index, op, tile, *segment))) for segment in segments]
             tasks += [Task((step,)) for step in self.spread(index, op.out, tile)]
         return tasks
@@ -285,7 +289,7 @@ class Emitter:
         tile: int,
         segment: Segment,
         p_addr: At,
-        streams: list[_Stream],
+        streams: list[Stream],
     ) -> list[Step]:
         """The TILEs of one row tile and segment: partial sums, and post-processing in the last."""
         steps, read = [], (op.x, tile)
@@ -312,18 +316,22 @@ class Emitter:
             )
         return steps
 
-    def pack(self, index: int, op: Linear, segment: Segment, chunk: tuple[int, int]) -> _Stream:
+    def pack(self, index: int, op: Linear, segment: Segment, chunk: tuple[int, int]) -> Stream:
         """Pack a block of a layer's weights and store it."""
         block = op.weight[segment.start : segment.stop, chunk[0] : chunk[1]]
+        return self.pack_block(index, op, block, op.pattern, chunk[0])
+
+    def pack_block(self, index: int, op: Linear | Conv, block: NDArray[np.int8], pattern: NM | None, start: int) -> Stream:
+        """Pack weights (columns, inputs from `start` on) and store them."""
         format = None if self.arch.sparse else Format.DENSE
-        packed = pack_weights(block, op.pattern, lanes=self.arch.lanes, layer=describe(op), format=format)
+        packed = pack_weights(block, pattern, lanes=self.arch.lanes, layer=describe(op), format=format)
         addresses = {"w_addr": At(self.constants.add(packed.values))}
         if packed.format != Format.DENSE:
             addresses["x_addr"] = At(self.constants.add(packed.positions))
         size, name = self.weights.get(index, (0, packed.format.name))
         self.weights[index] = (size + packed.nbytes, name)
-        return _Stream(
-            start=chunk[0],
+        return Stream(
+            start=start,
             fields={
                 "k": packed.k,
                 "format": packed.format,
@@ -337,7 +345,7 @@ class Emitter:
     def pointwise(self, index: int, op: Pointwise) -> list[Task]:
         """One TILE for each row tile and segment of columns."""
         table, steps = self.table(op), []
-        for tile in range(self.placement(op.out).tiles):
+        for tile in range(self.tiles(op.out)):
             for segment in self.segments(op.out):
                 fields, addresses, reads, written = self.post(op, tile, segment)
                 fields |= {**NOTHING, "cols": segment.stop - segment.start}
@@ -406,6 +414,6 @@ def _params(bias: NDArray[np.int32], mult: NDArray[np.int16], shift: NDArray[np.
     return params
 
 
-def _requant_params(requant: Requant, segment: Segment) -> NDArray[np.void]:
+def requant_params(requant: Requant, segment: Segment) -> NDArray[np.void]:
     part = slice(segment.start, segment.stop)
     return _params(requant.bias[part], requant.mult[part], requant.shift[part])

@@ -662,3 +662,6 @@ def _function(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return importer.make(
         Activation, node, (x.name,), function=Function(label, lambda value: target(value, **parameters))
     )
+
+
+import compiler.image_imports  # noqa: E402, F401  registers its imports, and needs the functions above

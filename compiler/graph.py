@@ -25,6 +25,8 @@ __all__ = [
     "Attention",
     "CompileError",
     "Constant",
+    "Convolution",
+    "Fold",
     "Function",
     "Graph",
     "Input",
@@ -32,6 +34,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MatMul",
+    "MaxPool",
     "Node",
     "Norm",
     "Operand",
@@ -41,6 +44,7 @@ __all__ = [
     "Scale",
     "ScaledDotProduct",
     "Softmax",
+    "Unfold",
     "View",
 ]
 
@@ -236,6 +240,89 @@ class Linear(Node):
     def product(self, x: Tensor) -> Tensor:
         """Before the post-processing."""
         return F.linear(x, self.weight, self.bias)
+
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Convolution(Node):
+    """``post(convolution of x + bias)`` of an image as rows of pixels (batch, pixels, channels); inputs x [, residual].
+
+    weight float32 (out, in / groups, kernel height, kernel width), N:M along the second axis if ``pattern``; ``size`` and
+    ``out_size``: (height, width) of x and of the result.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    size: Pair
+    out_size: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int = 1
+    pattern: NM | None = None
+    post: Post = Post()
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.post.apply(self.product(operands[0]), *operands[1:])
+
+    def product(self, x: Tensor) -> Tensor:
+        """Before the post-processing."""
+        image = x.transpose(1, 2).unflatten(2, self.size)
+        result = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return result.flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaxPool(Node):
+    """The largest value of each window of an image (batch, pixels, channels), channel by channel."""
+
+    size: Pair
+    out_size: Pair
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        image = F.pad(operands[0].transpose(1, 2).unflatten(2, self.size), self._around(), value=-torch.inf)
+        result = F.max_pool2d(image, self.kernel, self.stride, 0, self.dilation)
+        return result.flatten(2).transpose(1, 2)
+
+    def _around(self) -> tuple[int, ...]:
+        """Pixels to the left, to the right, above and below the image that the windows see."""
+        ends = [
+            (self.out_size[i] - 1) * self.stride[i] + (self.kernel[i] - 1) * self.dilation[i] + 1 - self.padding[i] - self.size[i]
+            for i in range(2)
+        ]
+        return self.padding[1], ends[1], self.padding[0], ends[0]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Unfold(Node):
+    """An input image (batch, channels, height, width) as rows (batch, pixels of ``out_size``, kernel height * kernel width *
+    channels), which the host writes: its pixels themselves, or the windows that a convolution sees."""
+
+    out_size: Pair
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        rows = F.unfold(operands[0], self.kernel, self.dilation, self.padding, self.stride)
+        return rows.unflatten(1, (operands[0].shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fold(Node):
+    """An output (batch, pixels, channels) as the image (batch, channels, height, width), which the host reads."""
+
+    size: Pair
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0].transpose(1, 2).unflatten(2, self.size)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

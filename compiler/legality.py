@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import torch
+
 from compiler.graph import (
     Activation,
     Add,
@@ -16,24 +18,29 @@ from compiler.graph import (
     Attention,
     CompileError,
     Constant,
+    Convolution,
+    Fold,
     Graph,
     Input,
     KeyMask,
     LayerNorm,
     Linear,
     MatMul,
+    MaxPool,
     Node,
     Pointwise,
     Problem,
     Scale,
     ScaledDotProduct,
     Softmax,
+    Unfold,
     View,
 )
 
 __all__ = ["LEGAL", "check", "describe", "problem"]
 
-_PLAIN = {Input, KeyMask, Linear, Add, LayerNorm, Activation, Scale}
+_PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, LayerNorm, Activation, Scale}
+_HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
 
 LEGAL: dict[str, frozenset[type[Node]]] = {
@@ -49,9 +56,10 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "sink_views": {*_PLAIN, *_ATTENTION, View},
         "split_linears": {*_PLAIN, *_ATTENTION, View},
         "match_heads": {*_PLAIN, Attention, View},
-        "drop_views": {*_PLAIN, Attention},
-        "fold_scales": {*_PLAIN, Attention} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Attention, Pointwise},
+        "drop_views": {*_PLAIN, Attention, View},
+        "place_images": {*_PLAIN, *_HOST, Attention},
+        "fold_scales": {*_PLAIN, *_HOST, Attention} - {Scale},
+        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise},
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -173,10 +181,23 @@ def _rows_of_channels(graph: Graph) -> Iterator[Problem]:
     if graph.stage != "fuse":
         return
     for node in graph.nodes.values():
-        if not isinstance(node, Input | KeyMask) and len(node.shape) not in (2, 3):
+        if not isinstance(node, Input | KeyMask | Fold) and len(node.shape) not in (2, 3):
             yield problem(graph, node, "tensors must be (rows, channels) or (batch, rows, channels)")
-        if isinstance(node, Linear | Pointwise) and (len(node.inputs) == 2) != node.post.residual:
+        if isinstance(node, Linear | Convolution | Pointwise) and (len(node.inputs) == 2) != node.post.residual:
             yield problem(graph, node, "a residual is the second operand")
+
+
+def _pools_of_no_negatives(graph: Graph) -> Iterator[Problem]:
+    """Max pooling takes what is outside an image, or its patch, for 0."""
+    if graph.stage != "fuse":
+        return
+    for node in graph.nodes.values():
+        x = node
+        while isinstance(x, MaxPool):
+            x = graph.nodes[x.inputs[0]]
+        function = x.post.function if isinstance(x, Linear | Convolution | Pointwise) and x.post.norm is None else None
+        if isinstance(node, MaxPool) and (function is None or bool((function.apply(torch.linspace(-64, 64, 1025)) < 0).any())):
+            yield problem(graph, node, "max pooling needs values that are not negative, such as those after a ReLU")
 
 
 def _positive_scales(graph: Graph) -> Iterator[Problem]:
@@ -193,6 +214,7 @@ RULES: tuple[Callable[[Graph], Iterator[Problem]], ...] = (
     _masks_only_mask,
     _masks_are_no_data,
     _rows_of_channels,
+    _pools_of_no_negatives,
     _positive_scales,
 )
 """What must hold; the first rule that is broken is reported."""

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
-from compiler.ops import Attention, Linear, Op, QuantNetwork
+from compiler.emit_convolution import emit_convolution, emit_max_pool
+from compiler.images import choose_grids
+from compiler.ops import Attention, Conv, Linear, MaxPool, Op, QuantNetwork
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -113,6 +115,10 @@ def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
     op = network.ops[index]
     if isinstance(op, Attention):
         return emit_attention(emitter, index, op)
+    if isinstance(op, Conv):
+        return emit_convolution(emitter, index, op, network)
+    if isinstance(op, MaxPool):
+        return emit_max_pool(emitter, index, op, network)
     return emitter.linear(index, op) if isinstance(op, Linear) else emitter.pointwise(index, op)
 
 
@@ -162,6 +168,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
         if not isinstance(op, Attention) and op.residual is not None:
             plain.add(op.residual.tensor)
     producers = {op.out: op for op in network.ops}
+    patches = choose_grids(network, arch)
     infos = {}
     for name, tensor in network.tensors.items():
         heads = value_heads.get(name, set())
@@ -184,12 +191,13 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             written=-1,
             last_use=-1,
             kept=True,
+            patches=patches.get(name),
         )
     return infos
 
 
 def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
-    if isinstance(op, Attention):
+    if isinstance(op, Attention | Conv | MaxPool):
         return False
     if head_dim % arch.lanes == 0:
         return True
@@ -287,6 +295,14 @@ def _operator_info(
         pattern = "dense" if weight_format == Format.DENSE.name else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
         macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, Conv):
+        kind, shape = "convolution", (batch * rows, op.weight[0].size, channels)
+        weight_bytes, weight_format = emitter.weights[index]
+        pattern = "dense" if op.pattern is None else str(op.pattern)
+        density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
+        macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, MaxPool):
+        kind, shape, macs = "pooling", (batch * rows, channels, channels), 0
     elif isinstance(op, Attention):
         kind = "attention"
         shape = (batch * op.heads * rows, tensors[op.k].shape[1], channels // op.heads)
@@ -302,7 +318,7 @@ def _operator_info(
         shape=shape,
         macs=macs,
         effective_macs=macs * density,
-        weight_bytes_dense=op.weight.size if isinstance(op, Linear) else 0,
+        weight_bytes_dense=op.weight.size if isinstance(op, Linear | Conv) else 0,
         weight_bytes=weight_bytes,
         weight_format=weight_format.lower(),
         spans=_spans([i for i, step in enumerate(steps) if step.op == index]),

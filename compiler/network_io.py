@@ -11,21 +11,26 @@ from numpy.typing import NDArray
 from algo.nm import NM
 from compiler.ops import (
     Attention,
+    Conv,
     LayerNorm,
     Linear,
+    MaxPool,
     Pointwise,
     QuantNetwork,
     QuantTensor,
     Requant,
     ResidualInput,
     ScoreBias,
+    Window,
 )
 
 __all__ = ["network_from_bytes", "network_to_bytes"]
 
 _TYPES = {
     kind.__name__: kind
-    for kind in (Attention, LayerNorm, Linear, Pointwise, QuantTensor, Requant, ResidualInput, ScoreBias)
+    for kind in (
+        Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, QuantTensor, Requant, ResidualInput, ScoreBias, Window,
+    )  # fmt: skip
 }
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")
 

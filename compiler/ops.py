@@ -7,7 +7,7 @@ tiles, addresses or packing.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from algo.nm import NM
 
 __all__ = [
-    "Attention", "LayerNorm", "Linear", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant", "ResidualInput", "ScoreBias",
+    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant",
+    "ResidualInput", "ScoreBias", "Window",
 ]
 
 TensorDtype = Literal["int8", "int16", "keymask"]
@@ -26,12 +27,35 @@ class QuantTensor:
     """A named tensor of shape (batch, rows, channels): real value = scale * integer.
 
     dtype ``"keymask"`` is an input of shape (batch, 1, keys), 1 for a key that takes part and 0 for a masked one (scale 1).
+    image: (height, width) if the rows are the pixels of an image, line by line.
     """
 
     name: str
     shape: tuple[int, int, int]
     dtype: TensorDtype
     scale: float
+    image: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Which pixels of an image a convolution or pooling sees, (vertical, horizontal). padding: lines above and columns to the
+    left of the image; below and to the right, as many as the output needs."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def sources(self, image: tuple[int, int], out: tuple[int, int]) -> NDArray[np.int64]:
+        """(kernel positions, pixels of `out`): the pixel of `image` that each sees there, -1 for one outside."""
+        y, x = (
+            np.arange(self.kernel[i])[:, None] * self.dilation[i] + np.arange(out[i]) * self.stride[i] - self.padding[i]
+            for i in range(2)
+        )
+        pixel = y[:, None, :, None] * image[1] + x[None, :, None, :]
+        inside = ((y >= 0) & (y < image[0]))[:, None, :, None] & ((x >= 0) & (x < image[1]))[None, :, None, :]
+        return np.where(inside, pixel, -1).reshape(self.kernel[0] * self.kernel[1], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +166,44 @@ class Pointwise:
     source: str = ""
 
 
-Op = Linear | Attention | Pointwise
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv:
+    """``out = post(convolution of x)``; x int8 (batch, pixels, in) and out are images. Pixels outside the image are 0.
+
+    weight int8 (out, kernel height, kernel width, in / groups), N:M along the last axis if `pattern`; channels of x and out are
+    cut into `groups` that do not see each other. post: as for `Linear`.
+    """
+
+    name: str
+    x: str
+    out: str
+    weight: NDArray[np.int8]
+    window: Window
+    groups: int = 1
+    pattern: NM | None = None
+    requant: Requant
+    residual: ResidualInput | None = None
+    table: NDArray[np.int8] | None = None
+    norm: LayerNorm | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaxPool:
+    """The largest value of each window, channel by channel; x and out are int8 images of one scale. Pixels outside the image do
+    not count; see `compiler.emit_convolution.max_pool` for what x must be if there are any."""
+
+    name: str
+    x: str
+    out: str
+    window: Window
+    source: str = ""
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+Op = Linear | Attention | Pointwise | Conv | MaxPool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

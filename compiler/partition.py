@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 PRODUCTS = frozenset({
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
-    aten.scaled_dot_product_attention.default,
+    aten.scaled_dot_product_attention.default, aten.conv2d.default,
 })  # fmt: skip
 """Operators for which the accelerator exists."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Piece", "RowPlacement"]
+__all__ = ["PatchPlacement", "Piece", "Placement", "RowPlacement"]
 
 
 @dataclass(frozen=True)
@@ -100,3 +100,61 @@ class RowPlacement:
         """Place of each row of a batch entry that has all its tiles in a row (keys, values): (length,), in 0..span."""
         rows = np.arange(self.length)
         return rows + np.where(rows >= self.whole * self.rows, self.shift(batch), 0)
+
+
+@dataclass(frozen=True)
+class PatchPlacement:
+    """Placement of `batch` images of (height, width) pixels: an image is cut into a grid of patches, a row group of a tile
+    holds the same pixel of each patch, a tile one pixel of all patches.
+
+    So the neighbour of every pixel of a tile is in the tile of the neighbouring pixel, in the same row; for pixels at the edge
+    of their patches it is in the tile of the opposite edge, a fixed number of row groups further. A convolution then
+    reads whole tiles, turned by that number (`a_rotate`), and nothing is ever copied. The grid's patches need not divide the
+    image: what is outside it is not used. Several images share a tile, as many as fit.
+
+    Row groups are `groups` parts of the `rows` token rows of a tile (`Arch.row_groups`); the rows of one belong to different
+    images.
+    """
+
+    batch: int
+    height: int
+    width: int
+    rows: int
+    groups: int
+    grid: tuple[int, int]  #: patches from top to bottom and from left to right
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Pixels of a patch, vertical and horizontal."""
+        return -(-self.height // self.grid[0]), -(-self.width // self.grid[1])
+
+    @property
+    def together(self) -> int:
+        """Images that share a tile."""
+        return self.groups // (self.grid[0] * self.grid[1]) * (self.rows // self.groups)
+
+    @property
+    def tiles(self) -> int:
+        """Row tiles of the tensor."""
+        return -(-self.batch // self.together) * self.patch[0] * self.patch[1]
+
+    @property
+    def length(self) -> int:
+        """Pixels of an image."""
+        return self.height * self.width
+
+    @property
+    def share(self) -> int:
+        """Batch entries whose rows share tiles."""
+        return min(self.batch, self.together)
+
+    def packed_rows(self) -> NDArray[np.int64]:
+        """Row of the packed tensor, tiles one after the other, of each pixel: (batch, height * width)."""
+        (high, wide), depth = self.patch, self.rows // self.groups
+        image, y, x = np.ogrid[: self.batch, : self.height, : self.width]
+        tile = (image // self.together * high + y % high) * wide + x % wide
+        group = (image % self.together // depth * self.grid[0] + y // high) * self.grid[1] + x // wide
+        return (tile * self.rows + group * depth + image % depth).reshape(self.batch, -1).astype(np.int64)
+
+
+Placement = RowPlacement | PatchPlacement

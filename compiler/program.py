@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from compiler.network_io import network_from_bytes, network_to_bytes
 from compiler.ops import QuantNetwork
-from compiler.placement import RowPlacement
+from compiler.placement import PatchPlacement, Placement, RowPlacement
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Instruction
 from hw.numerics import MASK_BIAS, PARAM_DTYPE
@@ -52,15 +52,15 @@ __all__ = [
     "zip_bytes",
 ]
 
-FORMAT_VERSION = 2
-"""Of the file: 2 packs the last row tiles of several sequences. A reader refuses other versions."""
+FORMAT_VERSION = 3
+"""Of the file: 3 has convolutions. A reader refuses other versions."""
 
 KIND = "nmforge program"
 _MEMBERS = ("code.bin", "weights.bin", "network.json", "network.bin")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 Layout = Literal["columns", "keys", "transposed", "keymask"]
-Kind = Literal["linear", "attention", "pointwise"]
+Kind = Literal["linear", "attention", "pointwise", "convolution", "pooling"]
 
 
 class ProgramFileError(ValueError):
@@ -75,7 +75,8 @@ class TensorInfo:
     as the parameter tables that `Program.memory_image` makes of them (address 0, no bytes). `heads` is 1
     except for transposed tensors. `of` names the network's tensor: a copy in a second layout has a name of
     its own. The tensor is complete in memory after instruction `written` (-1: the host wrote it), and stays
-    to the end if `kept`, else at least until instruction `last_use` has completed.
+    to the end if `kept`, else at least until instruction `last_use` has completed. `patches`: (height, width, patches from top
+    to bottom, from left to right) of an image in patches (`compiler.placement.PatchPlacement`).
     """
 
     name: str
@@ -89,17 +90,26 @@ class TensorInfo:
     written: int
     last_use: int
     kept: bool
+    patches: tuple[int, int, int, int] | None = None
 
     def placement(self, arch: Arch) -> RowPlacement:
-        """Where its token rows lie."""
+        """Where its token rows lie; for images that are not stored in patches."""
         return RowPlacement(self.shape[0], self.shape[1], arch.rows)
+
+    def stored(self, arch: Arch) -> Placement:
+        """Where its token rows lie, in layout "columns"."""
+        if self.patches is None:
+            return self.placement(arch)
+        height, width, *grid = self.patches
+        return PatchPlacement(self.shape[0], height, width, arch.rows, arch.row_groups, (grid[0], grid[1]))
 
     def grid(self, arch: Arch) -> tuple[int, ...]:
         """Shape of the stored array."""
         batch, _, channels = self.shape
         place = self.placement(arch)
         if self.layout in ("columns", "keys"):
-            return place.tiles if self.layout == "columns" else batch * place.own_tiles, channels, arch.rows
+            tiles = self.stored(arch).tiles if self.layout == "columns" else batch * place.own_tiles
+            return tiles, channels, arch.rows
         if self.layout == "transposed":
             blocks = -(-channels // self.heads // arch.lanes)
             return batch, self.heads, blocks, place.own_tiles * arch.rows, arch.lanes
@@ -142,7 +152,7 @@ class TensorInfo:
         """Stored row of each row: (batch, length)."""
         place = self.placement(arch)
         if self.layout == "columns":
-            return place.packed_rows()
+            return self.stored(arch).packed_rows()
         size = place.own_tiles * arch.rows
         return np.stack([batch * size + place.own_rows(batch) for batch in range(place.batch)])
 
@@ -192,6 +202,10 @@ class ModelTensor:
     An activation is ``round(value / scale)`` clipped to the tensor's dtype, reshaped to (batch, rows,
     channels); of a keymask (kind), True or 1 marks a key that takes part, or with ``inverted`` one that does
     not (torch's key_padding_mask).
+
+    An activation with an `image` is (batch, channels, height, width) in the model, and rows of channels in the network. image: of
+    an output (height, width); of an input (height, width) of the windows that become rows, then kernel, stride, padding and
+    dilation, (vertical, horizontal) each; columns are in the order (kernel line, kernel column, channel).
     """
 
     name: str
@@ -201,6 +215,7 @@ class ModelTensor:
     scale: float
     kind: Literal["activation", "keymask"] = "activation"
     inverted: bool = False
+    image: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

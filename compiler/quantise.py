@@ -26,18 +26,22 @@ from compiler import ops
 from compiler.graph import (
     Attention,
     CompileError,
+    Convolution,
+    Fold,
     Function,
     Graph,
     Input,
     KeyMask,
     Linear,
+    MaxPool,
     Node,
     Norm,
     Pointwise,
+    Unfold,
 )
 from compiler.passes import optimise
 
-__all__ = ["Calibration", "activation_table", "calibrate", "norm_parameters", "quantise", "resize", "score_bias"]
+__all__ = ["Calibration", "activation_table", "calibrate", "norm_parameters", "quantise", "resize", "score_bias", "stored_name"]
 
 Progress = Callable[[int, "int | None"], None]
 """Called after each calibration batch with the batches done and the number of batches, if known."""
@@ -220,8 +224,8 @@ def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibra
         return values[keep] if masked and fits else values
 
     def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
-        if isinstance(node, Linear | Pointwise) and not node.post.is_empty:
-            x = node.product(operands[0]) if isinstance(node, Linear) else operands[0]
+        if isinstance(node, Linear | Convolution | Pointwise) and not node.post.is_empty:
+            x = node.product(operands[0]) if isinstance(node, Linear | Convolution) else operands[0]
             calibration.update(node.name, "product", seen(x), watched=False)
             for stage, result in node.post.stages(x, *operands[1:]):
                 watched = node.post.function is not None and stage in ("sum", "function")
@@ -331,7 +335,7 @@ def _weight_and_requant(
 
     The bias also takes up what costs nothing there: ``in_offset`` (in,), the value at 0 of the input's
     channels; ``added`` (out,), what the residual and the output grid want added; and what rounding the weight
-    does to the ``mean`` (in,) of the input.
+    does to the ``mean`` of the input, (in,) or, where outputs see different inputs, (out, in).
     """
     what = node.source or node.name
     try:
@@ -344,8 +348,8 @@ def _weight_and_requant(
     weight, real = quantised.numpy(), scales.double().numpy()
     bias = (
         bias
-        + node.weight.detach().double().numpy() @ mean
-        - (weight * real[:, None]) @ (mean - in_offset)
+        + _sums(node.weight.detach().double().numpy(), mean)
+        - _sums(weight * real[:, None], mean - in_offset)
         + added
     )
     # The bias needs room in the int32 sum, next to the products; a channel without weights takes its scale
@@ -368,6 +372,16 @@ def _weight_and_requant(
         shift=shift.astype(np.uint8),
     )
     return np.ascontiguousarray(weight), requant
+
+
+def _sums(weight: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    return weight @ mean if mean.ndim == 1 else (weight * mean).sum(1)
+
+
+def stored_name(graph: Graph, name: str) -> str:
+    """The node behind an output that the host only rearranges."""
+    node = graph.nodes[name]
+    return node.inputs[0] if isinstance(node, Fold) else name
 
 
 def score_bias(bias: Tensor) -> ops.ScoreBias:
@@ -396,13 +410,14 @@ class _Builder:
         self.ops: list[ops.Op] = []
         self.meta: dict[str, str] = {}
         self.users = graph.users()
+        self.outputs = tuple(stored_name(graph, name) for name in graph.outputs)
         self.narrow: dict[str, str] = {}  # 16-bit tensor -> its 8-bit version
         self.offsets: dict[str, NDArray[np.float64]] = {}  # value at 0 of the channels, where it is not 0
 
     def network(self) -> ops.QuantNetwork:
         for node in self.graph.nodes.values():
             if isinstance(node, Input) and not any(
-                isinstance(user, KeyMask) for user in self.users[node.name]
+                isinstance(user, KeyMask | Unfold) for user in self.users[node.name]
             ):
                 self.input(node)
             elif isinstance(node, KeyMask):
@@ -411,14 +426,21 @@ class _Builder:
                 self.attention(node)
             elif isinstance(node, Linear):
                 self.linear(node)
+            elif isinstance(node, Convolution):
+                self.convolution(node)
+            elif isinstance(node, MaxPool):
+                self.max_pool(node)
+            elif isinstance(node, Unfold):
+                self.tensor(node, "int8", self.out_scale(node.name))
             elif isinstance(node, Pointwise):
                 self.pointwise(node)
-        inputs = [node.name for node in self.graph.inputs if node.name in self.tensors]
+        given = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold)]
+        inputs = [name for name in given if name in self.tensors]
         return ops.QuantNetwork(
             tensors=self.tensors,
             ops=tuple(self.ops),
             inputs=tuple(inputs),
-            outputs=self.graph.outputs,
+            outputs=self.outputs,
             meta=self.meta,
         )
 
@@ -441,31 +463,31 @@ class _Builder:
     @staticmethod
     def multiplies(user: Node, name: str) -> bool:
         """Whether an operator multiplies a tensor, rather than adding it to something."""
-        return isinstance(user, Linear) and user.inputs[0] == name
+        return isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name
 
     def needs8(self, name: str) -> bool:
         """Whether some operator multiplies the tensor."""
         return any(
-            (isinstance(user, Linear) and user.inputs[0] == name)
+            (isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name)
             or (isinstance(user, Attention) and name in user.inputs[:3])
             for user in self.users[name]
         )
 
     def is_wide(self, node: Node) -> bool:
         """Whether a result is kept in 16 bits."""
-        if not isinstance(node, Linear | Pointwise) or node.post.function is not None:
+        if not isinstance(node, Linear | Convolution | Pointwise) or node.post.function is not None:
             return False
         read = self.users[node.name]
         if self.wide and node.name in self.graph.outputs:
             return True
         if node.post.norm is not None:
             added = any(
-                isinstance(user, Linear | Pointwise) and node.name in user.inputs[1:] for user in read
+                isinstance(user, Linear | Convolution | Pointwise) and node.name in user.inputs[1:] for user in read
             )
             return self.residual_bits == 16 and added
         if node.post.residual:
             return True
-        return bool(read) and not self.needs8(node.name) and node.name not in self.graph.outputs
+        return bool(read) and not self.needs8(node.name) and node.name not in self.outputs
 
     def operand8(self, name: str) -> str:
         """The tensor, or its 8-bit version."""
@@ -489,7 +511,7 @@ class _Builder:
             self.narrow[name] = small.name
         return self.narrow[name]
 
-    def out(self, node: Linear | Pointwise) -> ops.QuantTensor:
+    def out(self, node: Linear | Convolution | Pointwise) -> ops.QuantTensor:
         """The result's tensor."""
         wide = self.is_wide(node)
         if node.post.norm is not None and self.may_shift(node):
@@ -511,7 +533,7 @@ class _Builder:
         read = self.users[node.name]
         return (
             bool(read)
-            and node.name not in self.graph.outputs
+            and node.name not in self.outputs
             and all(isinstance(user, Linear) for user in read)
         )
 
@@ -531,7 +553,7 @@ class _Builder:
                 coarser.append(1.001 * np.sqrt(SCORE_FLOOR / (q * k * user.scale * LOG2E_256)))
         return scale * max(coarser)
 
-    def peak(self, node: Linear | Pointwise, stage: str) -> float:
+    def peak(self, node: Linear | Convolution | Pointwise, stage: str) -> float:
         """Largest magnitude of a value, and of what is added up to it."""
         found = [self.calibration.peak(node.name, stage)]
         if stage == "sum" or node.post.norm is None:
@@ -551,7 +573,7 @@ class _Builder:
 
     # -- operators -------------------------------------------------------------------------------------------
 
-    def post(self, node: Linear | Pointwise, residual: str | None) -> tuple[float, float, dict[str, Any]]:
+    def post(self, node: Linear | Convolution | Pointwise, residual: str | None) -> tuple[float, float, dict[str, Any]]:
         """Scale and offset of the sum's grid, and the fields of the post-processing."""
         out, post = self.out(node), node.post
         offset = self.offsets.get(node.name, np.zeros(1))
@@ -600,6 +622,44 @@ class _Builder:
             mean=self.calibration.mean(node.inputs[0], "out"), added=added - zero,
         )  # fmt: skip
         self.ops.append(ops.Linear(x=x, weight=weight, pattern=node.pattern, requant=requant, **fields))
+
+    def convolution(self, node: Convolution) -> None:
+        """As a Linear layer of each window; the weight with the channels last, as it is stored."""
+        x = self.operand8(node.inputs[0])
+        if x in self.offsets:
+            raise CompileError(f"{node.source or node.name}: the input of a convolution has an offset")
+        grid, zero, fields = self.post(node, node.inputs[1] if node.post.residual else None)
+        added = self.offsets.get(node.inputs[1], 0.0) if node.post.residual else 0.0
+        outputs, inputs, *kernel = node.weight.shape
+        flat = node.weight.permute(0, 2, 3, 1).flatten(1)
+        group = np.arange(outputs) // (outputs // node.groups)
+        mean = self.calibration.mean(node.inputs[0], "out").reshape(node.groups, inputs)[group]
+        weight, requant = _weight_and_requant(
+            Linear(name=node.name, shape=node.shape, source=node.source, weight=flat, bias=node.bias),
+            in_scale=self.tensors[x].scale, out_scale=grid, in_offset=0.0, mean=np.tile(mean, kernel[0] * kernel[1]),
+            added=added - zero,
+        )  # fmt: skip
+        self.image(x, node.size)
+        self.image(node.name, node.out_size)
+        window = ops.Window(
+            kernel=(kernel[0], kernel[1]), stride=node.stride, padding=node.padding, dilation=node.dilation
+        )  # fmt: skip
+        self.ops.append(ops.Conv(
+            x=x, weight=weight.reshape(outputs, *kernel, inputs), window=window, groups=node.groups, pattern=node.pattern,
+            requant=requant, **fields,
+        ))  # fmt: skip
+
+    def max_pool(self, node: MaxPool) -> None:
+        x = self.operand8(node.inputs[0])
+        self.tensor(node, "int8", self.tensors[x].scale)
+        self.image(x, node.size)
+        self.image(node.name, node.out_size)
+        window = ops.Window(kernel=node.kernel, stride=node.stride, padding=node.padding, dilation=node.dilation)
+        self.ops.append(ops.MaxPool(name=node.name, x=x, out=node.name, window=window, source=node.source))
+
+    def image(self, name: str, size: tuple[int, int]) -> None:
+        """Say that the rows of a tensor are the pixels of an image."""
+        self.tensors[name] = replace(self.tensors[name], image=size)
 
     def pointwise(self, node: Pointwise) -> None:
         """One operand: by the residual path if it has 16 bits. Two: the one with 16 bits is the residual."""

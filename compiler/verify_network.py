@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.graph import CompileError
-from compiler.ops import Attention, LayerNorm, Linear, Op, Pointwise, QuantNetwork, QuantTensor
+from compiler.ops import Attention, Conv, LayerNorm, Linear, MaxPool, Op, Pointwise, QuantNetwork, QuantTensor
 from hw.arch import Arch
 
 __all__ = ["LoweringError", "check_network", "describe"]
@@ -79,7 +79,14 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
         return
     if op.x is not None:
         _dtype(op, "x", tensors[op.x], "int8")
-    if isinstance(op, Linear):
+    if isinstance(op, Conv | MaxPool):
+        _check_window(op, tensors)
+    if isinstance(op, Conv):
+        _check_conv(op, tensors)
+    elif isinstance(op, MaxPool):
+        _require(op, tensors[op.x].dtype == out.dtype == "int8", "x and output must be int8")
+        _require(op, tensors[op.x].shape[2] == out.shape[2], "x and output must have the same channels")
+    elif isinstance(op, Linear):
         _check_linear(op, tensors)
     else:
         _require(
@@ -129,7 +136,34 @@ def _check_linear(op: Linear, tensors: dict[str, QuantTensor]) -> None:
     _parameters(op, "requant", cols, bias=requant.bias, mult=requant.mult, shift=requant.shift)
 
 
-def _check_norm(op: Linear | Pointwise, norm: LayerNorm, cols: int) -> None:
+def _check_window(op: Conv | MaxPool, tensors: dict[str, QuantTensor]) -> None:
+    for role, tensor in (("x", tensors[op.x]), ("output", tensors[op.out])):
+        image = tensor.image
+        _require(
+            op, image is not None and image[0] * image[1] == tensor.shape[1],
+            f"{role} ({tensor.name!r}) must be an image, its rows the pixels; it has shape {tensor.shape} and image {image}",
+        )  # fmt: skip
+    _require(op, tensors[op.x].shape[0] == tensors[op.out].shape[0], "x and output must have the same batch")
+    window = op.window
+    small = min(*window.kernel, *window.stride, *window.dilation) < 1 or min(window.padding) < 0
+    _require(op, not small, f"kernel, stride, dilation must be >= 1, padding >= 0: {window}")
+
+
+def _check_conv(op: Conv, tensors: dict[str, QuantTensor]) -> None:
+    weight, inputs, outputs = op.weight, tensors[op.x].shape[2], tensors[op.out].shape[2]
+    _require(
+        op, op.groups >= 1 and inputs % op.groups == 0 and outputs % op.groups == 0,
+        f"{inputs} and {outputs} channels cannot be cut into {op.groups} groups",
+    )  # fmt: skip
+    wanted = (outputs, *op.window.kernel, inputs // op.groups)
+    _require(
+        op, weight.dtype == np.int8 and weight.shape == wanted,
+        f"weight must be int8 (out, kernel height, kernel width, in / groups) = {wanted}, not {weight.dtype} {weight.shape}",
+    )  # fmt: skip
+    _parameters(op, "requant", outputs, bias=op.requant.bias, mult=op.requant.mult, shift=op.requant.shift)
+
+
+def _check_norm(op: Linear | Pointwise | Conv, norm: LayerNorm, cols: int) -> None:
     _parameters(op, "norm", cols, beta=norm.beta, gamma=norm.gamma, shift=norm.shift)
     _require(op, 0 <= norm.eps < 1 << 32, f"norm.eps must fit 32 bits, not {norm.eps}")
 

@@ -5,8 +5,11 @@ Everything that can be derived is a property; a variation is ``dataclasses.repla
 
 from dataclasses import asdict, dataclass, fields
 
-__all__ = ["PRESETS", "Arch", "get_arch"]
+__all__ = ["MAX_ROW_GROUPS", "PRESETS", "Arch", "get_arch"]
 
+
+MAX_ROW_GROUPS = 32
+"""Bits of an instruction that say which groups of token rows read as zero."""
 
 _FLAGS = ("sparse", "packing", "spare_dsps", "lane_register")
 
@@ -78,6 +81,11 @@ class Arch:
     def attention(self) -> bool:
         """Whether keys and values can be streamed as weights."""
         return self.rows == self.lanes
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of neighbouring token rows that a TILE may fetch from one another's place, or as zeros (`a_rotate`)."""
+        return min(self.rows, MAX_ROW_GROUPS)
 
     @property
     def sums_depth(self) -> int:

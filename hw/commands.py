@@ -4,6 +4,7 @@ from amaranth import signed, unsigned
 from amaranth.lib import data
 
 from hw import isa
+from hw.arch import MAX_ROW_GROUPS
 
 __all__ = [
     "array_command",
@@ -56,8 +57,9 @@ def writer_command() -> data.StructLayout:
 
 
 def loader_command() -> data.StructLayout:
-    """`count` columns go to the lanes (from memory or, with `from_rows`, from the row unit) or straight to the post unit."""
-    return data.StructLayout({"count": 16, "from_rows": 1, "bypass": 1, "a_unsigned": 1})
+    """`count` columns go to the lanes (from memory or, with `from_rows`, from the row unit) or straight to the post unit. Those
+    from memory are turned by `a_rotate` row groups, and the groups of `zero` are zeros."""
+    return _from_isa("a_unsigned", "a_rotate", count=16, from_rows=1, bypass=1, zero=MAX_ROW_GROUPS)
 
 
 def array_command() -> data.StructLayout:

@@ -268,7 +268,8 @@ class Dispatcher(wiring.Component):
         send("read_r", residual, addr=raw.r_addr, words=Mux(wide, raw.cols << 1, raw.cols), repeats=1,
              wide=wide, **waits)
         send("read_g", norm, addr=raw.g_addr, words=raw.cols, repeats=1)
-        send("load", array | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand, bypass=bypass)
+        send("load", array | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand, bypass=bypass,
+             zero=Mux(norm, 0, raw.g_addr))
         send("array", array)
         send("post", tile | load_table, load_table=load_table)
         send("row", rows, op=raw.row_op, first=raw.row_first, last=raw.row_last)

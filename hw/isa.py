@@ -72,11 +72,12 @@ class Scale(enum.IntEnum):
 
 
 class Residual(enum.IntEnum):
-    """Second operand added after requantisation, columns at `r_addr`."""
+    """Second operand after requantisation, added or compared, columns at `r_addr`."""
 
     NONE = 0
     INT8 = 1
     INT16 = 2
+    MAX8 = 3  #: int8; the larger of the two values instead of their sum
 
 
 class RowOp(enum.IntEnum):
@@ -161,11 +162,13 @@ FIELDS: tuple[Field, ...] = (
     Field("x_addr", 32, "weight positions: 4 * `lanes` bytes a word, contiguous"),
     Field("p_addr", 32, "column parameters, 8 bytes a column; TABLE: 256 bytes"),
     Field("r_addr", 32, "residual columns"),
-    Field("g_addr", 32, "LAYERNORM, RMSNORM: gamma and beta, 8 bytes a column, laid out as column parameters"),
+    Field("g_addr", 32, "LAYERNORM, RMSNORM: gamma and beta, 8 bytes a column, laid out as column parameters; else, of "
+                        "activations from memory: bit g set: row group g is zero"),
     Field("o_addr", 32, "output"),
     Field("o_stride", 32, "STORE8T: bytes from one block of `lanes` columns to the next"),
     Field("o_skip", 6, "STORE8, STORE16: so many token rows at the start of each column keep their bytes in memory"),
     Field("o_drop", 6, "STORE8, STORE16: so many token rows at the end of each column keep their bytes in memory"),
+    Field("a_rotate", 5, "activations from memory: row group g has those stored in group (g + a_rotate) mod (row groups)"),
 )
 
 _BITS = sum(field.bits for field in FIELDS)

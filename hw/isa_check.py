@@ -109,7 +109,6 @@ RULES: tuple[Rule, ...] = (
     Rule(_F, "format has no such value", lambda f, a, kl: f.format > Format.BITMAP),
     Rule(_F, "sparse format, but the hardware has none", lambda f, a, kl: _sparse(f) & (not a.sparse)),
     Rule(_F, "scale has no such value", lambda f, a, kl: f.scale > Scale.ROW),
-    Rule(_F, "residual has no such value", lambda f, a, kl: f.residual > Residual.INT16),
     Rule(_F, "row_op has no such value", lambda f, a, kl: f.row_op > RowOp.RMSNORM),
     Rule(_F, "out has no such value", lambda f, a, kl: f.out > Out.LANES),
     # sizes
@@ -133,6 +132,13 @@ RULES: tuple[Rule, ...] = (
         "operand, a_unsigned, w_dep, psum_in or psum_out without source ARRAY",
         lambda f, a, kl: (
             (f.source != Source.ARRAY) & ((f.operand | f.a_unsigned | f.w_dep | f.psum_in | f.psum_out) != 0)
+        ),
+    ),
+    Rule(
+        _F,
+        "a_rotate beyond the row groups, or without activations from memory",
+        lambda f, a, kl: (
+            (f.a_rotate >= a.row_groups) | ((f.a_rotate != 0) & ((f.operand == Operand.ROWS) | (f.source == Source.ZERO)))
         ),
     ),
     Rule(_F, "w_dep with a sparse format", lambda f, a, kl: _sparse(f) & (f.w_dep == 1)),

@@ -1,6 +1,6 @@
 """Loader: writes activation columns into the lanes' ring buffers, or passes them on to the post unit (source STREAM)."""
 
-from amaranth import Module, Mux, Signal
+from amaranth import Cat, Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -9,6 +9,16 @@ from hw.commands import loader_command
 from hw.lane import column_bits, lane_column
 
 __all__ = ["Loader"]
+
+
+def _window(arch: Arch, column: Value, rotate: Value, zero: Value) -> Value:
+    """Expression: row group g has what is stored in group (g + rotate) mod groups, or zero. What a convolution needs: its
+    windows lie in the same columns at other rows, or beyond the edge of the image."""
+    bits = 8 * arch.rows // arch.row_groups
+    for stage in range((arch.row_groups - 1).bit_length()):
+        turned = Cat(column[bits << stage:], column[:bits << stage])
+        column = Mux(rotate[stage], turned, column)
+    return column & ~Cat(zero[group].replicate(bits) for group in range(arch.row_groups))
 
 
 class Loader(wiring.Component):
@@ -37,13 +47,15 @@ class Loader(wiring.Component):
         m = Module()
         cmd, moved, last, move = self.cmd.payload, Signal(16), Signal(), Signal()
         room, to_lanes, available, column = Signal(), Signal(), Signal(), Signal(8 * self._arch.rows)
+        window = Signal.like(column)
         m.d.comb += [
-            column.eq(Mux(cmd.from_rows, self.row_unit.payload, self.memory.payload)),
+            window.eq(_window(self._arch, self.memory.payload, cmd.a_rotate, cmd.zero)),
+            column.eq(Mux(cmd.from_rows, self.row_unit.payload, window)),
             room.eq((self.loaded - self.freed)[: len(self.loaded)] < self._arch.lane_depth),
             available.eq(Mux(cmd.from_rows, self.row_unit.valid, self.memory.valid)),
             to_lanes.eq(self.cmd.valid & ~cmd.bypass & available & room),
             self.bypass.valid.eq(self.cmd.valid & cmd.bypass & self.memory.valid),
-            self.bypass.payload.eq(self.memory.payload),
+            self.bypass.payload.eq(window),
             move.eq(to_lanes | (self.bypass.valid & self.bypass.ready)),
             self.memory.ready.eq(move & ~cmd.from_rows), self.row_unit.ready.eq(move & cmd.from_rows),
             last.eq(moved + 1 == cmd.count), self.cmd.ready.eq(move & last),

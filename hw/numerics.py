@@ -3,7 +3,9 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["MASK_BIAS", "PARAM_DTYPE", "requantise", "residual_add", "round_shift", "saturate", "table_lookup", "wrap32"]
+__all__ = [
+    "MASK_BIAS", "PARAM_DTYPE", "requantise", "residual_add", "residual_max", "round_shift", "saturate", "table_lookup", "wrap32",
+]
 
 Int = NDArray[np.int64]
 
@@ -42,6 +44,12 @@ def residual_add(value: ArrayLike, residual: ArrayLike, mult: int, shift: int) -
     """``sat16(value + round_shift(residual * mult, shift))``: value int16, residual int8 or int16."""
     scaled = round_shift(np.asarray(residual, np.int64) * mult, shift)
     return saturate(np.asarray(value, np.int64) + scaled, 16)
+
+
+def residual_max(value: ArrayLike, residual: ArrayLike, mult: int, shift: int) -> Int:
+    """``sat16(max(value, round_shift(residual * mult, shift)))``: value int16, residual int8."""
+    scaled = round_shift(np.asarray(residual, np.int64) * mult, shift)
+    return saturate(np.maximum(np.asarray(value, np.int64), scaled), 16)
 
 
 def table_lookup(value: ArrayLike, table: ArrayLike) -> Int:

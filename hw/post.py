@@ -48,7 +48,7 @@ class RowControl(wiring.Signature):
     -------
     take : a column enters; with psum_addr, the stored sums are read, and bias is added. advance : the pipeline moves.
     keep, keep_addr : the sum (stage 0) goes to the psum RAM. psum_in : add the stored sum.
-    r_mult, r_shift : residual. add : add the residual. table : use the table.
+    r_mult, r_shift : residual. add : add the residual; larger : take the larger one. table : use the table.
     table_en, table_addr, table_data : load one entry.
     """
 
@@ -56,7 +56,7 @@ class RowControl(wiring.Signature):
         psum = (arch.psum_depth - 1).bit_length()
         super().__init__({
             "take": Out(1), "advance": Out(1), "psum_addr": Out(psum), "keep": Out(1), "keep_addr": Out(psum),
-            "psum_in": Out(1), "bias": Out(signed(32)), "r_mult": Out(16), "r_shift": Out(6), "add": Out(1),
+            "psum_in": Out(1), "bias": Out(signed(32)), "r_mult": Out(16), "r_shift": Out(6), "add": Out(1), "larger": Out(1),
             "table": Out(1), "table_en": Out(1), "table_addr": Out(8), "table_data": Out(8),
         })
 
@@ -88,6 +88,7 @@ class PostRow(wiring.Component):
         residual = Signal(signed(16))
         product, scaled, added = Signal(signed(48)), Signal(signed(16)), Signal(signed(16))
         r_product, r_scaled, plain = Signal(signed(33)), Signal(signed(33)), Signal(signed(16))
+        addend, larger = Signal(signed(33)), Signal(signed(33))
         use_table = Signal()
         m.d.comb += [
             stored.en.eq(c.take), stored.addr.eq(c.psum_addr),
@@ -95,6 +96,8 @@ class PostRow(wiring.Component):
             keep.en.eq(c.keep), keep.addr.eq(c.keep_addr), keep.data.eq(total),
             entry.en.eq(c.table_en), entry.addr.eq(c.table_addr), entry.data.eq(c.table_data),
             looked.en.eq(c.advance & c.table), looked.addr.eq(saturate(added, 8) ^ 0x80),
+            # one adder and one saturation for both: max(a, b) + 0 or a + b
+            larger.eq(Mux(c.larger & (r_scaled > scaled), r_scaled, scaled)), addend.eq(Mux(c.add, r_scaled, 0)),
             self.o.eq(Mux(use_table, looked.data.as_signed(), plain)),
         ]
         with m.If(c.take):
@@ -104,7 +107,7 @@ class PostRow(wiring.Component):
                 biased.eq(total), residual.eq(self.residual),
                 product.eq(biased * self.mult), r_product.eq(product_of(residual, c.r_mult, spare=self._arch.spare_dsps)),
                 scaled.eq(saturate(round_shift(product, self.shift), 16)), r_scaled.eq(round_shift(r_product, c.r_shift)),
-                added.eq(Mux(c.add, saturate(scaled + r_scaled, 16), scaled)),
+                added.eq(saturate(larger + addend, 16)),
                 plain.eq(added), use_table.eq(c.table),
             ]
         return m
@@ -139,7 +142,8 @@ class Post(wiring.Component):
         m = Module()
         cmd, index, take, advance = self.cmd.payload, Signal(16), Signal(), Signal()
         # the enables of a column travel with it; residual is consumed one stage later than the sum
-        flags = data.StructLayout({"valid": 1, "psum_in": 1, "keep": 1, "add": 1, "table": 1, "rows": 1, "by_row": 1})
+        names = ("valid", "psum_in", "keep", "add", "larger", "table", "rows", "by_row")
+        flags = data.StructLayout(dict.fromkeys(names, 1))
         stages = [Signal(flags, name=f"stage_{name}") for name in STAGES]
         enter = Signal(flags)
         keep_busy, inputs = Signal(), Signal()
@@ -156,7 +160,8 @@ class Post(wiring.Component):
                 & (~has_residual | self.residual.valid) & ~keep_busy),
             take.eq(tile & inputs & advance),
             enter.valid.eq(take), enter.psum_in.eq(cmd.psum_in), enter.keep.eq(cmd.psum_out),
-            enter.add.eq(has_residual), enter.table.eq(cmd.table), enter.rows.eq(cmd.row_op != RowOp.NONE),
+            enter.add.eq(has_residual & (cmd.residual != Residual.MAX8)), enter.larger.eq(cmd.residual == Residual.MAX8),
+            enter.table.eq(cmd.table), enter.rows.eq(cmd.row_op != RowOp.NONE),
             enter.by_row.eq(by_row),
             self.acc.ready.eq(take & (cmd.source == Source.ARRAY)),
             self.bypass.ready.eq(take & (cmd.source == Source.STREAM)),
@@ -224,7 +229,7 @@ class Post(wiring.Component):
             control.keep.eq(stages[0].valid & stages[0].keep & advance), control.keep_addr.eq(keep_addr),
             control.psum_in.eq(stages[0].psum_in), control.bias.eq(Mux(by_column & ~cmd.psum_out, params.bias, 0)),
             control.r_mult.eq(biased.r_mult), control.r_shift.eq(product.r_shift),
-            control.add.eq(stages[3].add), control.table.eq(stages[4].table),
+            control.add.eq(stages[3].add), control.larger.eq(stages[3].larger), control.table.eq(stages[4].table),
         ]
         for t in range(rows):
             row = PostRow(self._arch)

@@ -30,7 +30,7 @@ from hw.isa import (
     Source,
 )
 from hw.isa_check import SequenceState, check_raw, raw_fields
-from hw.numerics import PARAM_DTYPE, requantise, residual_add, saturate, table_lookup
+from hw.numerics import PARAM_DTYPE, requantise, residual_add, residual_max, saturate, table_lookup
 from hw.row import exp_rows, layernorm_rows, max_rows, row_scale_softmax
 
 __all__ = ["IsaError", "IsaResult", "run_isa"]
@@ -208,13 +208,23 @@ class _Machine:
         if ins.source == Source.ZERO:
             return np.zeros((ins.cols, self.arch.rows), np.int64)
         if ins.source == Source.STREAM:
-            return self.columns(ins.a_addr, ins.cols, "i1").astype(np.int64)
-        raw = self.rows.pop(0) if ins.operand == Operand.ROWS else self.columns(ins.a_addr, ins.k, "u1")
+            return self.window(ins, ins.cols).view(np.int8).astype(np.int64)
+        raw = self.rows.pop(0) if ins.operand == Operand.ROWS else self.window(ins, ins.k)
         activations = raw if ins.a_unsigned else raw.view(np.int8)
         weights = self.dense_weights(ins) if ins.format == Format.DENSE else self.sparse_weights(ins)
         kind = np.float32 if ins.k * 128 * (255 if ins.a_unsigned else 128) <= FLOAT32_EXACT else np.float64
         product = weights.astype(kind, copy=False) @ activations.astype(kind)
         return product.astype(np.int64)
+
+    def window(self, ins: Instruction, count: int) -> Bytes:
+        """Activations from memory, row groups in the places where the instruction wants them: (count, rows)."""
+        columns, groups = self.columns(ins.a_addr, count, "u1"), self.arch.row_groups
+        zero = 0 if ins.row_op in (RowOp.LAYERNORM, RowOp.RMSNORM) else ins.g_addr & ((1 << groups) - 1)
+        if not ins.a_rotate and not zero:
+            return columns.astype(np.uint8, copy=False)
+        turned = np.roll(columns.reshape(count, groups, -1), -ins.a_rotate, axis=1)
+        turned[:, [bool(zero >> group & 1) for group in range(groups)]] = 0
+        return turned.reshape(count, -1).astype(np.uint8, copy=False)
 
     def post(self, ins: Instruction, acc: Int) -> Int:
         """Steps 2 to 4: requantisation, residual, table."""
@@ -226,8 +236,9 @@ class _Machine:
         else:
             values = requantise(acc, 0, *self.scales.pop(0))
         if ins.residual != Residual.NONE:
-            residual = self.columns(ins.r_addr, ins.cols, "i1" if ins.residual == Residual.INT8 else "<i2")
-            values = residual_add(values, residual, ins.r_mult, ins.r_shift)
+            residual = self.columns(ins.r_addr, ins.cols, "<i2" if ins.residual == Residual.INT16 else "i1")
+            join = residual_max if ins.residual == Residual.MAX8 else residual_add
+            values = join(values, residual, ins.r_mult, ins.r_shift)
         return table_lookup(values, self.table) if ins.table else values
 
     def row_operation(self, ins: Instruction, values: Int) -> Int:

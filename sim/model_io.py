@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from compiler.program import ModelTensor, Program
 
@@ -64,7 +65,14 @@ def _quantise(spec: ModelTensor, value: Any, program: Program) -> NDArray[np.int
         raise ValueError(f"input {spec.name!r} must be finite")
     limits = np.iinfo(info.dtype)
     levels = np.clip(np.rint(array.astype(np.float64) / spec.scale), limits.min, limits.max)
-    return levels.astype(info.dtype).reshape(info.shape)
+    return (levels if spec.image is None else _windows(levels, spec.image)).astype(info.dtype).reshape(info.shape)
+
+
+def _windows(image: NDArray[np.float64], sizes: tuple[int, ...]) -> NDArray[np.float64]:
+    """`ModelTensor.image`: (batch, channels, height, width) as rows (batch, windows, kernel positions * channels)."""
+    kernel, stride, padding, dilation = (sizes[i : i + 2] for i in range(2, 10, 2))
+    rows = F.unfold(torch.from_numpy(image), kernel, dilation, padding, stride)
+    return rows.unflatten(1, (image.shape[1], -1)).permute(0, 3, 2, 1).flatten(2).numpy()
 
 
 def dequantise_outputs(
@@ -77,5 +85,7 @@ def dequantise_outputs(
 def _dequantise(spec: ModelTensor, values: NDArray[np.integer]) -> torch.Tensor | NDArray[np.integer]:
     if spec.dtype in _INTEGER:
         return values.reshape(spec.shape)
+    if spec.image is not None:
+        values = np.moveaxis(values, 1, 2)
     dtype = getattr(torch, spec.dtype.removeprefix("torch."))
     return torch.from_numpy(values.astype(np.float64) * spec.scale).to(dtype).reshape(spec.shape)

@@ -12,6 +12,7 @@ partial sum is a float32 number; at most 2^53, a float64 number; then no roundin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +20,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from compiler.ops import Attention, LayerNorm, Linear, Op, Pointwise, QuantNetwork, QuantTensor, ResidualInput
+from compiler.ops import (
+    Attention,
+    Conv,
+    LayerNorm,
+    Linear,
+    MaxPool,
+    Op,
+    Pointwise,
+    QuantNetwork,
+    QuantTensor,
+    ResidualInput,
+    Window,
+)
 from hw.numerics import MASK_BIAS
 from hw.row import layernorm_rows, norm_constants, softmax_rows
 
@@ -129,7 +143,7 @@ def run_reference(
     last = {name: i for i, op in enumerate(network.ops) for name in _reads(op)}
     result = {name: value for name, value in values.items() if wanted(name)}
     for i, op in enumerate(network.ops):
-        values[op.out] = _execute(op, values, network.tensors[op.out])
+        values[op.out] = _execute(op, values, network)
         if wanted(op.out):
             result[op.out] = values[op.out]
         for name in {*_reads(op), op.out}:
@@ -178,11 +192,14 @@ def _reads(op: Op) -> tuple[str, ...]:
     return tuple(name for name in (op.x, residual) if name is not None)
 
 
-def _execute(op: Op, values: Mapping[str, NDArray[Any]], out: QuantTensor) -> NDArray[Any]:
+def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) -> NDArray[Any]:
+    out = network.tensors[op.out]
     if isinstance(op, Attention):
         mask = values[op.mask] if op.mask is not None else None
         result = _attention(op, values[op.q], values[op.k], values[op.v], mask)
         return _stored(result, out)
+    if isinstance(op, Conv | MaxPool):
+        return _image(op, values, network)
     reference = values[op.x] if op.x is not None else values[op.residual.tensor]  # type: ignore[union-attr]
     batch, rows, _ = reference.shape
     residual = values[op.residual.tensor] if op.residual is not None else None
@@ -203,17 +220,69 @@ def _rows(
     """TILE steps 1 to 5 on rows: x (rows, in) int8, residual (rows, out); gives (rows, out)."""
     if isinstance(op, Linear) and weight is not None and x is not None:
         requant = op.requant
-        acc = weight.product(x)
-        q = _requantise(acc, requant.bias, requant.mult, requant.shift, weight.bound)
+        q = _requantise(weight.product(x), requant.bias, requant.mult, requant.shift, weight.bound)
     elif isinstance(op, Pointwise) and x is not None:
         q = _requantise(x.double(), np.zeros(1, np.int32), np.array([op.mult]), np.array([op.shift]), 128)
     else:
         q = torch.zeros_like(residual, dtype=torch.float64)  # type: ignore[arg-type]
+    return _finish(op, q, residual)
+
+
+def _finish(op: Linear | Pointwise | Conv, q: Tensor, residual: Tensor | None) -> NDArray[Any]:
+    """Residual, table and norm on float64 integers (rows, out)."""
     if op.residual is not None and residual is not None:
         q = _add(q, residual, op.residual)
     if op.table is not None:
         q = torch.from_numpy(op.table.astype(np.float64))[q.clamp(-128, 127).long() + 128]
     return _norm(q.numpy(), op.norm) if op.norm is not None else q.numpy()
+
+
+def _image(op: Conv | MaxPool, values: Mapping[str, NDArray[Any]], network: QuantNetwork) -> NDArray[Any]:
+    """A convolution or pooling, image by image."""
+    out, size = network.tensors[op.out], network.tensors[op.x].image
+    if size is None or out.image is None:
+        raise ValueError(f"{op.name}: {op.x!r} and {op.out!r} must be images")
+    results = []
+    for index, x in enumerate(values[op.x]):
+        image = _tensor(x).reshape(*size, -1).permute(2, 0, 1)[None]
+        if isinstance(op, MaxPool):
+            results.append(_rows_of(_pooled(image.double(), op.window, out.image)).numpy())
+            continue
+        bound = int(np.abs(op.weight.astype(np.int64)).reshape(len(op.weight), -1).sum(1).max()) * 128
+        exact = torch.float32 if bound < 1 << 24 else torch.float64
+        acc = _rows_of(_convolved(image.to(exact), _tensor(op.weight).to(exact), op, out.image)).double()
+        q = _requantise(acc, op.requant.bias, op.requant.mult, op.requant.shift, bound)
+        residual = None if op.residual is None else _tensor(values[op.residual.tensor][index])
+        results.append(_finish(op, q, residual))
+    return _stored(np.stack(results), out)
+
+
+def _convolved(image: Tensor, weight: Tensor, op: Conv, out: tuple[int, int]) -> Tensor:
+    """(1, out channels, pixels), as a matrix product: a library's convolution may well take another way, which rounds."""
+    window = op.window
+    columns = F.unfold(_padded(image, window, out, 0.0), window.kernel, window.dilation, 0, window.stride)
+    columns = columns.reshape(op.groups, -1, columns.shape[-1])
+    return (weight.permute(0, 3, 1, 2).reshape(op.groups, -1, columns.shape[1]) @ columns).reshape(1, len(weight), -1)
+
+
+def _pooled(image: Tensor, window: Window, out: tuple[int, int]) -> Tensor:
+    return F.max_pool2d(_padded(image, window, out, -math.inf), window.kernel, window.stride, 0, window.dilation)
+
+
+def _padded(image: Tensor, window: Window, out: tuple[int, int], value: float) -> Tensor:
+    """The image with what the windows see around it; cut off at the end where they do not reach."""
+    (top, bottom), (left, right) = (
+        (before, (count - 1) * stride + (kernel - 1) * dilation + 1 - before - size)
+        for before, count, stride, kernel, dilation, size in zip(
+            window.padding, out, window.stride, window.kernel, window.dilation, image.shape[2:], strict=True
+        )
+    )
+    return F.pad(image, (left, right, top, bottom), value=value)
+
+
+def _rows_of(image: Tensor) -> Tensor:
+    """(1, channels, height, width) or (1, channels, pixels) to (pixels, channels)."""
+    return image[0].flatten(1).t()
 
 
 class _Weight:

@@ -12,6 +12,7 @@ from hw.isa import INSTRUCTION_BYTES, Instruction, Opcode
 from sim.engine import AcceleratorError, VerilatorEngine
 from sim.memory import MemoryModel
 from sim.simulate import simulate
+from tests.compiler.random_convolutions import random_convolutions
 from tests.compiler.random_networks import random_inputs, random_network
 from tests.hw.malformed import malformed_instructions
 
@@ -48,6 +49,18 @@ def test_random_program_with_fewer_rows_than_lanes(seed):
     memory = MemoryModel(latency=1 + seed * 11 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
     run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
     assert run.bit_exact, run.mismatches
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_convolutions(seed):
+    """Any kernel, stride, padding, dilation, groups and N:M class, poolings; the cycle engine agrees on the time."""
+    arch = replace(TINY, packing=True) if seed % 4 == 3 else TINY
+    network = random_convolutions(seed, arch)
+    program = compile_network(network, arch)
+    memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
+    assert run.bit_exact, run.mismatches
+    assert simulate(program, engine="cycle", memory=memory).counters == run.counters
 
 
 @pytest.mark.parametrize("seed", range(10))

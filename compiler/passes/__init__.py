@@ -15,6 +15,7 @@ from compiler.passes.attention import match_heads, match_scores
 from compiler.passes.functions import fold_functions
 from compiler.passes.fuse import fuse
 from compiler.passes.gates import expand_gates
+from compiler.passes.images import place_images
 from compiler.passes.linears import fold_biases, fold_scales, split_linears
 from compiler.passes.masks import fold_masks
 from compiler.passes.norms import match_norms
@@ -36,6 +37,7 @@ PASSES: tuple[Pass, ...] = (
     sink_views,  # the ranges are whole tensors now, and their views can move
     match_heads,  # ScaledDotProduct between head splits becomes Attention
     drop_views,  # what is left of the views cancels out
+    place_images,  # images come and go as rows of pixels
     fold_scales,  # scales go into weights and attention
     fuse,  # residual, function and norm go into the operator before them
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compiler.graph import Activation, Add, Graph, LayerNorm, Linear, Node, Pointwise, Post
+from compiler.graph import Activation, Add, Convolution, Graph, LayerNorm, Linear, Node, Pointwise, Post
 
 __all__ = ["fuse"]
 
@@ -21,7 +21,7 @@ def fuse(graph: Graph) -> Graph:
             continue
         place = _place(node, done, {name for name in done if _private(graph, users, renamed, name)})
         producer = None if place is None else done.pop(node.inputs[place])
-        if place is None or not isinstance(producer, Linear | Pointwise):
+        if place is None or not isinstance(producer, Linear | Convolution | Pointwise):
             done[node.name] = Pointwise(
                 name=node.name,
                 inputs=node.inputs,
@@ -56,7 +56,7 @@ def _place(node: Node, done: dict[str, Node], private: set[str]) -> int | None:
         producer = done[node.inputs[place]]
         if (
             node.inputs[place] in private
-            and isinstance(producer, Linear | Pointwise)
+            and isinstance(producer, Linear | Convolution | Pointwise)
             and _has_room(producer.post, node)
         ):
             if isinstance(node, Add) and isinstance(producer, Pointwise) and producer.post.residual:

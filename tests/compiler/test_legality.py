@@ -12,6 +12,8 @@ from compiler.graph import (
     Attention,
     CompileError,
     Constant,
+    Convolution,
+    Fold,
     Function,
     Graph,
     Input,
@@ -19,6 +21,7 @@ from compiler.graph import (
     LayerNorm,
     Linear,
     MatMul,
+    MaxPool,
     Node,
     Norm,
     Operand,
@@ -27,6 +30,7 @@ from compiler.graph import (
     Scale,
     ScaledDotProduct,
     Softmax,
+    Unfold,
     View,
 )
 from compiler.layout import Layout
@@ -78,7 +82,7 @@ def test_the_table_decides(kind, stage):
 
 
 def test_the_last_stage_has_only_what_the_quantiser_takes():
-    assert LEGAL["fuse"] == {Input, KeyMask, Linear, Attention, Pointwise}
+    assert LEGAL["fuse"] == {Input, KeyMask, Linear, Convolution, MaxPool, Unfold, Fold, Attention, Pointwise}
 
 
 def test_message_names_path_operator_and_shapes():

@@ -80,7 +80,6 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("source has no such value", source=3)
     add("format has no such value", format=3)
     add("scale has no such value", scale=3)
-    add("residual has no such value", residual=3)
     for value in (6, 7):
         add("row_op has no such value", row_op=value)
     for value in (5, 6, 7):
@@ -102,6 +101,11 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     for name in ("operand", "a_unsigned", "w_dep", "psum_in"):
         add(text, source=Source.STREAM, **{name: 1})
     add(text, base=psum, source=Source.ZERO)
+    text = "a_rotate beyond the row groups, or without activations from memory"
+    if arch.row_groups < 32:
+        add(text, a_rotate=arch.row_groups)
+    add(text, a_rotate=1, operand=Operand.ROWS)
+    add(text, a_rotate=1, source=Source.ZERO)
     add("w_dep with a sparse format", base=sparse, w_dep=1)
     text = "psum_out with post-processing or a destination"
     for changes in (

@@ -44,7 +44,7 @@ class LoaderAndArray(wiring.Component):
 
 
 def random_tile(rng, fmt, n, m, k, cols, unsigned_a):
-    """Activations, command, weight words, position words and the expected columns of one TILE; naive packing."""
+    """Stored activations, both commands, weight words, position words and the expected columns of one TILE; naive packing."""
     rows = lanes = TINY.lanes
     a = rng.integers(0, 256, (k, rows)) if unsigned_a else rng.integers(-128, 128, (k, rows))
     groups, tiles = -(-k // m), -(-cols // lanes)
@@ -74,16 +74,21 @@ def random_tile(rng, fmt, n, m, k, cols, unsigned_a):
                     else:
                         word.append(sum(1 << (i // n * m + p) for i, p in enumerate(chunk)))
                 words.append(pack_bytes(word, 32))
+    # what the loader turns and blanks comes out as `a`
+    rotate, zero = int(rng.integers(rows)), int(rng.integers(1 << rows)) if rng.random() < 0.5 else 0
+    stored = np.roll(a, rotate, axis=1)
+    a[:, [bool(zero >> row & 1) for row in range(rows)]] = 0
+    load = {"count": k, "from_rows": 0, "bypass": 0, "a_unsigned": unsigned_a, "a_rotate": rotate, "zero": zero}
     cmd = {"a_unsigned": unsigned_a, "format": fmt, "n": n, "m": m, "k": k, "cols": cols}
-    return [pack_bytes(c) for c in a], cmd, values, words, (a.T @ weight[:k, :cols]).T.tolist()
+    return [pack_bytes(c) for c in stored], load, cmd, values, words, (a.T @ weight[:k, :cols]).T.tolist()
 
 
 def run_tiles(rng, tiles, stall, seed, arch=TINY):
     """Run (format, n, m, k, cols) tiles through loader and array; returns what came out and what was expected."""
     loads, cmds, columns, values, words, expected = [], [], [], [], [], []
     for fmt, n, m, k, cols in tiles:
-        a, cmd, v, w, out = random_tile(rng, fmt, n, m, k, cols, int(rng.integers(2)))
-        loads.append({"count": k, "from_rows": 0, "bypass": 0, "a_unsigned": cmd["a_unsigned"]})
+        a, load, cmd, v, w, out = random_tile(rng, fmt, n, m, k, cols, int(rng.integers(2)))
+        loads.append(load)
         cmds.append(cmd)
         columns += a
         values += v

@@ -5,7 +5,7 @@ import pytest
 
 from hw.arch import PRESETS
 from hw.isa import Residual, RowOp, Scale, Source
-from hw.numerics import requantise, residual_add, table_lookup, wrap32
+from hw.numerics import requantise, residual_add, residual_max, table_lookup, wrap32
 from hw.post import Post
 from tests.hw.bench import pack_bytes, run_streams
 
@@ -26,7 +26,7 @@ def random_stream(rng, count):
             continue
         cols, source = int(rng.integers(1, 9)), int(rng.integers(3))
         psum_in, psum_out = int(rng.random() < 0.4), int(rng.random() < 0.3)
-        scale, residual, use_table = int(rng.integers(3)), 0 if psum_out else int(rng.integers(3)), int(rng.integers(2))
+        scale, residual, use_table = int(rng.integers(3)), 0 if psum_out else int(rng.integers(4)), int(rng.integers(2))
         if psum_out:
             scale, use_table = int(rng.integers(2)), 0
         to_rows = int(rng.integers(2))
@@ -57,11 +57,11 @@ def random_stream(rng, count):
             inputs["scale"].append({"mult": mult.tolist(), "shift": shift.tolist()})
         q = requantise(acc, bias, mult, shift)
         if residual != Residual.NONE:
-            limit = 128 if residual == Residual.INT8 else 32768
+            limit = 32768 if residual == Residual.INT16 else 128
             r = rng.integers(-limit, limit, (cols, T))
             wide = int(residual == Residual.INT16)
             inputs["residual"] += [{"data": pack_bytes(c, 8 << wide), "wide": wide} for c in r]
-            q = residual_add(q, r, cmd["r_mult"], cmd["r_shift"])
+            q = (residual_max if residual == Residual.MAX8 else residual_add)(q, r, cmd["r_mult"], cmd["r_shift"])
         if use_table:
             q = table_lookup(q, table)
         expected["to_rows" if to_rows else "to_store"] += q.tolist()
