@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import pickle
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeAlias
 
 import torch
@@ -99,7 +99,7 @@ def _entries(file: Path) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
     if file.suffix in (".pth", ".pt", ".bin"):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except (RuntimeError, UnpicklingError, EOFError) as error:
             raise ValueError(f"{file} is not a whole file of tensors ({error})") from None
         for name, value in state.items():
             yield name, value.to("meta"), value.clone

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from algo.modes import plain_attention
 from compiler.frontend import trace
 from compiler.graph import Attention, CompileError, KeyMask, Linear, Pointwise
 from compiler.passes import PASSES, optimise
@@ -16,17 +17,8 @@ INF = float("inf")
 
 def _expected(name: str) -> tuple[torch.Tensor, ...]:
     module, inputs = make(name)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
-            result = (
-                module(**inputs)
-                if isinstance(inputs, dict)
-                else module(*(inputs if isinstance(inputs, tuple) else (inputs,)))
-            )
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.no_grad(), plain_attention():
+        result = module(**inputs) if isinstance(inputs, dict) else module(*(inputs if isinstance(inputs, tuple) else (inputs,)))
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -113,8 +105,7 @@ def test_a_fused_graph_runs_on_other_shapes(name):
     module, _ = make(name)
     x, mask = torch.randn(3, 11, 24), torch.zeros(3, 11, dtype=torch.bool)
     mask[2, 5:] = True
-    torch.backends.mha.set_fastpath_enabled(False)
-    with torch.no_grad():
+    with torch.no_grad(), plain_attention():
         wanted = module(x, src_key_padding_mask=mask)
     (result,) = stages(name)[-1].run({"src": x, "src_key_padding_mask": mask}).values()
     torch.testing.assert_close(result, wanted, atol=1e-5, rtol=0)

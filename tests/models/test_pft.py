@@ -153,7 +153,7 @@ def test_wrong_use():
         create_model("pft_small", **TINY)(torch.zeros(1, 4, 64, 64))
     for change, message in (
         ({"scales": 4}, "scales must be 1 to 3, for strides 32, 16 and 8, not 4"),
-        ({"scales": 0}, "scales must hold integers >= 1"),
+        ({"scales": 0}, "scales must be an integer >= 1"),
         ({"exchange": "both"}, "exchange must be one of index, all, not 'both'"),
         ({"levels": 2}, "pft_small has no option 'levels'"),
     ):

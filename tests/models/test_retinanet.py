@@ -113,7 +113,7 @@ def test_wrong_input():
     torch.nn.init.constant_(model.head.classes.bias, float("nan"))
     with pytest.raises(ValueError, match="the loss 'class' is not finite"):
         model.losses(images, [target()])
-    for options, message in (({"convs": 0}, "convs must hold integers >= 1"), ({"frozen_stages": -1}, "frozen_stages")):
+    for options, message in (({"convs": 0}, "convs must be an integer >= 1"), ({"frozen_stages": -1}, "frozen_stages")):
         with pytest.raises(ValueError, match=message):
             tiny(**options)
 

@@ -64,5 +64,5 @@ def test_registered_models() -> None:
     assert set(map(str, patterns.values())) == {"1:8"} and "random (seed 0)" in source.description
     verify(source.bert, {"encoder.layers.0.up": patterns["bert.encoder.*"]})
     assert not isinstance(source.bert, BertClassifier)
-    with pytest.raises(BadInputError, match="unknown model or folder 'tinybert': did you mean tinybert_4"):
+    with pytest.raises(BadInputError, match="unknown model or folder 'tinybert': did you mean tinybert_6 or tinybert_4"):
         load("tinybert")

@@ -35,7 +35,7 @@ def test_library_models(name: str) -> None:
     assert isa.bit_exact and isa.bytes_checked > 0
     assert isa.outputs_sha256 == reference.outputs_sha256
     assert torch.equal(isa.outputs[0], reference.outputs[0]) and isa.outputs[0].shape == wanted.shape
-    assert program.report().macs["host"] == (2 * 4 * 16 * 48 if name == "vit" else 0)
+    assert program.report().macs["host"] == 0
 
 
 def test_rtl_of_a_causal_network_with_host_parts() -> None:
