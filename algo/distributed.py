@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ __all__ = [
     "barrier",
     "from_main",
     "is_main",
+    "leave",
     "mean_of_ranks",
     "placed_like",
     "processes",
@@ -120,12 +122,21 @@ def processes(device: str = "cpu") -> Iterator[torch.device]:
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield place
-        # DistributedDataParallel leaks its group (torch 2.13), whose threads then outlive it: if one still holds a tensor when
-        # the interpreter goes, the process aborts. All are done when a barrier is.
-        barrier()
+        barrier()  # none leaves while another still waits for it
     finally:
         if joined:
             dist.destroy_process_group()
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End a process that torchrun started, at once: streams are flushed, the interpreter is not taken down.
+
+    DistributedDataParallel leaks its process group (torch 2.13), whose threads then live on while the interpreter goes; now and
+    then one of them aborts the process, after all work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from algo.checkpoint import write_json, write_tensors
-from algo.distributed import RankMismatchError, Spread, all_ranks, is_main, processes, rank, world
+from algo.distributed import RankMismatchError, Spread, all_ranks, is_main, leave, processes, rank, world
 from algo.sparsify import freeze_masks, sparsify
 from algo.train import NonFiniteLossError, RunOptions, TrainConfig, train
 
@@ -114,3 +114,4 @@ if __name__ == "__main__":
                     run(place / mode.removesuffix("-stop").removesuffix("-resume"), mode)
                 except KeyboardInterrupt:
                     pass
+    leave()

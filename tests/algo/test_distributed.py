@@ -71,6 +71,12 @@ def test_differing_processes_stop_and_so_do_all_at_a_nan(runs: Path) -> None:
     assert first == second and "the loss is nan in epoch 0, step 0" in first
 
 
+def test_leave_flushes_and_gives_the_code() -> None:
+    done = subprocess.run([sys.executable, "-c", "from algo.distributed import leave; print('all', end=''); leave(3)"],
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "all")
+
+
 def test_alone() -> None:
     with processes("auto") as device:
         assert (world(), rank(), is_main(), all_ranks(3), from_main(4)) == (1, 0, True, [3], 4)
