@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from algo.modes import evaluating, quiet_export
 from algo.sparsify import pattern_of
-from compiler.graph import CompileError
+from compiler.graph import CompileError, named_inputs
 
 __all__ = ["Exported", "dtype_name", "export", "is_getitem", "listed", "mapped", "module_path", "source_line"]
 
@@ -85,16 +85,7 @@ class Exported:
         ValueError
             A missing or surplus input, or one of another shape or dtype than the example.
         """
-        names = [node.name for node in self.inputs]
-        if isinstance(inputs, Tensor):
-            inputs = (inputs,)
-        if not isinstance(inputs, Mapping):
-            inputs = tuple(inputs)
-            if len(inputs) != len(names):
-                raise ValueError(f"the module has {len(names)} inputs ({', '.join(names)}), not {len(inputs)}")
-            inputs = dict(zip(names, inputs, strict=True))
-        if set(inputs) != set(names):
-            raise ValueError(f"the module's inputs are {', '.join(names)}, not {', '.join(map(str, inputs)) or 'none'}")
+        inputs = named_inputs([node.name for node in self.inputs], inputs, "the module")
         for node in self.inputs:
             wanted, value = node.meta["val"], inputs[node.name]
             if not isinstance(value, Tensor) or value.dtype != wanted.dtype or value.shape != wanted.shape:
@@ -103,7 +94,7 @@ class Exported:
                     f"input {node.name!r} must be {dtype_name(wanted.dtype)} {tuple(wanted.shape)} as in example_inputs, "
                     f"not {given}: host operators have fixed shapes"
                 )
-        return dict(inputs)
+        return inputs
 
     @cached_property
     def _constants(self) -> dict[fx.Node, tuple[Any, str]]:

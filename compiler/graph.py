@@ -7,7 +7,7 @@ every pass can be checked against the module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,7 @@ __all__ = [
     "Softmax",
     "Unfold",
     "View",
+    "named_inputs",
 ]
 
 Shape = tuple[int, ...]
@@ -449,6 +450,26 @@ class Attention(Node):
         return mixed.transpose(-2, -3).flatten(-2)
 
 
+def named_inputs(names: Sequence[str], inputs: Any, whose: str) -> dict[str, Any]:
+    """Give a tensor, a sequence or a dict of tensors names, in order.
+
+    Raises
+    ------
+    ValueError
+        A missing or surplus one; ``whose``, such as "the module", begins the message.
+    """
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if not isinstance(inputs, Mapping):
+        inputs = tuple(inputs)
+        if len(inputs) != len(names):
+            raise ValueError(f"{whose} has {len(names)} inputs ({', '.join(names)}), not {len(inputs)}")
+        inputs = dict(zip(names, inputs, strict=True))
+    if set(inputs) != set(names):
+        raise ValueError(f"{whose}'s inputs are {', '.join(names)}, not {', '.join(map(str, inputs)) or 'none'}")
+    return dict(inputs)
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Nodes in execution order, by name, and the names of the results.
@@ -484,18 +505,7 @@ class Graph:
         ValueError
             A missing or surplus input, or one of another rank, dtype or number of channels.
         """
-        names = [node.name for node in self.inputs]
-        if isinstance(inputs, Tensor):
-            inputs = (inputs,)
-        if not isinstance(inputs, Mapping):
-            inputs = tuple(inputs)
-            if len(inputs) != len(names):
-                raise ValueError(f"the graph has {len(names)} inputs ({', '.join(names)}), not {len(inputs)}")
-            inputs = dict(zip(names, inputs, strict=True))
-        if set(inputs) != set(names):
-            raise ValueError(
-                f"the graph's inputs are {', '.join(names)}, not {', '.join(map(str, inputs)) or 'none'}"
-            )
+        inputs = named_inputs([node.name for node in self.inputs], inputs, "the graph")
         masks = {name for node in self.nodes.values() if isinstance(node, KeyMask) for name in node.inputs}
         for node in self.inputs:
             value = inputs[node.name]
@@ -507,7 +517,7 @@ class Graph:
             if not fits:
                 wanted, given = f"{node.dtype} like {node.shape}", f"{value.dtype} {tuple(value.shape)}"
                 raise ValueError(f"input {node.name!r} must be {wanted}, not {given}".replace("torch.", ""))
-        return dict(inputs)
+        return inputs
 
     @torch.no_grad()
     def run(

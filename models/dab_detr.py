@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.detection import DetectionCriterion, Detector, DetectorOutput, Level, Prediction, resize_mask
-from models.detr import Attention, FeedForward, Mlp, build_detector, check_detector, detector_backbone
+from models.detr import Attention, DetrConfig, FeedForward, Mlp, build_detector, check_detector, detector_backbone
 from models.info import ModelInfo, Published, image
 from models.matcher import BoxMatcher
 from models.position import encode_coordinates, inverse_sigmoid, sine_position
@@ -29,21 +29,10 @@ __all__ = ["CONFIGS", "DabDetr", "DabDetrConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DabDetrConfig:
+class DabDetrConfig(DetrConfig):
     """Sizes of a DAB-DETR; see `CONFIGS` for the published ones. ``temperature`` is of the encoding of the cells' places."""
 
-    backbone: str = "resnet50"
-    width: int | None = None
-    frozen_norm: bool = True
-    frozen_stages: int = 0
-    num_classes: int = 91
     queries: int = 300
-    hidden: int = 256
-    heads: int = 8
-    ffn: int = 2048
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    dropout: float = 0.1
     temperature: float = 20.0
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.deformable_attention import DeformableAttention
 from models.detection import DetectionCriterion, Detector, DetectorOutput, Level, Prediction, resize_mask
-from models.detr import Attention, FeedForward, Mlp, build_detector, check_detector, detector_backbone
+from models.detr import Attention, DetrConfig, FeedForward, Mlp, build_detector, check_detector, detector_backbone
 from models.info import ModelInfo, Published, image
 from models.matcher import BoxMatcher
 from models.position import encode_coordinates, inverse_sigmoid, sine_position
@@ -33,7 +33,7 @@ __all__ = ["CONFIGS", "DeformableDetr", "DeformableDetrConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeformableDetrConfig:
+class DeformableDetrConfig(DetrConfig):
     """Sizes and variants of a Deformable-DETR; see `CONFIGS` for the published ones.
 
     ``refine``: every decoder layer corrects the boxes of the one before. ``two_stage``: the queries are the encoder's best
@@ -42,22 +42,12 @@ class DeformableDetrConfig:
     ``share_class_head``: None is True without two stages. ``norm_groups`` is of the projections of the feature maps.
     """
 
-    backbone: str = "resnet50"
-    width: int | None = None
-    frozen_norm: bool = True
-    frozen_stages: int = 0
-    num_classes: int = 91
     queries: int = 300
     many_queries: int = 0
-    hidden: int = 256
-    heads: int = 8
     ffn: int = 1024
-    encoder_layers: int = 6
-    decoder_layers: int = 6
     levels: int = 4
     points: int = 4
     norm_groups: int = 32
-    dropout: float = 0.1
     refine: bool = False
     two_stage: bool = False
     mixed_selection: bool = False

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from models.backbone import build_backbone
 from models.boxes import clip_boxes, cxcywh_to_xyxy
+from models.checks import check_positive
 from models.detection import Detections, Detector, Target, check_targets
 from models.fpn import FPN, Extra
 from models.roi import nms
-from models.vision import check_positive
 
 __all__ = ["SMALL", "PyramidConfig", "PyramidDetector", "image_sizes", "initialise_head", "select_detections"]
 

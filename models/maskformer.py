@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from models import swin
 from models.backbone import Backbone, build_backbone
+from models.checks import check_images, check_positive
 from models.detection import object_count
 from models.detr import DecoderLayer, DetrConfig, Mlp
 from models.huggingface import rename_backbone, rename_detector
@@ -34,7 +35,7 @@ from models.masks import Instances, best_instances, check_masks, instance_masks,
 from models.matcher import MaskMatcher
 from models.position import sine_position
 from models.registry import describe_models, register_model
-from models.vision import build_vision_model, check_images, check_positive
+from models.vision import build_vision_model
 
 __all__ = [
     "CONFIGS",

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.checks import check_images
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
 from models.timm_names import mobilenet_names, on_load
-from models.vision import build_vision_model, check_images, initialise_convolutions
+from models.vision import build_vision_model, initialise_convolutions
 
 __all__ = ["CONFIGS", "InvertedResidual", "MobileNetConfig", "MobileNetV2"]
 

@@ -29,12 +29,13 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from models.checks import check_images
 from models.detr import Attention, DecoderLayer, DetrConfig
 from models.info import ModelInfo, image
 from models.maskformer import MaskFormerConfig, MaskOutput, MaskPrediction, Segmenter, place
 from models.masks import resize_masks
 from models.registry import describe_models, register_model
-from models.vision import build_vision_model, check_images
+from models.vision import build_vision_model
 
 __all__ = ["CONFIGS", "PFT", "CrossScaleAttention", "PFTConfig", "PyramidLayer"]
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.checks import check_images, check_positive
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
-from models.vision import build_vision_model, check_images, check_positive, initialise_convolutions
+from models.vision import build_vision_model, initialise_convolutions
 
 __all__ = ["CONFIGS", "BasicBlock", "Bottleneck", "ResNet", "ResNetConfig"]
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import register_backbone
+from models.checks import check_images, check_positive
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
-from models.vision import DropPath, build_vision_model, check_images, check_positive
+from models.vision import DropPath, build_vision_model
 
 __all__ = ["CONFIGS", "Swin", "SwinBackbone", "SwinConfig", "official_names"]
 

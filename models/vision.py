@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.checks import check_images, check_options, check_positive
+from models.checks import check_options
 from models.weights import load_weights, read_weights
 
-__all__ = ["DropPath", "build_vision_model", "check_images", "check_positive", "initialise_convolutions"]
+__all__ = ["DropPath", "build_vision_model", "initialise_convolutions"]
 
 Config = TypeVar("Config")
 

@@ -3,7 +3,8 @@ import torch
 from safetensors.torch import save_file
 
 from models import ResNetConfig, create_model, list_models, model_info
-from models.vision import DropPath, check_images, check_positive
+from models.checks import check_images, check_positive
+from models.vision import DropPath
 
 CONVOLUTIONAL = ("ResNet", "ResNeXt", "MobileNetV2", "RegNetX", "ODConv", "DG-Net")
 NAMES = [name for name in list_models() if model_info(name).family in CONVOLUTIONAL]
