@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algo.quantize import Method, Observer
+from algo.observers import Observer, observer_factory
 from compiler.graph import CompileError, Convolution, Graph, KeyMask, Linear, Node, Pointwise
 
 __all__ = ["Calibration", "Progress", "calibrate"]
@@ -101,15 +101,11 @@ class Calibration:
 def calibrate(
     graph: Graph,
     batches: Iterable[Any],
-    method: Method | Callable[[], Observer],
+    observer: str | Callable[[], Observer] = "mse",
     progress: Progress | None = None,
 ) -> Calibration:
     """Run the fused graph on each batch and watch its values; rows of masked keys do not count."""
-    if not callable(method) and method not in get_args(Method):
-        raise ValueError(
-            f"activation_observer must be one of {', '.join(get_args(Method))} or a function, not {method!r}"
-        )
-    calibration = Calibration(method if callable(method) else lambda: Observer(method))
+    calibration = Calibration(observer_factory(observer))
     total = len(batches) if isinstance(batches, Sized) else None
     masks = [node for node in graph.nodes.values() if isinstance(node, KeyMask)]
     done = 0
