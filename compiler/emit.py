@@ -251,8 +251,8 @@ class Emitter:
 
     # -- operators -------------------------------------------------------------------------------------------
 
-    def linear(self, index: int, op: Linear) -> list[list[Task]]:
-        """For each row tile: one TILE for each segment of columns, or a chain of them over chunks of the inputs; then what
+    def linear(self, index: int, op: Linear) -> list[tuple[list[list[Step]], list[Step]]]:
+        """For each row tile: one TILE for each segment of columns, or a chain of them over chunks of the inputs; and what
         takes shared tails to their places."""
         check_pattern(op.weight, op.pattern, layer=describe(op))
         chunks = self.linear_chunks(op)
@@ -266,8 +266,7 @@ class Emitter:
             for segment in self.segments(op.out, limit=limit)
         ]
         return [
-            [Task(tuple(self.linear_chain(index, op, tile, *segment))) for segment in segments]
-            + [Task((step,)) for step in self.spread(index, op.out, tile)]
+            ([self.linear_chain(index, op, tile, *segment) for segment in segments], self.spread(index, op.out, tile))
             for tile in range(self.tiles(op.x))
         ]
 

@@ -65,6 +65,6 @@ def _apart(first: Op, second: Op) -> bool:
     return second.residual is None or second.residual.tensor != first.out
 
 
-def join(tasks: Sequence[Task]) -> Task:
+def join(chains: Sequence[Sequence[Step]]) -> Task:
     """One task of all their steps, which hold columns where they can."""
-    return Task(tuple(hold_columns([step for task in tasks for step in task.steps])))
+    return Task(tuple(hold_columns([step for chain in chains for step in chain])))

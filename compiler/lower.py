@@ -37,7 +37,7 @@ from compiler.verify_network import LoweringError, check_network
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Format, Opcode
 
-__all__ = ["Lowered", "LoweringError", "choose_layouts", "lower", "order_operators"]
+__all__ = ["Lowered", "LoweringError", "choose_layouts", "emit_tasks", "lower", "order_operators"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,8 +90,7 @@ def lower(
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
     emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
-    groups = side_by_side(network, order_operators(network))
-    tasks = [task for group in groups for task in _emit(emitter, network, group)]
+    tasks = emit_tasks(emitter, network)
     depth = _safe_depth(network, arch, pipeline_depth)
     return [_assemble(emitter, network, _finish(schedule(tasks, arch, depth=depth, order=order)), reuse) for order in orders]
 
@@ -112,6 +111,12 @@ def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
     return depth
 
 
+def emit_tasks(emitter: Emitter, network: QuantNetwork) -> list[Task]:
+    """Tasks of all operators, in the order of their dependences."""
+    groups = side_by_side(network, order_operators(network))
+    return [task for group in groups for task in _emit(emitter, network, group)]
+
+
 def _emit(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list[Task]:
     """Tasks of one operator, or of several side by side, over all row tiles."""
     index, op = group[0], network.ops[group[0]]
@@ -130,9 +135,9 @@ def _linears(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> l
     """Row tile by row tile, the chains of all Linears of a group in one task, then their copies."""
     ops = [(index, op) for index in group if isinstance(op := network.ops[index], Linear)]
     tasks: list[Task] = []
-    for tile in zip(*(emitter.linear(index, op) for index, op in ops)):
-        chains = [task for part in tile for task in part if task.steps[0].fields.get("source", 0) == 0]
-        tasks += [join(chains), *(task for part in tile for task in part if task not in chains)]
+    for parts in zip(*(emitter.linear(index, op) for index, op in ops), strict=True):
+        tasks.append(join([chain for chains, _ in parts for chain in chains]))
+        tasks += [Task((step,)) for _, copies in parts for step in copies]
     return tasks
 
 
