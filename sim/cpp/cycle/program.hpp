@@ -15,7 +15,7 @@ struct ArchConfig {
     uint32_t out_bytes[reader::kCount], fifo_beats[reader::kCount];  // of the read channels
     uint32_t write_bytes, writer_beats;                              // bytes of a word to the writer, depth of its FIFO
     uint32_t array_latency;                                          // cycles of a step in the lanes
-    uint32_t sums_depth;                                             // columns of sums queued before the post unit
+    uint32_t sums_depth, results_depth;                              // columns queued before and after the post unit
 };
 
 // Addresses are taken modulo the longest burst: no unit sees more of them. wait : for the instruction's `dep`. wide : a column
