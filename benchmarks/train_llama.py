@@ -48,7 +48,7 @@ TOPICS = {
 }  # fmt: skip
 TOPIC = "What is this article about?"
 OPINION = "Did the author like the film?"
-LENGTH, HELD_OUT, KNOWN, PER_EPOCH = 64, 500, 3000, 1500
+LENGTH, HELD_OUT, KNOWN, PER_EPOCH = 80, 500, 3000, 1500
 PRETRAINING = TrainConfig(epochs=4, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=0.05, schedule="cosine", clip=1.0)
 TUNING = TrainConfig(epochs=5, lr=3e-2, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
 WINDOWS = 1700

@@ -415,8 +415,6 @@ def maskformer_small(*, pretrained: bool | str | Path = False, **overrides: Any)
     return _build("maskformer_small", pretrained, overrides)
 
 
-
-
 def _paper(parameters: float, macs: float) -> Published:
     return Published(
         source="the paper, table 1, by another counter", parameters=round(parameters * 1e6), macs=round(macs * 1e9), within=0.05
