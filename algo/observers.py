@@ -34,7 +34,8 @@ class Observer:
     method
         ``"minmax"``: the largest magnitude seen. ``"percentile"``: the magnitude that ``percentile`` per cent
         of the values do not exceed. ``"mse"``: the clipping point with the least mean squared error at the
-        asked bits. ``"entropy"``: the one whose integers lose the least information, see `least_divergence`.
+        asked bits. ``"entropy"``: the one whose integers lose the least information, see `least_divergence`;
+        the largest magnitude as long as there are fewer values than bins.
     percentile
         In (0, 100]; used by ``"percentile"`` alone.
     """
@@ -84,6 +85,8 @@ class Observer:
         if self.method == "minmax" or self.absmax == 0.0:
             return self.absmax
         if self.method == "entropy":
+            if self.count < _BINS:
+                return self.absmax
             width = self._range / _BINS
             return min(least_divergence(self._histogram, 1 << (bits - 1)) * width, self.absmax)
         found = self._percentile() if self.method == "percentile" else self._least_squares(bits)

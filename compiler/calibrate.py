@@ -51,13 +51,17 @@ class Calibration:
         self._peaks: dict[tuple[str, str], float] = {}
         self._watched: dict[tuple[str, str], _Watched] = {}
 
-    def update(self, name: str, stage: str, values: Tensor, *, watched: bool = True) -> None:
-        """Take in one batch; only the peak counts if not ``watched``."""
+    def update(self, name: str, stage: str, values: Tensor, *, watched: bool = True, source: str = "") -> None:
+        """Take in one batch; only the peak counts if not ``watched``. ``source``: module path, for messages."""
         if values.numel() == 0:
             return
         peak = float(values.abs().max())
         if not np.isfinite(peak):
-            raise CompileError(f"calibration: {name} has a NaN or an infinity")
+            where = name if source in ("", name) else f"{name} ({source})"
+            raise CompileError(
+                f"calibration: {where} has a NaN or an infinity: the batch has one itself, or the model overflows on it; "
+                "leave that batch out"
+            )
         self._peaks[name, stage] = max(self._peaks.get((name, stage), 0.0), peak)
         if watched:
             self._watched.setdefault((name, stage), _Watched(self._make())).update(values)
@@ -131,12 +135,12 @@ def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibra
     def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
         if isinstance(node, Linear | Convolution | Pointwise) and not node.post.is_empty:
             x = node.product(operands[0]) if isinstance(node, Linear | Convolution) else operands[0]
-            calibration.update(node.name, "product", seen(x), watched=False)
+            calibration.update(node.name, "product", seen(x), watched=False, source=node.source)
             for stage, result in node.post.stages(x, *operands[1:]):
                 watched = node.post.function is not None and stage in ("sum", "function")
-                calibration.update(node.name, stage, seen(result), watched=watched)
+                calibration.update(node.name, stage, seen(result), watched=watched, source=node.source)
         if not isinstance(node, KeyMask):
-            calibration.update(node.name, "out", seen(value))
+            calibration.update(node.name, "out", seen(value), source=node.source)
 
     for node in graph.inputs:
         if inputs[node.name].is_floating_point():

@@ -59,16 +59,25 @@ class Comparison:
         """Layers with the least SQNR, worst first."""
         return tuple(sorted(self.layers, key=lambda layer: layer.sqnr)[:count])
 
-    def plot(self, path: str | Path) -> None:
-        """Write the SQNR of every layer as a bar plot (SVG); the worst are in another colour."""
-        worst = {layer.name for layer in self.worst()}
-        values = [min(layer.sqnr, 100.0) for layer in self.layers]
-        svg = plots.bars(
-            [layer.source or layer.name for layer in self.layers], values, [f"{value:.1f}" for value in values],
-            label="signal to quantisation noise, dB", limits=(min(0.0, *values), max(values) * 1.15),
-            colours=["#b91c1c" if layer.name in worst else plots.SPARSE for layer in self.layers],
-        )  # fmt: skip
-        Path(path).write_text(svg, encoding="utf-8")
+    def plot(self, path: str | Path, *, count: int = 5) -> None:
+        """Write the SQNR of every layer as a bar plot, SVG or PNG by the file's suffix; the ``count`` worst are named.
+
+        Raises
+        ------
+        ValueError
+            Another suffix.
+        """
+        file = Path(path)
+        if file.suffix not in (".svg", ".png"):
+            raise ValueError(f"a plot is written to .svg or .png, not to {file.name!r}")
+        values = [max(min(layer.sqnr, 100.0), -100.0) for layer in self.layers]
+        place = {id(layer): number for number, layer in enumerate(self.layers)}
+        names = {place[id(layer)]: f"{layer.source or layer.name} ({layer.operator})" for layer in self.worst(count)}
+        figure = plots.profile(values, names, label="signal to quantisation noise, dB")
+        if file.suffix == ".png":
+            file.write_bytes(plots.to_png(figure))
+        else:
+            file.write_text(plots.to_svg(figure), encoding="utf-8")
 
     def __str__(self) -> str:
         worst = {layer.name for layer in self.worst()}

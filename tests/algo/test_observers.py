@@ -150,6 +150,9 @@ def test_entropy_clips_outliers_and_keeps_what_is_even():
     even.update(torch.linspace(-3, 3, 100_000))
     assert 2.5 < clipped.threshold() < 10 and clipped.absmax == 60
     assert even.threshold() > 2.9
+    few = Observer("entropy")
+    few.update(torch.tensor([0.1, 0.1, 3.0]))
+    assert few.threshold() == 3.0
     assert clipped.threshold(16) == pytest.approx(60)  # more levels than bins: nothing is gained by clipping
 
 
