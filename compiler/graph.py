@@ -47,6 +47,7 @@ __all__ = [
     "Unfold",
     "View",
     "named_inputs",
+    "windows",
 ]
 
 Shape = tuple[int, ...]
@@ -246,12 +247,19 @@ class Linear(Node):
 Pair = tuple[int, int]
 
 
+def _around(size: Pair, out: Pair, kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, ...]:
+    """Pixels to the left, to the right, above and below an image that windows see; negative for those that they do not."""
+    ends = [(out[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] + 1 - padding[i] - size[i] for i in range(2)]
+    return padding[1], ends[1], padding[0], ends[0]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Convolution(Node):
     """``post(convolution of x + bias)`` of an image as rows of pixels (batch, pixels, channels); inputs x [, residual].
 
     weight float32 (out, in / groups, kernel height, kernel width), N:M along the second axis if ``pattern``; ``size`` and
-    ``out_size``: (height, width) of x and of the result.
+    ``out_size``: (height, width) of x and of the result. ``padding``: zeros above and to the left of the image, negative for
+    pixels that no window sees; below and to the right, as many as the output needs.
     """
 
     weight: Tensor
@@ -270,8 +278,9 @@ class Convolution(Node):
 
     def product(self, x: Tensor) -> Tensor:
         """Before the post-processing."""
-        image = x.transpose(1, 2).unflatten(2, self.size)
-        result = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        around = _around(self.size, self.out_size, self.weight.shape[2:], self.stride, self.padding, self.dilation)
+        image = F.pad(x.transpose(1, 2).unflatten(2, self.size), around)
+        result = F.conv2d(image, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
         return result.flatten(2).transpose(1, 2)
 
 
@@ -287,22 +296,15 @@ class MaxPool(Node):
     dilation: Pair
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        image = F.pad(operands[0].transpose(1, 2).unflatten(2, self.size), self._around(), value=-torch.inf)
+        around = _around(self.size, self.out_size, self.kernel, self.stride, self.padding, self.dilation)
+        image = F.pad(operands[0].transpose(1, 2).unflatten(2, self.size), around, value=-torch.inf)
         result = F.max_pool2d(image, self.kernel, self.stride, 0, self.dilation)
         return result.flatten(2).transpose(1, 2)
-
-    def _around(self) -> tuple[int, ...]:
-        """Pixels to the left, to the right, above and below the image that the windows see."""
-        ends = [
-            (self.out_size[i] - 1) * self.stride[i] + (self.kernel[i] - 1) * self.dilation[i] + 1 - self.padding[i] - self.size[i]
-            for i in range(2)
-        ]
-        return self.padding[1], ends[1], self.padding[0], ends[0]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unfold(Node):
-    """An input image (batch, channels, height, width) as rows (batch, pixels of ``out_size``, kernel height * kernel width *
+    """An input image (batch, channels, height, width), or line (batch, channels, length), as rows (batch, pixels of ``out_size``, kernel height * kernel width *
     channels), which the host writes: its pixels themselves, or the windows that a convolution sees."""
 
     out_size: Pair
@@ -312,15 +314,14 @@ class Unfold(Node):
     dilation: Pair = (1, 1)
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        rows = F.unfold(operands[0], self.kernel, self.dilation, self.padding, self.stride)
-        return rows.unflatten(1, (operands[0].shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
+        return windows(operands[0], self.out_size, self.kernel, self.stride, self.padding, self.dilation)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Fold(Node):
-    """An output (batch, pixels, channels) as the image (batch, channels, height, width), which the host reads."""
+    """An output (batch, pixels, channels) as the image (batch, channels, height, width) or line, which the host reads."""
 
-    size: Pair
+    size: tuple[int, ...]
 
     def evaluate(self, *operands: Tensor) -> Tensor:
         return operands[0].transpose(1, 2).unflatten(2, self.size)
@@ -590,6 +591,15 @@ def _joined(keep: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if keep is None or bias is None:
         return keep if bias is None else bias
     return torch.where(keep, bias, torch.tensor(-torch.inf))
+
+
+def windows(image: Tensor, out: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """What each of ``out`` (height, width) windows sees of an image (batch, channels, height, width) or a line (batch, channels,
+    length): (batch, windows, kernel positions * channels)."""
+    image = image if image.ndim == 4 else image[:, :, None]
+    size = (image.shape[2], image.shape[3])
+    rows = F.unfold(F.pad(image, _around(size, out, kernel, stride, padding, dilation)), kernel, dilation, 0, stride)
+    return rows.unflatten(1, (image.shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
 
 
 def _fill(value: Any, operands: tuple[Tensor, ...]) -> Any:

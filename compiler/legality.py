@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import torch
-
 from compiler.graph import (
     Activation,
     Add,
@@ -187,19 +185,6 @@ def _rows_of_channels(graph: Graph) -> Iterator[Problem]:
             yield problem(graph, node, "a residual is the second operand")
 
 
-def _pools_of_no_negatives(graph: Graph) -> Iterator[Problem]:
-    """Max pooling takes what is outside an image, or its patch, for 0."""
-    if graph.stage != "fuse":
-        return
-    for node in graph.nodes.values():
-        x = node
-        while isinstance(x, MaxPool):
-            x = graph.nodes[x.inputs[0]]
-        function = x.post.function if isinstance(x, Linear | Convolution | Pointwise) and x.post.norm is None else None
-        if isinstance(node, MaxPool) and (function is None or bool((function.apply(torch.linspace(-64, 64, 1025)) < 0).any())):
-            yield problem(graph, node, "max pooling needs values that are not negative, such as those after a ReLU")
-
-
 def _positive_scales(graph: Graph) -> Iterator[Problem]:
     """The hardware's multipliers are not negative."""
     for node in graph.nodes.values():
@@ -214,7 +199,6 @@ RULES: tuple[Callable[[Graph], Iterator[Problem]], ...] = (
     _masks_only_mask,
     _masks_are_no_data,
     _rows_of_channels,
-    _pools_of_no_negatives,
     _positive_scales,
 )
 """What must hold; the first rule that is broken is reported."""

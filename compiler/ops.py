@@ -40,7 +40,7 @@ class QuantTensor:
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """Which pixels of an image a convolution or pooling sees, (vertical, horizontal). padding: lines above and columns to the
-    left of the image; below and to the right, as many as the output needs."""
+    left of the image, negative for those that no window sees; below and to the right, as many as the output needs."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)

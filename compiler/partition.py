@@ -33,7 +33,8 @@ aten = torch.ops.aten
 
 PRODUCTS = frozenset({
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
-    aten.scaled_dot_product_attention.default, aten.conv2d.default,
+    aten.scaled_dot_product_attention.default, aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default,
+    aten.conv1d.padding,
 })  # fmt: skip
 """Operators for which the accelerator exists."""
 

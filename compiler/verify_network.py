@@ -145,8 +145,8 @@ def _check_window(op: Conv | MaxPool, tensors: dict[str, QuantTensor]) -> None:
         )  # fmt: skip
     _require(op, tensors[op.x].shape[0] == tensors[op.out].shape[0], "x and output must have the same batch")
     window = op.window
-    small = min(*window.kernel, *window.stride, *window.dilation) < 1 or min(window.padding) < 0
-    _require(op, not small, f"kernel, stride, dilation must be >= 1, padding >= 0: {window}")
+    small = min(*window.kernel, *window.stride, *window.dilation) < 1
+    _require(op, not small, f"kernel, stride and dilation must be >= 1: {window}")
 
 
 def _check_conv(op: Conv, tensors: dict[str, QuantTensor]) -> None:

@@ -17,12 +17,13 @@ __all__ = ["Fetch", "Move", "count_fetches", "fetches", "moves"]
 @dataclass(frozen=True)
 class Fetch:
     """Row tile `tile` of the input for kernel position `position`: row group g has what lies in group (g + rotate), or zero if
-    bit g of `zero` is set."""
+    bit g of `zero` is set; bits of `seen` are the groups that have a pixel of it."""
 
     position: int
     tile: int
     rotate: int
     zero: int
+    seen: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def fetches(source: Placement, out: Placement, pixels: NDArray[np.int64], arch: 
     taken = np.zeros(len(found), np.int64)
     np.bitwise_or.at(taken, inverse.reshape(-1), np.int64(1) << where)
     for (tile, position, origin, rotate), groups_taken in zip(found.tolist(), taken.tolist(), strict=True):
-        result[tile].append(Fetch(position, origin, rotate, int(used[tile]) & ~groups_taken))
+        result[tile].append(Fetch(position, origin, rotate, int(used[tile]) & ~groups_taken, groups_taken))
     return result
 
 

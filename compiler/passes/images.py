@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 from compiler.graph import Convolution, Fold, Graph, Input, Linear, Node, Unfold, View
 from compiler.layout import Layout
@@ -23,12 +24,12 @@ def place_images(graph: Graph) -> Graph:
         if isinstance(node, View) and isinstance(x := graph.nodes[node.inputs[0]], Input) and _is_rows(node.layout, x.shape):
             node = Unfold(
                 name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin,
-                out_size=(x.shape[2], x.shape[3]),
+                out_size=(x.shape[2], x.shape[3]) if len(x.shape) == 4 else (1, x.shape[2]),
             )  # fmt: skip
-        elif isinstance(node, View) and node.name in graph.outputs and len(node.shape) == 4 and _is_image(node, graph):
+        elif isinstance(node, View) and node.name in graph.outputs and len(node.shape) in (3, 4) and _is_image(node, graph):
             node = Fold(
                 name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin,
-                size=(node.shape[2], node.shape[3]),
+                size=node.shape[2:],
             )  # fmt: skip
         elif isinstance(node, Convolution) and isinstance(x := nodes[node.inputs[0]], Unfold) and node.groups == 1:
             if len(users[x.name]) == 1 and x.shape[-1] <= FEW_CHANNELS:
@@ -52,13 +53,14 @@ def _unfolded(node: Convolution, x: Unfold, nodes: dict[str, Node]) -> Linear:
 
 
 def _is_rows(layout: Layout, shape: tuple[int, ...]) -> bool:
-    if len(shape) != 4:
+    if len(shape) not in (3, 4):
         return False
-    batch, channels, high, wide = shape
-    return layout == Layout.contiguous(shape).permute((0, 2, 3, 1)).reshape((batch, high * wide, channels))
+    batch, channels, *size = shape
+    order = (0, *range(2, len(shape)), 1)
+    return layout == Layout.contiguous(shape).permute(order).reshape((batch, prod(size), channels))
 
 
 def _is_image(node: View, graph: Graph) -> bool:
-    batch, channels, high, wide = node.shape
-    rows = Layout.contiguous((batch, high, wide, channels)).permute((0, 3, 1, 2))
-    return graph.nodes[node.inputs[0]].shape == (batch, high * wide, channels) and node.layout == rows
+    batch, channels, *size = node.shape
+    rows = Layout.contiguous((batch, *size, channels)).permute((0, len(size) + 1, *range(1, len(size) + 1)))
+    return graph.nodes[node.inputs[0]].shape == (batch, prod(size), channels) and node.layout == rows

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from compiler.graph import Add, Attention, Constant, Graph, Linear, Node, Scale, View
+from compiler.graph import Add, Attention, Constant, Convolution, Graph, Linear, Node, Scale, View
 from compiler.layout import Layout
 
 __all__ = ["fold_biases", "fold_scales", "split_linears"]
@@ -37,11 +37,11 @@ def fold_biases(graph: Graph) -> Graph:
 
 
 def split_linears(graph: Graph) -> Graph:
-    """A Linear read only as ranges of channels (packed q, k, v) becomes a Linear for each range."""
+    """A Linear or convolution read only as ranges of channels (packed q, k, v) becomes one for each range."""
     users = graph.users()
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
-        if isinstance(node, View) and isinstance(linear := graph.nodes[node.inputs[0]], Linear):
+        if isinstance(node, View) and _is_product(linear := graph.nodes[node.inputs[0]]):
             ranges = [_channels(user, linear) for user in users[linear.name]]
             if (
                 linear.name not in graph.outputs
@@ -57,7 +57,11 @@ def split_linears(graph: Graph) -> Graph:
     return graph.rewrite(nodes.values())
 
 
-def _channels(user: Node, linear: Linear) -> tuple[int, int] | None:
+def _is_product(node: Node) -> bool:
+    return isinstance(node, Linear) or (isinstance(node, Convolution) and node.groups == 1)
+
+
+def _channels(user: Node, linear: Node) -> tuple[int, int] | None:
     """Range of channels that a view of a Linear shows; None if it is no range."""
     if not isinstance(user, View):
         return None
@@ -74,7 +78,7 @@ def _channels(user: Node, linear: Linear) -> tuple[int, int] | None:
     return (start, start + reach) if start + reach <= width else None
 
 
-def _part(linear: Linear, start: int, stop: int) -> Linear:
+def _part(linear: Linear | Convolution, start: int, stop: int) -> Node:
     if (start, stop) == (0, linear.shape[-1]):
         return linear
     suffix = f"[{start}:{stop}]"

@@ -24,7 +24,6 @@ class _Builder:
         self.batch = int(rng.integers(1, max_batch + 1))
         self.tensors: dict[str, QuantTensor] = {}
         self.ops: list[Op] = []
-        self.positive: set[str] = set()
 
     def network(self, ops: int) -> QuantNetwork:
         size = (self.integer(1, self.max_size), self.integer(1, self.max_size))
@@ -35,7 +34,7 @@ class _Builder:
             kind = self.rng.random()
             if kind < 0.65:
                 self.convolution(x)
-            elif kind < 0.8 or x not in self.positive:
+            elif kind < 0.8:
                 self.linear(x)
             else:
                 self.pool(x)
@@ -79,8 +78,6 @@ class _Builder:
         elif self.rng.random() < 0.3:
             dtype = "int16"
         out = self.tensor(image, cols, dtype)
-        if table is not None:
-            self.positive.add(out)
         return {"out": out, "residual": residual, "table": table}
 
     def linear(self, x: str) -> None:
@@ -129,5 +126,4 @@ class _Builder:
         assert image is not None
         window, size = self.window(image, pool=True)
         out = self.tensor(size, self.tensors[x].shape[2])
-        self.positive.add(out)
         self.ops.append(MaxPool(name=f"pool{len(self.ops)}", x=x, out=out, window=window))

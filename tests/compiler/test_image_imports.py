@@ -86,16 +86,9 @@ def test_compiled_program_is_close_to_the_module(kind, image):
     assert F.cosine_similarity(run.outputs[0].flatten(1), expected.flatten(1)).min() > 0.99
 
 
-def test_pooling_of_what_may_be_negative_goes_to_the_host_or_is_refused():
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).eval()
-    with pytest.raises(CompileError, match="max pooling needs values that are not negative"):
-        compile_model(module, torch.randn(1, 3, 12, 12), arch="tiny", host="forbid", calibration=[torch.randn(2, 3, 12, 12)])
-
-
-@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(3, 4, 3, padding="same")], ids=["transposed", "same"])
-def test_other_convolutions_are_refused(layer):
+def test_transposed_convolutions_are_refused():
     with pytest.raises(CompileError):
-        compile_model(nn.Sequential(layer).eval(), torch.randn(1, 3, 8, 8), arch="tiny", host="forbid")
+        compile_model(nn.Sequential(nn.ConvTranspose2d(3, 4, 3)).eval(), torch.randn(1, 3, 8, 8), arch="tiny", host="forbid")
 
 
 def test_input_windows_are_those_of_torch():
