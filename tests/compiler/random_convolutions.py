@@ -57,8 +57,10 @@ class _Builder:
             padding = tuple(self.integer(0, (k - 1) * d // 2 if pool else k) for k, d in zip(kernel, dilation))
             reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
             out = tuple((n + 2 * p - r) // s + 1 for n, p, r, s in zip(image, padding, reach, stride))
-            if all(n + 2 * p >= r for n, p, r in zip(image, padding, reach)):
-                return Window(kernel=kernel, stride=stride, padding=padding, dilation=dilation), out  # type: ignore[arg-type, return-value]
+            window = Window(kernel=kernel, stride=stride, padding=padding, dilation=dilation)  # type: ignore[arg-type]
+            fits = all(n + 2 * p >= r for n, p, r in zip(image, padding, reach))
+            if fits and (not pool or (window.sources(image, out) >= 0).any(0).all()):  # type: ignore[arg-type]
+                return window, out  # type: ignore[return-value]
 
     def requant(self, cols: int, k: int) -> Requant:
         target = int(np.log2(max(k, 1)) / 2 + 6 + 14.5)
