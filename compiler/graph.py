@@ -304,8 +304,9 @@ class MaxPool(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unfold(Node):
-    """An input image (batch, channels, height, width), or line (batch, channels, length), as rows (batch, pixels of ``out_size``, kernel height * kernel width *
-    channels), which the host writes: its pixels themselves, or the windows that a convolution sees."""
+    """An input image (batch, channels, height, width), or line (batch, channels, length), as rows (batch, pixels of ``out_size``,
+    kernel height * kernel width * channels), which the host writes: its pixels themselves, or the windows that a convolution
+    sees."""
 
     out_size: Pair
     kernel: Pair = (1, 1)

@@ -55,6 +55,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "split_linears": {*_PLAIN, *_ATTENTION, View},
         "match_heads": {*_PLAIN, Attention, View},
         "drop_views": {*_PLAIN, Attention, View},
+        "flatten_images": {*_PLAIN, Attention, View},
         "place_images": {*_PLAIN, *_HOST, Attention},
         "fold_scales": {*_PLAIN, *_HOST, Attention} - {Scale},
         "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise},

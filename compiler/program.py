@@ -203,9 +203,10 @@ class ModelTensor:
     channels); of a keymask (kind), True or 1 marks a key that takes part, or with ``inverted`` one that does
     not (torch's key_padding_mask).
 
-    An activation with an `image` is (batch, channels, height, width) or (batch, channels, length) in the model, and rows of channels in the network. image: of
-    an output (height, width); of an input (height, width) of the windows that become rows, then kernel, stride, padding and
-    dilation, (vertical, horizontal) each; columns are in the order (kernel line, kernel column, channel).
+    An activation with an `image` is (batch, channels, height, width) or (batch, channels, length) in the model, and rows of
+    channels in the network. image: of an output (height, width) or (length,); of an input (height, width) of the windows that
+    become rows, then kernel, stride, padding and dilation, (vertical, horizontal) each; columns are in the order (kernel line,
+    kernel column, channel).
     """
 
     name: str

@@ -12,6 +12,7 @@ from dataclasses import replace
 from compiler.graph import Graph
 from compiler.legality import check
 from compiler.passes.attention import match_heads, match_scores
+from compiler.passes.flatten import flatten_images
 from compiler.passes.functions import fold_functions
 from compiler.passes.fuse import fuse
 from compiler.passes.gates import expand_gates
@@ -37,6 +38,8 @@ PASSES: tuple[Pass, ...] = (
     sink_views,  # the ranges are whole tensors now, and their views can move
     match_heads,  # ScaledDotProduct between head splits becomes Attention
     drop_views,  # what is left of the views cancels out
+    flatten_images,  # a Linear of a whole image becomes a convolution
+    drop_views,  # whose result has fewer rows
     place_images,  # images come and go as rows of pixels
     fold_scales,  # scales go into weights and attention
     fuse,  # residual, function and norm go into the operator before them
