@@ -41,7 +41,7 @@ def split_linears(graph: Graph) -> Graph:
     users = graph.users()
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
-        if isinstance(node, View) and _is_product(linear := graph.nodes[node.inputs[0]]):
+        if isinstance(node, View) and (linear := _product(graph.nodes[node.inputs[0]])) is not None:
             ranges = [_channels(user, linear) for user in users[linear.name]]
             if (
                 linear.name not in graph.outputs
@@ -57,8 +57,9 @@ def split_linears(graph: Graph) -> Graph:
     return graph.rewrite(nodes.values())
 
 
-def _is_product(node: Node) -> bool:
-    return isinstance(node, Linear) or (isinstance(node, Convolution) and node.groups == 1)
+def _product(node: Node) -> Linear | Convolution | None:
+    """A node whose output channels all see the same inputs."""
+    return node if isinstance(node, Linear) or (isinstance(node, Convolution) and node.groups == 1) else None
 
 
 def _channels(user: Node, linear: Node) -> tuple[int, int] | None:
