@@ -224,7 +224,7 @@ def _matrix(op: Conv, block: Block, position: int) -> NDArray[np.int8]:
 
 @dataclass(frozen=True)
 class _Look:
-    """A fetch of a pooling and the row groups [start, stop) that it is for; ``first``: there is nothing yet to compare it with."""
+    """A fetch of a pooling and the row groups [start, stop) that it is for; ``first``: nothing is there to compare it with."""
 
     fetch: Fetch
     start: int
