@@ -7,6 +7,7 @@ every pass can be checked against the module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,12 +36,15 @@ __all__ = [
     "Linear",
     "MatMul",
     "MaxPool",
+    "Move",
     "Node",
     "Norm",
     "Operand",
+    "Part",
     "Pointwise",
     "Post",
     "Problem",
+    "Rearrange",
     "Scale",
     "ScaledDotProduct",
     "Softmax",
@@ -214,6 +218,12 @@ class Aten(Node):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Move(Aten):
+    """A torch operator that only moves elements, and perhaps puts zeros between them: it does the same to numbers of elements as
+    to their values, so that `compiler.passes.rows` learns what goes where by running it."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class View(Node):
     """Reshape, transpose, select and slice in one."""
 
@@ -241,6 +251,36 @@ class Linear(Node):
     def product(self, x: Tensor) -> Tensor:
         """Before the post-processing."""
         return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part:
+    """Rows ``to`` of a `Rearrange`, columns [at, at + width), are rows ``rows`` of an operand, columns from ``start`` on; both int64
+    (n,), counted over all dimensions but the last."""
+
+    operand: int
+    rows: Tensor
+    to: Tensor
+    start: int
+    at: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rearrange(Node):
+    """Rows and ranges of columns of the operands in other places: ``parts``, and ``fill`` float32 (rows, columns) where there is
+    none of them (None: zero). Without parts, a constant."""
+
+    parts: tuple[Part, ...] = ()
+    fill: Tensor | None = None
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        rows = math.prod(self.shape[:-1])
+        made = torch.zeros(rows, self.shape[-1]) if self.fill is None else self.fill.clone()
+        for part in self.parts:
+            x = operands[part.operand].reshape(-1, operands[part.operand].shape[-1])
+            made[part.to, part.at : part.at + part.width] = x[part.rows, part.start : part.start + part.width]
+        return made.reshape(self.shape)
 
 
 Pair = tuple[int, int]

@@ -8,13 +8,14 @@ becomes a depth-wise one of a single position, and a convolution that sees one p
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from compiler.frontend import IMPORTS, _Importer, _imports
+from compiler.frontend import _Importer, _imports
 from compiler.graph import Constant, Convolution, Linear, MaxPool, Node, View
 from compiler.layout import Layout
 
@@ -140,19 +141,22 @@ def _max_pool2d(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
     return [image] if several else image
 
 
-_mean_of_rows = IMPORTS.get(aten.mean.dim)
-
-
 @_imports(aten.mean.dim)
 def _mean(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
-    x = a["self"]
-    if isinstance(x, Constant) or len(x.shape) != 4 or sorted(d % 4 for d in a["dim"]) != [2, 3]:
-        return _mean_of_rows(importer, node, a) if _mean_of_rows is not None else None
-    batch, channels, high, wide = x.shape
-    weight = torch.full((channels, 1, high, wide), 1 / (high * wide))
+    """Of an image's pixels, or of tokens; not of channels, which is a part of a norm."""
+    x, rank = a["self"], len(a["self"].shape)
+    dims = sorted(d % rank for d in a["dim"] or range(rank))
+    image = rank == 4 and dims == [2, 3]
+    if isinstance(x, Constant) or (rank - 1 in dims and not image):
+        return None
+    channel = 1 if image else rank - 1
+    kept = [d for d in range(rank) if d not in dims and d != channel]
+    batch, channels = math.prod(x.shape[d] for d in kept), x.shape[channel]
+    size = (x.shape[dims[0]], math.prod(x.shape[d] for d in dims[1:]))
+    layout = Layout.contiguous(x.shape).permute((*kept, *dims, channel)).reshape((batch, size[0] * size[1], channels))
     rows = importer.make(
-        Convolution, node, (_rows(importer, node, x).name,), name=f"{node.name}.average", shape=(batch, 1, channels),
-        weight=weight, bias=None, size=(high, wide), out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-        groups=channels,
+        Convolution, node, (importer.view(node, x, layout, f"{node.name}.rows").name,), name=f"{node.name}.average",
+        shape=(batch, 1, channels), weight=torch.full((channels, 1, *size), 1 / (size[0] * size[1])), bias=None, size=size,
+        out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=channels,
     )  # fmt: skip
     return importer.view(node, rows, Layout.contiguous(rows.shape).reshape(tuple(node.meta["val"].shape)))

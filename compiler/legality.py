@@ -27,9 +27,11 @@ from compiler.graph import (
     Linear,
     MatMul,
     MaxPool,
+    Move,
     Node,
     Pointwise,
     Problem,
+    Rearrange,
     Scale,
     ScaledDotProduct,
     Softmax,
@@ -42,24 +44,27 @@ __all__ = ["LEGAL", "check", "describe", "problem"]
 _PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, LayerNorm, Activation, Scale}
 _HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
+_MOVING = {View, Move}
 
 LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
-        "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "expand_gates": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
-        "fold_biases": {*_PLAIN, *_ATTENTION, View},
-        "sink_views": {*_PLAIN, *_ATTENTION, View},
-        "split_linears": {*_PLAIN, *_ATTENTION, View},
-        "match_heads": {*_PLAIN, Attention, View},
-        "drop_views": {*_PLAIN, Attention, View},
-        "place_images": {*_PLAIN, *_HOST, Attention},
-        "fold_scales": {*_PLAIN, *_HOST, Attention} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise},
+        **dict.fromkeys(
+            ("trace", "match_norms", "fold_functions", "expand_gates", "match_scores"),
+            {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
+        ),
+        "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "fold_biases": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "split_linears": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "match_heads": {*_PLAIN, Attention, *_MOVING, Rearrange},
+        "drop_views": {*_PLAIN, Attention, *_MOVING, Rearrange},
+        "place_images": {*_PLAIN, *_HOST, Attention, *_MOVING, Rearrange},
+        "hoist_rows": {*_PLAIN, *_HOST, Attention, *_MOVING, Rearrange},
+        "arrange_rows": {*_PLAIN, *_HOST, Attention, Rearrange},
+        "fold_scales": {*_PLAIN, *_HOST, Attention, Rearrange} - {Scale},
+        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise, Rearrange},
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -71,7 +76,8 @@ _REASONS: dict[type[Node], str] = {
     Softmax: "softmax is supported only over the keys of an attention",
     ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
     "split into heads; k and v of equal shape, with as many heads as q or a divisor of that",
-    View: "this rearrangement of data is supported only around attention heads",
+    View: "the accelerator moves rows and ranges of columns: this rearrangement does more",
+    Move: "the accelerator moves rows and ranges of columns: this rearrangement does more",
     Scale: "scaling is supported only after a Linear layer or within attention",
 }
 
@@ -144,6 +150,7 @@ def _equal_shapes(graph: Graph) -> Iterator[Problem]:
             "expand_gates",
             "match_scores",
             "fold_masks",
+            "fold_biases",
         ):
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
+from compiler.emit_rows import emit_rearrange
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MaxPool, Op, QuantNetwork
+from compiler.ops import Attention, Conv, Linear, MaxPool, Op, QuantNetwork, Rearrange
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -119,6 +120,8 @@ def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
         return emit_max_pool(emitter, index, op, network)
+    if isinstance(op, Rearrange):
+        return emit_rearrange(emitter, index, op)
     return emitter.linear(index, op) if isinstance(op, Linear) else emitter.pointwise(index, op)
 
 
@@ -148,6 +151,8 @@ def _operands(op: Op) -> list[str]:
     """Tensors an operator reads, in the order in which they are to be made."""
     if isinstance(op, Attention):
         return [op.v, op.k, op.q]
+    if isinstance(op, Rearrange):
+        return list(dict.fromkeys(part.tensor for part in op.sources))
     return [name for name in (op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
@@ -163,6 +168,8 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             value_heads.setdefault(op.v, set()).add(op.groups)
             keys.add(op.k)
             plain.add(op.q)
+        elif isinstance(op, Rearrange):
+            plain.update((op.out, *_operands(op)))
         elif op.x is not None:
             plain.add(op.x)
         if not isinstance(op, Attention) and op.residual is not None:
@@ -301,6 +308,8 @@ def _operator_info(
         pattern = "dense" if op.pattern is None else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
         macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, Rearrange):
+        kind, shape, macs = "rearrangement", (batch * rows, channels, channels), 0
     elif isinstance(op, MaxPool):
         kind, shape, macs = "pooling", (batch * rows, channels, channels), 0
     elif isinstance(op, Attention):

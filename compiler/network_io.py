@@ -18,8 +18,10 @@ from compiler.ops import (
     Pointwise,
     QuantNetwork,
     QuantTensor,
+    Rearrange,
     Requant,
     ResidualInput,
+    RowSource,
     ScoreBias,
     Window,
 )
@@ -29,7 +31,8 @@ __all__ = ["network_from_bytes", "network_to_bytes"]
 _TYPES = {
     kind.__name__: kind
     for kind in (
-        Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, QuantTensor, Requant, ResidualInput, ScoreBias, Window,
+        Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, QuantTensor, Rearrange, Requant, ResidualInput,
+        RowSource, ScoreBias, Window,
     )  # fmt: skip
 }
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")

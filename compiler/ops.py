@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from algo.nm import NM
 
 __all__ = [
-    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant",
-    "ResidualInput", "ScoreBias", "Window",
+    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Rearrange", "Requant",
+    "ResidualInput", "RowSource", "ScoreBias", "Window",
 ]
 
 TensorDtype = Literal["int8", "int16", "keymask"]
@@ -203,7 +203,38 @@ class MaxPool:
     norm: ClassVar[None] = None
 
 
-Op = Linear | Attention | Pointwise | Conv | MaxPool
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowSource:
+    """Rows ``to`` of a `Rearrange`, columns [at, at + width), are rows ``rows`` of an int8 tensor, columns from ``start`` on,
+    requantised; rows int64 (n,), counted over the batch."""
+
+    tensor: str
+    rows: NDArray[np.int64]
+    to: NDArray[np.int64]
+    start: int
+    at: int
+    width: int
+    mult: int
+    shift: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rearrange:
+    """Rows of other tensors in other places: windows, slices, joined tensors. Where no source has anything, ``fill`` (batch * rows,
+    channels) of the output's dtype, or zero. The output is int8, or without sources int16."""
+
+    name: str
+    out: str
+    sources: tuple[RowSource, ...] = ()
+    fill: NDArray[np.integer] | None = None
+    source: str = ""
+    x: ClassVar[None] = None
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+Op = Linear | Attention | Pointwise | Conv | MaxPool | Rearrange
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from compiler.exported import Exported, dtype_name, is_getitem, module_path, source_line
-from compiler.frontend import IMPORTS, VIEWS, import_part, mask_operands
+from compiler.frontend import IMPORTS, MOVES, VIEWS, import_part, mask_operands
 from compiler.graph import Attention, CompileError, Constant, Graph, Input, Problem
 from compiler.legality import problem
 from compiler.passes import optimise
@@ -52,7 +52,6 @@ _REASONS: dict[str, str] = {
     "sort": "a choice, no arithmetic",
     "conv2d": "convolutions are not lowered here",
     "mean": "no instruction reduces over rows",
-    "cat": "no instruction joins tensors",
     "mul": "no instruction multiplies two activations, or an activation by a constant tensor",
     "sub": "no instruction takes two activations from each other",
     "pow": "part of a sum of squares that is no norm",
@@ -150,7 +149,8 @@ class _Partitioner:
         )
         self.host: dict[fx.Node, str] = {}
         for node in self.order:
-            reason = _never(node, self.masks[node], arch)
+            known = [*self.masks[node], *(item for item in node.all_input_nodes if exported.constant(item) is not None)]
+            reason = _never(node, known, arch)
             if reason is not None:
                 self.host[node] = reason
         for mask in self.inlined:
@@ -235,7 +235,7 @@ class _Partitioner:
 
         for node in reversed(nodes):
             users = [user for user in node.users if user in self.live_now]
-            if node.target in VIEWS and users and all(self.place(user) is not None or user in found for user in users):
+            if node.target in MOVES and users and all(self.place(user) is not None or user in found for user in users):
                 found[node] = FOR_HOST
         for node in nodes:
             below = [item for item in self.needs(node) if item in inside]
@@ -308,16 +308,17 @@ def _used(graph: Graph) -> Graph:
     return replace(graph, nodes=nodes)
 
 
-def _never(node: fx.Node, masks: list[fx.Node], arch: Arch) -> str | None:
-    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open."""
+def _never(node: fx.Node, aside: list[fx.Node], arch: Arch) -> str | None:
+    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open. ``aside``: operands that are masks or
+    constants."""
     value = node.meta["val"]
     if is_getitem(node):
         return None
     target: Any = node.target
-    if target not in IMPORTS and target not in POINTWISE and target not in NORM_PARTS:
+    if target not in IMPORTS and target not in POINTWISE and target not in NORM_PARTS and target not in MOVES:
         return _no_instruction(node)
     results = [value] if isinstance(value, Tensor) else list(value)
-    operands = [item.meta["val"] for item in node.all_input_nodes if item not in masks]
+    operands = [item.meta["val"] for item in node.all_input_nodes if item not in aside]
     for tensor in (*results, *operands):
         if isinstance(tensor, Tensor) and tensor.dtype != torch.float32:
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"

@@ -12,6 +12,7 @@ float): 0.975 without, 0.991 with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -37,6 +38,7 @@ from compiler.graph import (
     Node,
     Norm,
     Pointwise,
+    Rearrange,
     Unfold,
 )
 from compiler.passes import optimise
@@ -434,6 +436,8 @@ class _Builder:
                 self.tensor(node, "int8", self.out_scale(node.name))
             elif isinstance(node, Pointwise):
                 self.pointwise(node)
+            elif isinstance(node, Rearrange):
+                self.rearrange(node)
         given = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold)]
         inputs = [name for name in given if name in self.tensors]
         return ops.QuantNetwork(
@@ -462,13 +466,13 @@ class _Builder:
 
     @staticmethod
     def multiplies(user: Node, name: str) -> bool:
-        """Whether an operator multiplies a tensor, rather than adding it to something."""
-        return isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name
+        """Whether an operator multiplies or moves a tensor, rather than adding it to something."""
+        return isinstance(user, Rearrange) or (isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name)
 
     def needs8(self, name: str) -> bool:
         """Whether some operator multiplies the tensor."""
         return any(
-            (isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name)
+            self.multiplies(user, name)
             or (isinstance(user, Attention) and name in user.inputs[:3])
             for user in self.users[name]
         )
@@ -534,7 +538,7 @@ class _Builder:
         return (
             bool(read)
             and node.name not in self.outputs
-            and all(isinstance(user, Linear) for user in read)
+            and all(isinstance(user, Linear) or (moves_whole_rows(user) and self.may_shift(user)) for user in read)
         )
 
     def shift(self, name: str, offset: NDArray[np.float64]) -> None:
@@ -675,6 +679,37 @@ class _Builder:
         )
         self.ops.append(ops.Pointwise(x=x, mult=mult, shift=shift, **fields))
 
+    def rearrange(self, node: Rearrange) -> None:
+        """One source keeps its scale and its value at 0; several are brought to one scale. A constant has 16 bits where it is
+        only added."""
+        names = [self.operand8(name) for name in node.inputs]
+        scale = self.out_scale(node.name)
+        if len(names) == 1 and (node.fill is None or self.tensors[names[0]].scale >= scale):
+            scale = max(scale, self.tensors[names[0]].scale) if self.scored(node) else self.tensors[names[0]].scale
+        wide = not names and not self.needs8(node.name)
+        if wide:
+            scale = max(self.calibration.peak(node.name, "out"), 1e-30) / WIDE_MARGIN
+        out = self.tensor(node, "int16" if wide else "int8", scale)
+        if len(names) == 1 and names[0] in self.offsets:
+            self.shift(node.name, self.offsets[names[0]])
+        factors = [_multiplier(self.tensors[name].scale / out.scale, node.source or node.name) for name in names]
+        limit = np.iinfo(out.dtype)
+        fill = None if node.fill is None else np.rint(node.fill.double().numpy() / out.scale).clip(limit.min, limit.max)
+        self.ops.append(ops.Rearrange(
+            name=node.name, out=node.name, source=node.source, fill=None if fill is None else fill.astype(out.dtype),
+            sources=tuple(
+                ops.RowSource(
+                    tensor=names[part.operand], rows=part.rows.numpy(), to=part.to.numpy(), start=part.start, at=part.at,
+                    width=part.width, mult=factors[part.operand][0], shift=factors[part.operand][1],
+                )
+                for part in node.parts
+            ),
+        ))  # fmt: skip
+
+    def scored(self, node: Node) -> bool:
+        """Whether an attention multiplies a tensor with another to scores."""
+        return any(isinstance(user, Attention) and node.name in user.inputs[:2] for user in self.users[node.name])
+
     def attention(self, node: Attention) -> None:
         q, k, v = (self.operand8(name) for name in node.inputs[:3])
         out = self.tensor(node, "int8", self.out_scale(node.name))
@@ -690,6 +725,15 @@ class _Builder:
                 bias=None if node.bias is None else score_bias(node.bias),
             )
         )  # fmt: skip
+
+
+def moves_whole_rows(node: Node) -> bool:
+    """Whether a node's rows are all whole rows of one operand."""
+    if not isinstance(node, Rearrange) or len(node.inputs) != 1 or node.fill is not None:
+        return False
+    channels = node.shape[-1]
+    whole = all((part.start, part.at, part.width) == (0, 0, channels) for part in node.parts)
+    return whole and sum(len(part.to) for part in node.parts) * channels == math.prod(node.shape)
 
 
 def resize(network: ops.QuantNetwork, *, batch: int, rows: int) -> ops.QuantNetwork:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.graph import CompileError
-from compiler.ops import Attention, Conv, LayerNorm, Linear, MaxPool, Op, Pointwise, QuantNetwork, QuantTensor
+from compiler.ops import Attention, Conv, LayerNorm, Linear, MaxPool, Op, Pointwise, QuantNetwork, QuantTensor, Rearrange
 from hw.arch import Arch
 
 __all__ = ["LoweringError", "check_network", "describe"]
@@ -63,6 +63,8 @@ def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
 
 def _operands(op: Op) -> Iterator[tuple[str, str]]:
     """(role, tensor name) of what an operator reads."""
+    if isinstance(op, Rearrange):
+        yield from (("source", part.tensor) for part in op.sources)
     names = ("q", "k", "v", "mask") if isinstance(op, Attention) else ("x",)
     for role in names:
         if getattr(op, role) is not None:
@@ -76,6 +78,9 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
     _require(op, out.dtype in ("int8", "int16"), f"output must be int8 or int16, not {out.dtype}")
     if isinstance(op, Attention):
         _check_attention(op, tensors)
+        return
+    if isinstance(op, Rearrange):
+        _check_rearrange(op, tensors)
         return
     if op.x is not None:
         _dtype(op, "x", tensors[op.x], "int8")
@@ -161,6 +166,29 @@ def _check_conv(op: Conv, tensors: dict[str, QuantTensor]) -> None:
         f"weight must be int8 (out, kernel height, kernel width, in / groups) = {wanted}, not {weight.dtype} {weight.shape}",
     )  # fmt: skip
     _parameters(op, "requant", outputs, bias=op.requant.bias, mult=op.requant.mult, shift=op.requant.shift)
+
+
+def _check_rearrange(op: Rearrange, tensors: dict[str, QuantTensor]) -> None:
+    out = tensors[op.out]
+    rows, channels = out.shape[0] * out.shape[1], out.shape[2]
+    _require(op, out.dtype == "int8" or not op.sources, "an output with sources must be int8")
+    _require(op, bool(op.sources) or op.fill is not None, "neither sources nor a fill: the output would be zero")
+    if op.fill is not None:
+        _require(
+            op, op.fill.shape == (rows, channels) and op.fill.dtype == out.dtype,
+            f"fill must be {out.dtype} {(rows, channels)}, not {op.fill.dtype} {op.fill.shape}",
+        )  # fmt: skip
+    for part in op.sources:
+        x = tensors[part.tensor]
+        _dtype(op, "source", x, "int8")
+        inside = part.rows.shape == part.to.shape and len(part.rows) > 0 and min(part.rows.min(), part.to.min()) >= 0
+        inside = inside and part.rows.max() < x.shape[0] * x.shape[1] and part.to.max() < rows
+        inside = inside and len(np.unique(part.to)) == len(part.to)
+        _require(op, bool(inside), f"rows of source {part.tensor!r} are not distinct rows of it and of the output")
+        columns = part.width >= 1 and part.start >= 0 <= part.at
+        columns = columns and part.start + part.width <= x.shape[2] and part.at + part.width <= channels
+        _require(op, columns, f"columns of source {part.tensor!r} are not within it and the output")
+        _require(op, 0 <= part.mult < 1 << 15 and 1 <= part.shift <= 63, f"mult, shift out of range: {part.mult}, {part.shift}")
 
 
 def _check_norm(op: Linear | Pointwise | Conv, norm: LayerNorm, cols: int) -> None:

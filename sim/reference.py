@@ -32,6 +32,7 @@ from compiler.ops import (
     Pointwise,
     QuantNetwork,
     QuantTensor,
+    Rearrange,
     ResidualInput,
     Window,
 )
@@ -188,6 +189,8 @@ def _reads(op: Op) -> tuple[str, ...]:
     """Names of the tensors that an operator reads."""
     if isinstance(op, Attention):
         return tuple(name for name in (op.q, op.k, op.v, op.mask) if name is not None)
+    if isinstance(op, Rearrange):
+        return tuple(part.tensor for part in op.sources)
     residual = op.residual.tensor if op.residual is not None else None
     return tuple(name for name in (op.x, residual) if name is not None)
 
@@ -200,6 +203,8 @@ def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) 
         return _stored(result, out)
     if isinstance(op, Conv | MaxPool):
         return _image(op, values, network)
+    if isinstance(op, Rearrange):
+        return _rearranged(op, values, out)
     reference = values[op.x] if op.x is not None else values[op.residual.tensor]  # type: ignore[union-attr]
     batch, rows, _ = reference.shape
     residual = values[op.residual.tensor] if op.residual is not None else None
@@ -235,6 +240,16 @@ def _finish(op: Linear | Pointwise | Conv, q: Tensor, residual: Tensor | None) -
     if op.table is not None:
         q = torch.from_numpy(op.table.astype(np.float64))[q.clamp(-128, 127).long() + 128]
     return _norm(q.numpy(), op.norm) if op.norm is not None else q.numpy()
+
+
+def _rearranged(op: Rearrange, values: Mapping[str, NDArray[Any]], out: QuantTensor) -> NDArray[Any]:
+    result = np.zeros((out.shape[0] * out.shape[1], out.shape[2]), np.int64) if op.fill is None else op.fill.astype(np.int64)
+    for part in op.sources:
+        x = values[part.tensor]
+        x = x.reshape(-1, x.shape[2])[part.rows, part.start : part.start + part.width]
+        taken = _requantise(_tensor(x).double(), np.zeros(1, np.int32), np.array([part.mult]), np.array([part.shift]), 128)
+        result[part.to, part.at : part.at + part.width] = taken.numpy()
+    return _stored(result.reshape(out.shape), out)
 
 
 def _image(op: Conv | MaxPool, values: Mapping[str, NDArray[Any]], network: QuantNetwork) -> NDArray[Any]:
