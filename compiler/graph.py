@@ -177,9 +177,11 @@ class Node:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Input(Node):
-    """An argument of the module: float32 data, or a mask of any integer type or bool."""
+    """An argument of the module: float32 data, or a mask of any integer type or bool. ``given``: its shape there, of more than three
+    dimensions, the inner ones of which are joined."""
 
     dtype: torch.dtype
+    given: Shape | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -551,6 +553,8 @@ class Graph:
             value = inputs[node.name]
             if not isinstance(value, Tensor):
                 raise ValueError(f"input {node.name!r} must be a tensor, not {type(value).__name__}")
+            if node.given is not None and value.ndim == len(node.given):
+                inputs[node.name] = value = value.flatten(1, -2)
             fits = value.ndim == len(node.shape)
             if fits and node.dtype == torch.float32 and node.name not in masks:
                 fits = value.dtype == torch.float32 and value.shape[-1] == node.shape[-1]

@@ -143,14 +143,26 @@ def _max_pool2d(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
 
 @_imports(aten.mean.dim)
 def _mean(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Of an image's pixels, or of tokens; not of channels, which is a part of a norm."""
+    """Of an image's pixels, or of tokens. Of the last dimension, only if that does not stay: else it is a part of a norm."""
     x, rank = a["self"], len(a["self"].shape)
     dims = sorted(d % rank for d in a["dim"] or range(rank))
-    image = rank == 4 and dims == [2, 3]
-    if isinstance(x, Constant) or (rank - 1 in dims and not image):
+    last = rank >= 3 and rank - 1 in dims and (rank == 4 and dims == [2, 3] or rank == 3 and dims == [2] and not a["keepdim"])
+    if isinstance(x, Constant) or (rank - 1 in dims and not last):
         return None
-    channel = 1 if image else rank - 1
-    kept = [d for d in range(rank) if d not in dims and d != channel]
+    return _mean_of(importer, node, x, dims, 1 if last else rank - 1)
+
+
+@_imports(aten.adaptive_avg_pool1d.default)
+def _adaptive_avg_pool1d(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
+    x = a["self"]
+    if isinstance(x, Constant) or len(x.shape) != 3 or node.meta["val"].shape[2] != 1:
+        return None
+    return _mean_of(importer, node, x, [2], 1)
+
+
+def _mean_of(importer: _Importer, node: fx.Node, x: Node, dims: list[int], channel: int) -> Node:
+    """Mean over dimensions: a pooling of (batch, rows, channels)."""
+    kept = [d for d in range(len(x.shape)) if d not in dims and d != channel]
     batch, channels = math.prod(x.shape[d] for d in kept), x.shape[channel]
     size = (x.shape[dims[0]], math.prod(x.shape[d] for d in dims[1:]))
     layout = Layout.contiguous(x.shape).permute((*kept, *dims, channel)).reshape((batch, size[0] * size[1], channels))

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from compiler.exported import Exported, dtype_name, is_getitem, module_path, source_line
 from compiler.frontend import IMPORTS, MOVES, VIEWS, import_part, mask_operands
-from compiler.graph import Attention, CompileError, Constant, Graph, Input, Problem
+from compiler.graph import Attention, CompileError, Constant, Convolution, Graph, Input, Linear, Pointwise, Problem
 from compiler.legality import problem
 from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
@@ -132,6 +132,9 @@ def check_arch(graph: Graph, arch: Arch) -> None:
 
 def _arch_problems(graph: Graph, arch: Arch) -> Iterable[Problem]:
     for node in graph.nodes.values():
+        norm = node.post.norm if isinstance(node, Linear | Convolution | Pointwise) else None
+        if norm is not None and len(norm.gamma) > arch.row_depth:
+            yield problem(graph, node, _wide_norm(len(norm.gamma), arch))
         if isinstance(node, Attention) and not arch.attention:
             yield problem(
                 graph, node, f"attention needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
@@ -323,8 +326,12 @@ def _never(node: fx.Node, aside: list[fx.Node], arch: Arch) -> str | None:
         if isinstance(tensor, Tensor) and tensor.dtype != torch.float32:
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"
     if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
-        return f"a norm over {results[0].shape[-1]} columns does not fit row_depth {arch.row_depth} of {arch.name}"
+        return _wide_norm(results[0].shape[-1], arch)
     return None
+
+
+def _wide_norm(columns: int, arch: Arch) -> str:
+    return f"a norm over {columns} columns does not fit row_depth {arch.row_depth} of {arch.name}"
 
 
 def _no_instruction(node: fx.Node) -> str:

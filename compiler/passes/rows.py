@@ -21,6 +21,7 @@ from compiler.graph import (
     Add,
     Constant,
     Graph,
+    Input,
     LayerNorm,
     Linear,
     Move,
@@ -191,8 +192,14 @@ def _joined_dimensions(graph: Graph) -> Graph:
     """Operators on rows with a view before and behind them, so that they see at most three dimensions."""
     nodes: dict[str, Node] = {}
     now: dict[str, str] = {}
+    users = graph.users()
     for node in graph.nodes.values():
         node = replace(node, inputs=tuple(now.get(name, name) for name in node.inputs))
+        if isinstance(node, Input) and len(node.shape) > 3 and not any(isinstance(user, Unfold) for user in users[node.name]):
+            joined = replace(node, shape=by_rows(node.shape), given=node.shape)
+            nodes[node.name] = joined
+            node = _reshaped(joined, node.shape, f"{node.name}.back")
+            now[joined.name] = node.name
         if isinstance(node, Linear | LayerNorm | Activation | Scale | Add) and (len(node.shape) > 3 or len(node.shape) == 1):
             names = []
             for name in node.inputs:
@@ -253,7 +260,7 @@ def _arranged(graph: Graph, node: Node, ids: Tensor, shape: Shape, numbers: _Num
     """A node that makes a tensor of these elements, the name of the one that they are, or None."""
     flat = ids.reshape(-1, shape[-1])
     places = torch.tensor(numbers.firsts)
-    owner = torch.where(flat > 0, torch.searchsorted(places, flat, right=True) - 1, -1)
+    owner = torch.where(flat > 0, torch.searchsorted(places, flat.contiguous(), right=True) - 1, -1)
     used = [int(i) for i in owner.unique() if i >= 0]
     tensors = [graph.nodes[numbers.bases[i]] for i in used]
     constants = [isinstance(t, Rearrange) and not t.parts for t in tensors]
