@@ -44,10 +44,12 @@ __all__ = [
     "Pointwise",
     "Post",
     "Problem",
+    "Product",
     "Rearrange",
     "Scale",
     "ScaledDotProduct",
     "Softmax",
+    "Transpose",
     "Unfold",
     "View",
     "named_inputs",
@@ -283,6 +285,22 @@ class Rearrange(Node):
             x = operands[part.operand].reshape(-1, operands[part.operand].shape[-1])
             made[part.to, part.at : part.at + part.width] = x[part.rows, part.start : part.start + part.width]
         return made.reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Transpose(Node):
+    """Rows and channels change places: (batch, rows, channels) to (batch, channels, rows)."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0].transpose(-1, -2)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Product(Node):
+    """``x @ y.T`` of two activations (batch, rows, in) and (batch, columns, in)."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0] @ operands[1].transpose(-1, -2)
 
 
 Pair = tuple[int, int]

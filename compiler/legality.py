@@ -31,10 +31,12 @@ from compiler.graph import (
     Node,
     Pointwise,
     Problem,
+    Product,
     Rearrange,
     Scale,
     ScaledDotProduct,
     Softmax,
+    Transpose,
     Unfold,
     View,
 )
@@ -45,6 +47,7 @@ _PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, LayerNorm, Activati
 _HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
 _MOVING = {View, Move}
+_ROWS = {Rearrange, Product, Softmax}
 
 LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
@@ -58,13 +61,14 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "split_linears": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
-        "match_heads": {*_PLAIN, Attention, *_MOVING, Rearrange},
-        "drop_views": {*_PLAIN, Attention, *_MOVING, Rearrange},
-        "place_images": {*_PLAIN, *_HOST, Attention, *_MOVING, Rearrange},
-        "hoist_rows": {*_PLAIN, *_HOST, Attention, *_MOVING, Rearrange},
-        "arrange_rows": {*_PLAIN, *_HOST, Attention, Rearrange},
-        "fold_scales": {*_PLAIN, *_HOST, Attention, Rearrange} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise, Rearrange},
+        "match_heads": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "match_products": {*_PLAIN, *_ROWS, Attention, *_MOVING},
+        "drop_views": {*_PLAIN, *_ROWS, Attention, *_MOVING},
+        "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
+        "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
+        "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
+        "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose} - {Scale},
+        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, Transpose, Pointwise},
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -72,10 +76,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
 _REASONS: dict[type[Node], str] = {
     Aten: "this operator is not supported",
     Constant: "adding or comparing with a constant tensor is not supported here",
-    MatMul: "a product of two activations is supported only as softmax(q k^T) v attention",
-    Softmax: "softmax is supported only over the keys of an attention",
-    ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
-    "split into heads; k and v of equal shape, with as many heads as q or a divisor of that",
+    ScaledDotProduct: "attention needs q, k and v that are rows of channels, and a mask of the keys of each batch entry",
     View: "the accelerator moves rows and ranges of columns: this rearrangement does more",
     Move: "the accelerator moves rows and ranges of columns: this rearrangement does more",
     Scale: "scaling is supported only after a Linear layer or within attention",

@@ -16,6 +16,7 @@ from compiler.ops import (
     Linear,
     MaxPool,
     Pointwise,
+    Product,
     QuantNetwork,
     QuantTensor,
     Rearrange,
@@ -23,6 +24,8 @@ from compiler.ops import (
     ResidualInput,
     RowSource,
     ScoreBias,
+    Softmax,
+    Transpose,
     Window,
 )
 
@@ -31,8 +34,8 @@ __all__ = ["network_from_bytes", "network_to_bytes"]
 _TYPES = {
     kind.__name__: kind
     for kind in (
-        Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, QuantTensor, Rearrange, Requant, ResidualInput,
-        RowSource, ScoreBias, Window,
+        Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, Product, QuantTensor, Rearrange, Requant, ResidualInput,
+        RowSource, ScoreBias, Softmax, Transpose, Window,
     )  # fmt: skip
 }
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")

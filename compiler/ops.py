@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from algo.nm import NM
 
 __all__ = [
-    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Rearrange", "Requant",
-    "ResidualInput", "RowSource", "ScoreBias", "Window",
+    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "Product", "QuantNetwork", "QuantTensor", "Rearrange",
+    "Requant", "ResidualInput", "RowSource", "ScoreBias", "Softmax", "Transpose", "Window",
 ]
 
 TensorDtype = Literal["int8", "int16", "keymask"]
@@ -234,7 +234,59 @@ class Rearrange:
     norm: ClassVar[None] = None
 
 
-Op = Linear | Attention | Pointwise | Conv | MaxPool | Rearrange
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Transpose:
+    """x int8 (batch, rows, channels) to out int8 (batch, channels, rows), of one scale."""
+
+    name: str
+    x: str
+    out: str
+    source: str = ""
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Product:
+    """``out = requantise(x @ y.T, mult, shift)`` for each batch entry: x int8 (batch, rows, in), y int8 (batch, columns, in)."""
+
+    name: str
+    x: str
+    y: str
+    out: str
+    mult: int
+    shift: int
+    source: str = ""
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Softmax:
+    """Softmax of each row of x, int8 or int16.
+
+    Exponents: int16 ``rshr(x * in_mult, in_shift)`` in units of 2^-8 in the log2 domain. Output: as that of `Attention` with values
+    of ``ONE`` on the diagonal.
+    """
+
+    ONE: ClassVar[int] = 127
+    name: str
+    x: str
+    out: str
+    in_mult: int
+    in_shift: int
+    out_mult: int
+    out_shift: int
+    source: str = ""
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+Op = Linear | Attention | Pointwise | Conv | MaxPool | Rearrange | Transpose | Product | Softmax
+"""One kind of operator or another."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from compiler.exported import Exported, dtype_name, is_getitem, module_path, source_line
 from compiler.frontend import IMPORTS, MOVES, VIEWS, import_part, mask_operands
-from compiler.graph import Attention, CompileError, Constant, Convolution, Graph, Input, Linear, Pointwise, Problem
+from compiler.graph import Attention, CompileError, Constant, Convolution, Graph, Input, Linear, Pointwise, Problem, Product, Softmax, Transpose
 from compiler.legality import problem
 from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
@@ -132,12 +132,15 @@ def check_arch(graph: Graph, arch: Arch) -> None:
 
 def _arch_problems(graph: Graph, arch: Arch) -> Iterable[Problem]:
     for node in graph.nodes.values():
+        depth = min(arch.row_depth, arch.lane_depth)
+        if isinstance(node, Softmax) and node.shape[-1] > depth:
+            yield problem(graph, node, f"a softmax over {node.shape[-1]} columns does not fit the {depth} of {arch.name}")
         norm = node.post.norm if isinstance(node, Linear | Convolution | Pointwise) else None
         if norm is not None and len(norm.gamma) > arch.row_depth:
             yield problem(graph, node, _wide_norm(len(norm.gamma), arch))
-        if isinstance(node, Attention) and not arch.attention:
+        if isinstance(node, Attention | Product | Softmax | Transpose) and not arch.attention:
             yield problem(
-                graph, node, f"attention needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
+                graph, node, f"{node.operator.lower()} needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
             )
 
 

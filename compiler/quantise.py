@@ -38,7 +38,10 @@ from compiler.graph import (
     Node,
     Norm,
     Pointwise,
+    Product,
     Rearrange,
+    Softmax,
+    Transpose,
     Unfold,
 )
 from compiler.passes import optimise
@@ -438,6 +441,12 @@ class _Builder:
                 self.pointwise(node)
             elif isinstance(node, Rearrange):
                 self.rearrange(node)
+            elif isinstance(node, Transpose):
+                self.transpose(node)
+            elif isinstance(node, Product):
+                self.product(node)
+            elif isinstance(node, Softmax):
+                self.softmax(node)
         given = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold)]
         inputs = [name for name in given if name in self.tensors]
         return ops.QuantNetwork(
@@ -467,7 +476,7 @@ class _Builder:
     @staticmethod
     def multiplies(user: Node, name: str) -> bool:
         """Whether an operator multiplies or moves a tensor, rather than adding it to something."""
-        return isinstance(user, Rearrange) or (isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name)
+        return isinstance(user, Rearrange | Transpose | Product) or (isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name)
 
     def needs8(self, name: str) -> bool:
         """Whether some operator multiplies the tensor."""
@@ -704,6 +713,29 @@ class _Builder:
                 )
                 for part in node.parts
             ),
+        ))  # fmt: skip
+
+    def transpose(self, node: Transpose) -> None:
+        x = self.operand8(node.inputs[0])
+        out = self.tensor(node, "int8", self.tensors[x].scale)
+        self.ops.append(ops.Transpose(name=node.name, x=x, out=out.name, source=node.source))
+
+    def product(self, node: Product) -> None:
+        x, y = (self.operand8(name) for name in node.inputs)
+        wide = not self.needs8(node.name) and (self.wide or node.name not in self.graph.outputs)
+        peak = max(self.calibration.peak(node.name, "out"), 1e-30)
+        out = self.tensor(node, "int16" if wide else "int8", peak / WIDE_MARGIN if wide else self.out_scale(node.name))
+        mult, shift = _multiplier(self.tensors[x].scale * self.tensors[y].scale / out.scale, node.source or node.name)
+        self.ops.append(ops.Product(name=node.name, x=x, y=y, out=out.name, mult=mult, shift=shift, source=node.source))
+
+    def softmax(self, node: Softmax) -> None:
+        (x,), what = node.inputs, node.source or node.name
+        out = self.tensor(node, "int8", self.out_scale(node.name))
+        inner = _multiplier(self.tensors[x].scale * LOG2E_256, what)
+        outer = _multiplier(1 / ops.Softmax.ONE / out.scale, what)
+        self.ops.append(ops.Softmax(
+            name=node.name, x=x, out=out.name, source=node.source, in_mult=inner[0], in_shift=inner[1], out_mult=outer[0],
+            out_shift=outer[1],
         ))  # fmt: skip
 
     def scored(self, node: Node) -> bool:

@@ -19,6 +19,7 @@ from compiler.passes.images import place_images
 from compiler.passes.linears import fold_biases, fold_scales, split_linears
 from compiler.passes.masks import fold_masks
 from compiler.passes.norms import match_norms
+from compiler.passes.products import match_products
 from compiler.passes.rows import arrange_rows, hoist_rows, place_constants
 from compiler.passes.views import drop_views, sink_views
 
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     split_linears,  # a Linear whose result is cut into channel ranges becomes several
     sink_views,  # the ranges are whole tensors now, and their views can move
     match_heads,  # ScaledDotProduct between head splits becomes Attention
+    match_products,  # other products of two activations
     drop_views,  # what is left of the views cancels out
     place_images,  # images come and go as rows of pixels
     hoist_rows,  # rows are chosen before they are multiplied

@@ -30,6 +30,8 @@ from compiler.graph import (
     Part,
     Rearrange,
     Scale,
+    Softmax,
+    Transpose,
     Unfold,
     View,
 )
@@ -150,20 +152,30 @@ def arrange_rows(graph: Graph) -> Graph:
         return graph
     numbers = _Numbers(graph)
     nodes: dict[str, Node] = {}
-    known: dict[tuple[object, ...], str] = {}
+    known: dict[tuple[Shape, bytes], str] = {}
 
     def settled(name: str, shape: Shape) -> str:
         """The tensor that stands for a moved one."""
         ids = numbers.of(name)
-        made = None if ids is None else _arranged(graph, graph.nodes[name], ids, shape, numbers)
+        return name if ids is None else best(graph.nodes[name], ids, shape) or name
+
+    def best(node: Node, ids: Tensor, shape: Shape) -> str | None:
+        """Copies of rows, or if that takes many narrow ones, rows and channels changed of what takes fewer."""
+        key = (shape, _digest(ids))
+        if key in known:
+            return known[key]
+        made = _arranged(graph, node, ids, shape, numbers)
+        if _narrow(made) and shape[-1] > 1:
+            turned = ids.reshape((1,) * (3 - len(shape)) + shape).transpose(1, 2).contiguous()
+            base = _arranged(graph, replace(node, name=f"{node.name}.turned"), turned, tuple(turned.shape), numbers)
+            if base is not None and not _narrow(base):
+                kept = base if isinstance(base, str) else nodes.setdefault(base.name, base).name
+                made = Transpose(
+                    name=f"{node.name}.arranged", inputs=(kept,), shape=shape, source=node.source, origin=node.origin
+                )  # fmt: skip
         if made is None:
-            return name
-        if isinstance(made, str):
-            return made
-        key = (shape, made.inputs, _digest(ids))
-        if key not in known:
-            nodes[made.name] = made
-            known[key] = made.name
+            return None
+        known[key] = made if isinstance(made, str) else nodes.setdefault(made.name, made).name
         return known[key]
 
     for node in graph.nodes.values():
@@ -180,12 +192,19 @@ def arrange_rows(graph: Graph) -> Graph:
     return graph.rewrite(nodes.values(), outputs=tuple(outputs))
 
 
+def _narrow(made: Rearrange | str | None) -> bool:
+    """Whether copies are of single columns, or cannot be."""
+    if isinstance(made, Rearrange):
+        return any(part.width == 1 for part in made.parts) and len(made.parts) > 1
+    return made is None
+
+
 def _moves(node: Node) -> bool:
     return isinstance(node, View | Move) or (isinstance(node, Rearrange) and not node.parts)
 
 
-def _digest(ids: Tensor | None) -> bytes:
-    return hashlib.sha256(ids.numpy().tobytes()).digest() if ids is not None else b""
+def _digest(ids: Tensor) -> bytes:
+    return hashlib.sha256(ids.contiguous().numpy().tobytes()).digest()
 
 
 def _joined_dimensions(graph: Graph) -> Graph:
@@ -200,7 +219,7 @@ def _joined_dimensions(graph: Graph) -> Graph:
             nodes[node.name] = joined
             node = _reshaped(joined, node.shape, f"{node.name}.back")
             now[joined.name] = node.name
-        if isinstance(node, Linear | LayerNorm | Activation | Scale | Add) and (len(node.shape) > 3 or len(node.shape) == 1):
+        if isinstance(node, Linear | LayerNorm | Activation | Scale | Add | Softmax) and (len(node.shape) > 3 or len(node.shape) == 1):
             names = []
             for name in node.inputs:
                 x = nodes[name]

@@ -24,7 +24,35 @@ def common_bias(bias: Tensor) -> Tensor:
 
 
 def gathered_heads(graph: Graph, node: ScaledDotProduct) -> list[Node]:
-    """Copies of rows, an `Attention` on them and a view of its result; nothing if the operands are not heads of rows."""
+    """Copies of rows, an `Attention` on them and a view of its result. If the operands are not heads of rows, each head becomes a
+    batch entry. Nothing if the mask does not allow that."""
+    return _of_rows(graph, node) or _one_by_one(graph, node)
+
+
+def _one_by_one(graph: Graph, node: ScaledDotProduct) -> list[Node]:
+    *lead, rows, width = node.shape
+    count, keys = math.prod(lead), graph.nodes[node.inputs[1]].shape[-2]
+    mask = node.inputs[3:]
+    if mask and graph.nodes[mask[0]].shape != (count, 1, keys):
+        return []
+    made: list[Node] = []
+    for role, name in zip("qkv", node.inputs[:3], strict=True):
+        x = graph.nodes[name]
+        layout = Layout.contiguous(x.shape).reshape((count, *x.shape[-2:]))
+        made.append(View(
+            name=f"{node.name}.{role}", inputs=(name,), shape=layout.shape, layout=layout, source=node.source, origin=node.origin
+        ))  # fmt: skip
+    shape = (count, rows, width)
+    whole = Attention(
+        name=node.name, inputs=(*(view.name for view in made), *mask), shape=shape, source=node.source, origin=node.origin,
+        heads=1, scale=node.scale, bias=None if node.bias is None else common_bias(node.bias.reshape(count, 1, rows, keys)),
+    )  # fmt: skip
+    layout = Layout.contiguous(shape).reshape(tuple(node.shape))
+    view = View(name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout, origin=node.origin)
+    return [*made, whole, view]
+
+
+def _of_rows(graph: Graph, node: ScaledDotProduct) -> list[Node]:
     found = [_rows_of_heads(graph, name) for name in node.inputs[:3]]
     operands = [item for item in found if item is not None]
     if len(operands) < 3:
