@@ -8,7 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.graph import CompileError
-from compiler.ops import Attention, Conv, LayerNorm, Linear, MaxPool, Op, Pointwise, Product, QuantNetwork, QuantTensor, Rearrange, Softmax, Transpose
+from compiler.ops import (
+    Attention,
+    Conv,
+    LayerNorm,
+    Linear,
+    MaxPool,
+    Op,
+    Pointwise,
+    Product,
+    QuantNetwork,
+    QuantTensor,
+    Rearrange,
+    Softmax,
+    Transpose,
+)
 from hw.arch import Arch
 
 __all__ = ["LoweringError", "check_network", "describe"]

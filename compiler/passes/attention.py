@@ -19,8 +19,8 @@ from compiler.graph import (
     View,
 )
 from compiler.layout import Layout, LayoutError
-from compiler.passes.windows import common_bias, gathered_heads
 from compiler.passes.views import sink_views
+from compiler.passes.windows import common_bias, gathered_heads
 
 __all__ = ["match_heads", "match_scores"]
 
