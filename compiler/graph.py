@@ -7,6 +7,7 @@ every pass can be checked against the module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,15 +36,20 @@ __all__ = [
     "Linear",
     "MatMul",
     "MaxPool",
+    "Move",
     "Node",
     "Norm",
     "Operand",
+    "Part",
     "Pointwise",
     "Post",
     "Problem",
+    "Product",
+    "Rearrange",
     "Scale",
     "ScaledDotProduct",
     "Softmax",
+    "Transpose",
     "Unfold",
     "View",
     "named_inputs",
@@ -174,9 +180,11 @@ class Node:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Input(Node):
-    """An argument of the module: float32 data, or a mask of any integer type or bool."""
+    """An argument of the module: float32 data, or a mask of any integer type or bool. ``given``: its shape there, of more than three
+    dimensions, the inner ones of which are joined."""
 
     dtype: torch.dtype
+    given: Shape | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -215,6 +223,12 @@ class Aten(Node):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Move(Aten):
+    """A torch operator that only moves elements, and perhaps puts zeros between them: it does the same to numbers of elements as
+    to their values, so that `compiler.passes.rows` learns what goes where by running it."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class View(Node):
     """Reshape, transpose, select and slice in one."""
 
@@ -242,6 +256,52 @@ class Linear(Node):
     def product(self, x: Tensor) -> Tensor:
         """Before the post-processing."""
         return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part:
+    """Rows ``to`` of a `Rearrange`, columns [at, at + width), are rows ``rows`` of an operand, columns from ``start`` on; both int64
+    (n,), counted over all dimensions but the last."""
+
+    operand: int
+    rows: Tensor
+    to: Tensor
+    start: int
+    at: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rearrange(Node):
+    """Rows and ranges of columns of the operands in other places: ``parts``, and ``fill`` float32 (rows, columns) where there is
+    none of them (None: zero). Without parts, a constant."""
+
+    parts: tuple[Part, ...] = ()
+    fill: Tensor | None = None
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        rows = math.prod(self.shape[:-1])
+        made = torch.zeros(rows, self.shape[-1]) if self.fill is None else self.fill.clone()
+        for part in self.parts:
+            x = operands[part.operand].reshape(-1, operands[part.operand].shape[-1])
+            made[part.to, part.at : part.at + part.width] = x[part.rows, part.start : part.start + part.width]
+        return made.reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Transpose(Node):
+    """Rows and channels change places: (batch, rows, channels) to (batch, channels, rows)."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0].transpose(-1, -2)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Product(Node):
+    """``x @ y.T`` of two activations (batch, rows, in) and (batch, columns, in)."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0] @ operands[1].transpose(-1, -2)
 
 
 Pair = tuple[int, int]
@@ -513,6 +573,8 @@ class Graph:
             value = inputs[node.name]
             if not isinstance(value, Tensor):
                 raise ValueError(f"input {node.name!r} must be a tensor, not {type(value).__name__}")
+            if node.given is not None and value.ndim == len(node.given):
+                inputs[node.name] = value = value.flatten(1, -2)
             fits = value.ndim == len(node.shape)
             if fits and node.dtype == torch.float32 and node.name not in masks:
                 fits = value.dtype == torch.float32 and value.shape[-1] == node.shape[-1]

@@ -317,32 +317,26 @@ def _amax(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
     return importer.view(node, image, Layout.contiguous(image.shape).reshape(_shape(node)))
 
 
-_mean_of_rows = IMPORTS.get(aten.mean.dim)
-
-
 @_imports(aten.mean.dim)
 def _mean(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
-    x, dims = a["self"], sorted(d % len(a["self"].shape) for d in a["dim"] or [])
-    rows = None if isinstance(x, Constant) else _pixels(importer, node, x, dims)
-    if rows is None:
-        return _mean_of_rows(importer, node, a) if _mean_of_rows is not None else None
-    size = image_size(x.shape) if dims[-1] == len(x.shape) - 1 else (1, rows.shape[1])
-    made = _averaged(importer, node, rows, kernel=size, size=size, out_size=(1, 1))
-    return importer.view(node, made, Layout.contiguous(made.shape).reshape(_shape(node)))
+    """Of an image's pixels, or of tokens. Of the last dimension, only if that does not stay: else it is a part of a norm."""
+    x, rank = a["self"], len(a["self"].shape)
+    dims = sorted(d % rank for d in a["dim"] or range(rank))
+    last = rank >= 3 and rank - 1 in dims and (rank == 4 and dims == [2, 3] or rank == 3 and dims == [2] and not a["keepdim"])
+    if isinstance(x, Constant) or (rank - 1 in dims and not last):
+        return None
+    return _mean_of(importer, node, x, dims, 1 if last else rank - 1)
 
 
-def _pixels(importer: _Importer, node: fx.Node, x: Node, dims: list[int]) -> Node | None:
-    """The rows that a mean over some dimensions is one of: of an image, of a line, or of (batch, ..., channels)."""
-    if (len(x.shape), dims) == (4, [2, 3]) or ((len(x.shape), dims) == (3, [2]) and _is_line(importer, x)):
-        return as_rows(importer, node, x)
-    if len(x.shape) in (3, 4) and dims == list(range(1, len(x.shape) - 1)):
-        shape = (x.shape[0], prod(x.shape[1:-1]), x.shape[-1])
-        return importer.view(node, x, Layout.contiguous(x.shape).reshape(shape), f"{node.name}.rows")
-    return None
-
-
-def _is_line(importer: _Importer, x: Node) -> bool:
-    """Whether a tensor (batch, channels, length) is a view of rows (batch, length, channels), perhaps after functions."""
-    while isinstance(x, Activation | Scale | Add):
-        x = importer.nodes[x.inputs[0]]
-    return isinstance(x, View) and x.layout.dims[1] == ((x.shape[1], 1),)
+def _mean_of(importer: _Importer, node: fx.Node, x: Node, dims: list[int], channel: int) -> Node:
+    """Mean over dimensions: a pooling of (batch, rows, channels)."""
+    kept = [d for d in range(len(x.shape)) if d not in dims and d != channel]
+    batch, channels = prod(x.shape[d] for d in kept), x.shape[channel]
+    size = (x.shape[dims[0]], prod(x.shape[d] for d in dims[1:]))
+    layout = Layout.contiguous(x.shape).permute((*kept, *dims, channel)).reshape((batch, size[0] * size[1], channels))
+    rows = importer.make(
+        Convolution, node, (importer.view(node, x, layout, f"{node.name}.rows").name,), name=f"{node.name}.average",
+        shape=(batch, 1, channels), weight=torch.full((channels, 1, *size), 1 / (size[0] * size[1])), bias=None, size=size,
+        out_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=channels,
+    )  # fmt: skip
+    return importer.view(node, rows, Layout.contiguous(rows.shape).reshape(tuple(node.meta["val"].shape)))

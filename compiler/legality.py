@@ -25,12 +25,16 @@ from compiler.graph import (
     Linear,
     MatMul,
     MaxPool,
+    Move,
     Node,
     Pointwise,
     Problem,
+    Product,
+    Rearrange,
     Scale,
     ScaledDotProduct,
     Softmax,
+    Transpose,
     Unfold,
     View,
 )
@@ -40,25 +44,30 @@ __all__ = ["LEGAL", "check", "describe", "problem"]
 _PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, LayerNorm, Activation, Scale}
 _HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
+_MOVING = {View, Move}
+_ROWS = {Rearrange, Product, Softmax}
 
 LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
-        "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "expand_gates": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
-        "fold_biases": {*_PLAIN, *_ATTENTION, View},
-        "sink_views": {*_PLAIN, *_ATTENTION, View},
-        "split_linears": {*_PLAIN, *_ATTENTION, View},
-        "match_heads": {*_PLAIN, Attention, View},
-        "drop_views": {*_PLAIN, Attention, View},
-        "flatten_images": {*_PLAIN, Attention, View},
-        "place_images": {*_PLAIN, *_HOST, Attention},
-        "fold_scales": {*_PLAIN, *_HOST, Attention} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise},
+        **dict.fromkeys(
+            ("trace", "match_norms", "fold_functions", "expand_gates", "match_scores"),
+            {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
+        ),
+        "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "fold_biases": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "split_linears": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "match_heads": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "match_products": {*_PLAIN, *_ROWS, Attention, *_MOVING},
+        "drop_views": {*_PLAIN, *_ROWS, Attention, *_MOVING},
+        "flatten_images": {*_PLAIN, *_ROWS, Attention, *_MOVING},
+        "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
+        "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
+        "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
+        "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose} - {Scale},
+        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, Transpose, Pointwise},
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -66,11 +75,9 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
 _REASONS: dict[type[Node], str] = {
     Aten: "this operator is not supported",
     Constant: "adding or comparing with a constant tensor is not supported here",
-    MatMul: "a product of two activations is supported only as softmax(q k^T) v attention",
-    Softmax: "softmax is supported only over the keys of an attention",
-    ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
-    "split into heads; k and v of equal shape, with as many heads as q or a divisor of that",
-    View: "this rearrangement of data is supported only around attention heads",
+    ScaledDotProduct: "attention needs q, k and v that are rows of channels, and a mask of the keys of each batch entry",
+    View: "the accelerator moves rows and ranges of columns: this rearrangement does more",
+    Move: "the accelerator moves rows and ranges of columns: this rearrangement does more",
     Scale: "scaling is supported only after a Linear layer or within attention",
 }
 
@@ -143,6 +150,7 @@ def _equal_shapes(graph: Graph) -> Iterator[Problem]:
             "expand_gates",
             "match_scores",
             "fold_masks",
+            "fold_biases",
         ):
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):

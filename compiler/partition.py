@@ -20,8 +20,21 @@ import torch
 from torch import Tensor, fx
 
 from compiler.exported import Exported, dtype_name, is_getitem, module_path, source_line
-from compiler.frontend import FUNCTIONS, IMPORTS, VIEWS, import_part, mask_operands
-from compiler.graph import Attention, CompileError, Constant, Graph, Input, Problem
+from compiler.frontend import FUNCTIONS, IMPORTS, MOVES, VIEWS, import_part, mask_operands
+from compiler.graph import (
+    Attention,
+    CompileError,
+    Constant,
+    Convolution,
+    Graph,
+    Input,
+    Linear,
+    Pointwise,
+    Problem,
+    Product,
+    Softmax,
+    Transpose,
+)
 from compiler.legality import problem
 from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
@@ -67,7 +80,6 @@ _REASONS: dict[str, str] = {
     "sort": "a choice, no arithmetic",
     "conv2d": "convolutions are not lowered here",
     "mean": "no instruction reduces over rows",
-    "cat": "no instruction joins tensors",
     "mul": "no instruction multiplies two activations, or an activation by a constant tensor",
     "sub": "no instruction takes two activations from each other",
     "pow": "part of a sum of squares that is no norm",
@@ -148,9 +160,15 @@ def check_arch(graph: Graph, arch: Arch) -> None:
 
 def _arch_problems(graph: Graph, arch: Arch) -> Iterable[Problem]:
     for node in graph.nodes.values():
-        if isinstance(node, Attention) and not arch.attention:
+        depth = min(arch.row_depth, arch.lane_depth)
+        if isinstance(node, Softmax) and node.shape[-1] > depth:
+            yield problem(graph, node, f"a softmax over {node.shape[-1]} columns does not fit the {depth} of {arch.name}")
+        norm = node.post.norm if isinstance(node, Linear | Convolution | Pointwise) else None
+        if norm is not None and len(norm.gamma) > arch.row_depth:
+            yield problem(graph, node, _wide_norm(len(norm.gamma), arch))
+        if isinstance(node, Attention | Product | Softmax | Transpose) and not arch.attention:
             yield problem(
-                graph, node, f"attention needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
+                graph, node, f"{node.operator.lower()} needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
             )
 
 
@@ -165,7 +183,8 @@ class _Partitioner:
         )
         self.host: dict[fx.Node, str] = {}
         for node in self.order:
-            reason = _never(node, self.masks[node], arch)
+            known = [*self.masks[node], *(item for item in node.all_input_nodes if exported.constant(item) is not None)]
+            reason = _never(node, known, arch)
             if reason is not None:
                 self.host[node] = reason
         for mask in self.inlined:
@@ -252,7 +271,7 @@ class _Partitioner:
 
         for node in reversed(nodes):
             users = [user for user in node.users if user in self.live_now]
-            if node.target in VIEWS and users and all(self.place(user) is not None or user in found for user in users):
+            if node.target in MOVES and users and all(self.place(user) is not None or user in found for user in users):
                 found[node] = FOR_HOST
         for node in nodes:
             below = [item for item in self.needs(node) if item in inside]
@@ -340,22 +359,27 @@ def _used(graph: Graph) -> Graph:
     return replace(graph, nodes=nodes)
 
 
-def _never(node: fx.Node, masks: list[fx.Node], arch: Arch) -> str | None:
-    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open."""
+def _never(node: fx.Node, aside: list[fx.Node], arch: Arch) -> str | None:
+    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open. ``aside``: operands that are masks or
+    constants."""
     value = node.meta["val"]
     if is_getitem(node):
         return None
     target: Any = node.target
-    if target not in IMPORTS and target not in POINTWISE and target not in NORM_PARTS:
+    if target not in IMPORTS and target not in POINTWISE and target not in NORM_PARTS and target not in MOVES:
         return _no_instruction(node)
     results = [value] if isinstance(value, Tensor) else list(value)
-    operands = [item.meta["val"] for item in node.all_input_nodes if item not in masks]
+    operands = [item.meta["val"] for item in node.all_input_nodes if item not in aside]
     for tensor in (*results, *operands):
         if isinstance(tensor, Tensor) and tensor.dtype != torch.float32:
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"
     if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
-        return f"a norm over {results[0].shape[-1]} columns does not fit row_depth {arch.row_depth} of {arch.name}"
+        return _wide_norm(results[0].shape[-1], arch)
     return None
+
+
+def _wide_norm(columns: int, arch: Arch) -> str:
+    return f"a norm over {columns} columns does not fit row_depth {arch.row_depth} of {arch.name}"
 
 
 def _no_instruction(node: fx.Node) -> str:

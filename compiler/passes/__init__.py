@@ -20,6 +20,8 @@ from compiler.passes.images import place_images
 from compiler.passes.linears import fold_biases, fold_scales, split_linears
 from compiler.passes.masks import fold_masks
 from compiler.passes.norms import match_norms
+from compiler.passes.products import match_products
+from compiler.passes.rows import arrange_rows, hoist_rows, place_constants
 from compiler.passes.views import drop_views, sink_views
 
 __all__ = ["PASSES", "optimise", "run_passes"]
@@ -33,14 +35,18 @@ PASSES: tuple[Pass, ...] = (
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask
     fold_biases,  # a constant vector added after a Linear becomes its bias
+    place_constants,  # other constants that are added or joined become tensors
     sink_views,  # reshapes and transposes move behind the operators that do not care
     split_linears,  # a Linear whose result is cut into channel ranges becomes several
     sink_views,  # the ranges are whole tensors now, and their views can move
     match_heads,  # ScaledDotProduct between head splits becomes Attention
+    match_products,  # other products of two activations
     drop_views,  # what is left of the views cancels out
     flatten_images,  # a Linear of a whole image becomes a convolution
     drop_views,  # whose result has fewer rows
     place_images,  # images come and go as rows of pixels
+    hoist_rows,  # rows are chosen before they are multiplied
+    arrange_rows,  # what still moves becomes copies of rows
     fold_scales,  # scales go into weights and attention
     fuse,  # residual, function and norm go into the operator before them
 )

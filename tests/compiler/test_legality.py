@@ -27,6 +27,7 @@ from compiler.graph import (
     Operand,
     Pointwise,
     Post,
+    Rearrange,
     Scale,
     ScaledDotProduct,
     Softmax,
@@ -82,7 +83,7 @@ def test_the_table_decides(kind, stage):
 
 
 def test_the_last_stage_has_only_what_the_quantiser_takes():
-    assert LEGAL["fuse"] == {Input, KeyMask, Linear, Convolution, MaxPool, Unfold, Fold, Attention, Pointwise}
+    assert LEGAL["fuse"] == {Input, KeyMask, Linear, Convolution, MaxPool, Unfold, Fold, Attention, Pointwise, Rearrange}
 
 
 def test_message_names_path_operator_and_shapes():
