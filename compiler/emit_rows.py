@@ -210,7 +210,8 @@ def emit_product(emitter: Emitter, index: int, op: Product) -> list[Task]:
                 segment = Segment(start=start, stop=min(columns, start + limit))
                 first = batch * own + start // arch.rows
                 read = tuple((y, tile) for tile in range(first, batch * own + -(-segment.stop // arch.rows)))
-                tasks.append(Task(tuple(_product_chain(emitter, index, op, y, piece, segment, chunks, first * pitch, pitch, read))))
+                chain = _product_chain(emitter, index, op, y, piece, segment, chunks, first * pitch, pitch, read)
+                tasks.append(Task(tuple(chain)))
     return tasks
 
 

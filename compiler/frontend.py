@@ -585,6 +585,18 @@ def _add(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return importer.make(Add, node, (x.name, y.name))
 
 
+@_imports(aten.sub.Tensor)
+def _sub(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    x, y = a["self"], a["other"]
+    if not isinstance(x, Node) or not isinstance(y, Node) or isinstance(x, Constant) or isinstance(y, Constant):
+        return None
+    operands = [item.meta["val"] for item in node.all_input_nodes]
+    if len(operands) != 2 or any(not value.is_floating_point() or value.shape != node.meta["val"].shape for value in operands):
+        return None
+    other = importer.make(Scale, node, (y.name,), name=f"{node.name}.negative", shape=y.shape, factor=-float(a["alpha"]))
+    return importer.make(Add, node, (x.name, other.name))
+
+
 @_imports(aten.mul.Tensor, aten.mul.Scalar)
 def _mul(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
