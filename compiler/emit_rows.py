@@ -19,38 +19,11 @@ from compiler.placement import Piece, Placement
 from compiler.schedule import Task
 from compiler.steps import At, Region, Step
 from compiler.verify_network import LoweringError, describe
-from compiler.windows import Move
+from compiler.windows import Move, row_moves
 from hw.arch import Arch
 from hw.isa import Format, Operand, Out, Residual, RowOp, Scale, Source
 
-__all__ = ["emit_product", "emit_rearrange", "emit_softmax", "emit_transpose", "row_moves"]
-
-
-def row_moves(
-    source: Placement, out: Placement, rows: NDArray[np.int64], to: NDArray[np.int64], arch: Arch
-) -> list[Move]:
-    """Copies that bring rows ``rows`` of one tensor to rows ``to`` of another, both counted over the batch: one for each run of
-    neighbours that comes from one tile, turned alike.
-
-    Raises
-    ------
-    ValueError
-        A row would have to change its place within a row group.
-    """
-    depth, groups = arch.rows // arch.row_groups, arch.row_groups
-    theirs, ours = source.packed_rows().reshape(-1)[rows], out.packed_rows().reshape(-1)[to]
-    if ((theirs - ours) % depth).any():
-        raise ValueError(f"rows would move by less than a group of {depth}")
-    order = np.argsort(ours)
-    theirs, ours = theirs[order], ours[order]
-    rotate = (theirs - ours) % arch.rows // depth % groups
-    keys = np.stack([ours // arch.rows, theirs // arch.rows, rotate])
-    starts = np.flatnonzero(np.concatenate([[True], (keys[:, 1:] != keys[:, :-1]).any(0) | (np.diff(ours) != 1)]))
-    stops = [*starts[1:].tolist(), len(ours)]
-    return [
-        Move(*(int(key) for key in keys[:, first]), int(ours[first] % arch.rows), int(ours[stop - 1] % arch.rows) + 1)
-        for first, stop in zip(starts.tolist(), stops, strict=True)
-    ]
+__all__ = ["emit_product", "emit_rearrange", "emit_softmax", "emit_transpose"]
 
 
 @dataclass(frozen=True)
@@ -210,7 +183,8 @@ def emit_product(emitter: Emitter, index: int, op: Product) -> list[Task]:
                 segment = Segment(start=start, stop=min(columns, start + limit))
                 first = batch * own + start // arch.rows
                 read = tuple((y, tile) for tile in range(first, batch * own + -(-segment.stop // arch.rows)))
-                tasks.append(Task(tuple(_product_chain(emitter, index, op, y, piece, segment, chunks, first * pitch, pitch, read))))
+                chain = _product_chain(emitter, index, op, y, piece, segment, chunks, first * pitch, pitch, read)
+                tasks.append(Task(tuple(chain)))
     return tasks
 
 

@@ -127,6 +127,9 @@ VIEWS = frozenset({
 MOVES = VIEWS | {
     aten.cat.default, aten.stack.default, aten.roll.default, aten.flip.default, aten.constant_pad_nd.default, aten.pad.default,
     aten.repeat.default, aten.tile.default, aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default,
+    aten.upsample_nearest1d.vec, aten.upsample_nearest1d.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default,
+    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default, aten.replication_pad1d.default, aten.replication_pad2d.default, aten.channel_shuffle.default,
     aten.unfold.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.narrow.default, aten.movedim.int,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.squeeze.default,
     aten.squeeze.dims, aten.unflatten.int, aten.t.default,
@@ -182,7 +185,7 @@ def _only_moves(node: fx.Node) -> bool:
     """Whether an operator moves elements by constant indices, and pads with nothing but zeros."""
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         rest = [*node.args[2:], *node.kwargs.values()]
-        return all(item in ("constant", None, 0) for item in rest)
+        return all(item in ("constant", "reflect", "replicate", "circular", None, 0) for item in rest)
     return node.target in MOVES
 
 
@@ -585,6 +588,18 @@ def _add(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return importer.make(Add, node, (x.name, y.name))
 
 
+@_imports(aten.sub.Tensor)
+def _sub(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    x, y = a["self"], a["other"]
+    if not isinstance(x, Node) or not isinstance(y, Node) or isinstance(x, Constant) or isinstance(y, Constant):
+        return None
+    operands = [item.meta["val"] for item in node.all_input_nodes]
+    if len(operands) != 2 or any(not value.is_floating_point() or value.shape != node.meta["val"].shape for value in operands):
+        return None
+    other = importer.make(Scale, node, (y.name,), name=f"{node.name}.negative", shape=y.shape, factor=-float(a["alpha"]))
+    return importer.make(Add, node, (x.name, other.name))
+
+
 @_imports(aten.mul.Tensor, aten.mul.Scalar)
 def _mul(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
@@ -689,3 +704,4 @@ def _function(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 
 import compiler.image_imports  # noqa: E402, F401  registers its imports, and needs the functions above
+import compiler.resampling  # noqa: E402, F401  likewise

@@ -180,8 +180,8 @@ class Node:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Input(Node):
-    """An argument of the module: float32 data, or a mask of any integer type or bool. ``given``: its shape there, of more than three
-    dimensions, the inner ones of which are joined."""
+    """An argument of the module: float32 data, or a mask of any integer type or bool. ``given``: its shape there, if that has one
+    dimension or more than three, of which the inner ones are joined."""
 
     dtype: torch.dtype
     given: Shape | None = None
@@ -227,6 +227,11 @@ class Move(Aten):
     """A torch operator that only moves elements, and perhaps puts zeros between them: it does the same to numbers of elements as
     to their values, so that `compiler.passes.rows` learns what goes where by running it."""
 
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        if all(x.is_floating_point() for x in operands):
+            return super().evaluate(*operands)
+        return super().evaluate(*(x.double() for x in operands)).long()  # torch has some for floating point only
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class View(Node):
@@ -260,8 +265,8 @@ class Linear(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Part:
-    """Rows ``to`` of a `Rearrange`, columns [at, at + width), are rows ``rows`` of an operand, columns from ``start`` on; both int64
-    (n,), counted over all dimensions but the last."""
+    """Rows ``to`` of a `Rearrange`, columns [at, at + width), are rows ``rows`` of an operand, columns from ``start`` on; both
+    int64 (n,), counted over all dimensions but the last."""
 
     operand: int
     rows: Tensor
@@ -574,7 +579,7 @@ class Graph:
             if not isinstance(value, Tensor):
                 raise ValueError(f"input {node.name!r} must be a tensor, not {type(value).__name__}")
             if node.given is not None and value.ndim == len(node.given):
-                inputs[node.name] = value = value.flatten(1, -2)
+                inputs[node.name] = value = value.flatten(1, -2) if value.ndim > 3 else value[None]
             fits = value.ndim == len(node.shape)
             if fits and node.dtype == torch.float32 and node.name not in masks:
                 fits = value.dtype == torch.float32 and value.shape[-1] == node.shape[-1]

@@ -21,7 +21,7 @@ from compiler.frontend import IMPORTS, _Importer, _imports
 from compiler.graph import Activation, Add, Constant, Convolution, Function, Linear, MaxPool, Node, Scale, View
 from compiler.layout import Layout
 
-__all__ = ["affine", "as_image", "as_rows", "convolve", "image_size", "pair"]
+__all__ = ["affine", "as_image", "as_rows", "by_channel", "convolve", "image_size", "pair"]
 
 aten = torch.ops.aten
 Pair = tuple[int, int]
@@ -158,46 +158,52 @@ def _batch_norm(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
     return [(affine if len(x.shape) == 2 else by_channel)(importer, node, x, scale, shift)]
 
 
-def channel_vector(x: Node, constant: Any) -> tuple[Tensor, bool] | None:
-    """A constant with one value for each channel of an image or of rows, (channels,), and whether it is an image's."""
-    if not isinstance(x, Node) or isinstance(x, Constant) or not isinstance(constant, Constant):
+def _by_vector(importer: _Importer, node: fx.Node, x: Any, constant: Any, change: Any) -> Any:
+    """An image (batch, channels, ...) and a constant with a value for each channel: ``change`` gives factor and summand. Vectors
+    of rows of channels are for `compiler.passes.linears.fold_vectors`."""
+    if not isinstance(x, Node) or isinstance(x, Constant) or not isinstance(constant, Constant) or len(x.shape) < 3:
         return None
-    value, shape = constant.value, x.shape
-    if value.numel() < 2 or not value.is_floating_point() or value.ndim > len(shape) or len(shape) < 2:
+    value = constant.value
+    sizes = (1,) * (len(x.shape) - value.ndim) + tuple(value.shape)
+    if value.numel() < 2 or not value.is_floating_point() or len(sizes) != len(x.shape):
         return None
-    sizes = (1,) * (len(shape) - value.ndim) + tuple(value.shape)
-    for dim, image in ((len(shape) - 1, False), (1, True)):
-        if sizes[dim] == shape[dim] == value.numel():
-            return value.reshape(-1), image and len(shape) > 2
-    return None
-
-
-def _scaled(importer: _Importer, node: fx.Node, x: Any, constant: Any, change: Any) -> Any:
-    found = channel_vector(x, constant)
-    if found is None:
+    if not sizes[1] == x.shape[1] == value.numel():
         return None
-    vector, image = found
-    scale, shift = change(vector.double())
-    return (by_channel if image else affine)(importer, node, x, scale, shift)
+    scale, shift = change(value.reshape(-1).double())
+    return by_channel(importer, node, x, scale, shift)
 
 
-_mul_of_numbers = IMPORTS[aten.mul.Tensor]
-_div_by_numbers = IMPORTS[aten.div.Tensor]
+_plain = {target: IMPORTS[target] for target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)}
+
+
+@_imports(aten.add.Tensor)
+def _add(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
+    made = None
+    for x, c in ((a["self"], a["other"]), (a["other"], a["self"])) if a["alpha"] == 1 else ():
+        made = made or _by_vector(importer, node, x, c, lambda value: (torch.ones_like(value), value))
+    return made or _plain[aten.add.Tensor](importer, node, a)
+
+
+@_imports(aten.sub.Tensor)
+def _sub(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
+    made = None
+    if a["alpha"] == 1:
+        made = _by_vector(importer, node, a["self"], a["other"], lambda value: (torch.ones_like(value), -value))
+    return made or _plain[aten.sub.Tensor](importer, node, a)
 
 
 @_imports(aten.mul.Tensor)
 def _mul(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
-    for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
-        made = _scaled(importer, node, x, factor, lambda value: (value, None))
-        if made is not None:
-            return made
-    return _mul_of_numbers(importer, node, a)
+    made = None
+    for x, c in ((a["self"], a["other"]), (a["other"], a["self"])):
+        made = made or _by_vector(importer, node, x, c, lambda value: (value, None))
+    return made or _plain[aten.mul.Tensor](importer, node, a)
 
 
 @_imports(aten.div.Tensor)
 def _div(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
-    made = _scaled(importer, node, a["self"], a["other"], lambda value: (1 / value, None))
-    return _div_by_numbers(importer, node, a) if made is None else made
+    made = _by_vector(importer, node, a["self"], a["other"], lambda value: (1 / value, None))
+    return made or _plain[aten.div.Tensor](importer, node, a)
 
 
 @_imports(aten.prelu.default)

@@ -14,13 +14,15 @@ from math import prod
 
 from compiler.ops import Attention, Conv, Linear, MaxPool, Product, QuantNetwork, Rearrange, Transpose
 from compiler.placement import PatchPlacement, Placement, RowPlacement
-from compiler.windows import count_fetches, moves
+from compiler.windows import count_fetches, moves, row_moves
 from hw.arch import Arch
 
 __all__ = ["choose_grids", "copy_placement"]
 
 Grid = tuple[int, int]
 SWEEPS = 4
+COPY = 48
+"""Cycles that a copy of a few columns takes, about."""
 CANDIDATES = 6
 """Grids with the fewest tiles that a class considers, besides those that others have."""
 
@@ -119,7 +121,10 @@ class _Cost:
                     self.at[name].append(partial(self.windowed, op))
             elif isinstance(op, Linear):
                 self.at[classes[op.out]].append(partial(self.linear, op))
-        self.count, self.moved = cache(self._count), cache(self._moved)
+            elif isinstance(op, Rearrange):
+                for name in {classes[op.out], *(classes[part.tensor] for part in op.sources)}:
+                    self.at[name].append(partial(self.rearranged, op))
+        self.count, self.moved, self.copies = cache(self._count), cache(self._moved), cache(self._copies)
 
     def around(self, name: str, grids: dict[str, Grid]) -> float:
         """Of the operators that read or write a class."""
@@ -148,6 +153,12 @@ class _Cost:
         again = self.moved(source, copied) * inputs + single * out.tiles / one[1].tiles * each
         return min(fetched * each, again)
 
+    def rearranged(self, op: Rearrange, grids: dict[str, Grid]) -> float:
+        out = self.stored(op.out, grids)
+        sources = [self.stored(part.tensor, grids) for part in op.sources]
+        copies = (self.copies(op, i, source, out) * max(COPY, op.sources[i].width) for i, source in enumerate(sources))
+        return sum(copies)
+
     def linear(self, op: Linear, grids: dict[str, Grid]) -> float:
         outputs, inputs = op.weight.shape
         return self.stored(op.out, grids).tiles * self.product(inputs, inputs, outputs, op.pattern)
@@ -161,6 +172,14 @@ class _Cost:
     def _moved(self, source: Placement, out: Placement) -> int:
         try:
             return len(moves(source, out, self.arch))
+        except ValueError:
+            return 1 << 30
+
+    def _copies(self, op: Rearrange, number: int, source: Placement, out: Placement) -> int:
+        """Of one source of a rearrangement."""
+        part = op.sources[number]
+        try:
+            return len(row_moves(source, out, part.rows, part.to, self.arch))
         except ValueError:
             return 1 << 30
 

@@ -51,7 +51,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
         **dict.fromkeys(
-            ("trace", "match_norms", "fold_functions", "expand_gates", "match_scores"),
+            ("trace", "match_norms", "fold_vectors", "fold_functions", "expand_gates", "match_scores"),
             {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
         ),
         "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
@@ -66,6 +66,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
         "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
         "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
+        "fold_pads": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
         "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose} - {Scale},
         "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, Transpose, Pointwise},
     }.items()
@@ -146,6 +147,7 @@ def _equal_shapes(graph: Graph) -> Iterator[Problem]:
         if not isinstance(node, Add) or graph.stage in (
             "trace",
             "match_norms",
+            "fold_vectors",
             "fold_functions",
             "expand_gates",
             "match_scores",
@@ -171,7 +173,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "match_norms", "fold_functions", "expand_gates", "match_scores"):
+    if graph.stage in ("trace", "match_norms", "fold_vectors", "fold_functions", "expand_gates", "match_scores"):
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):

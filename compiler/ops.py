@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from algo.nm import NM
 
 __all__ = [
-    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "Product", "QuantNetwork", "QuantTensor", "Rearrange",
-    "Requant", "ResidualInput", "RowSource", "ScoreBias", "Softmax", "Transpose", "Window",
+    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "Product", "QuantNetwork", "QuantTensor",
+    "Rearrange", "Requant", "ResidualInput", "RowSource", "ScoreBias", "Softmax", "Transpose", "Window",
 ]
 
 TensorDtype = Literal["int8", "int16", "keymask"]
@@ -220,8 +220,8 @@ class RowSource:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rearrange:
-    """Rows of other tensors in other places: windows, slices, joined tensors. Where no source has anything, ``fill`` (batch * rows,
-    channels) of the output's dtype, or zero. The output is int8, or without sources int16."""
+    """Rows of other tensors in other places: windows, slices, joined tensors. Where no source has anything, ``fill`` (batch *
+    rows, channels) of the output's dtype, or zero. The output is int8, or without sources int16."""
 
     name: str
     out: str
@@ -267,8 +267,8 @@ class Product:
 class Softmax:
     """Softmax of each row of x, int8 or int16.
 
-    Exponents: int16 ``rshr(x * in_mult, in_shift)`` in units of 2^-8 in the log2 domain. Output: as that of `Attention` with values
-    of ``ONE`` on the diagonal.
+    Exponents: int16 ``rshr(x * in_mult, in_shift)`` in units of 2^-8 in the log2 domain. Output: as that of `Attention` with
+    values of ``ONE`` on the diagonal.
     """
 
     ONE: ClassVar[int] = 127

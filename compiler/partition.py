@@ -11,7 +11,6 @@ what became of it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -48,7 +47,7 @@ aten = torch.ops.aten
 PRODUCTS = frozenset({
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
     aten.scaled_dot_product_attention.default, aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default,
-    aten.conv1d.padding,
+    aten.conv1d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
 })  # fmt: skip
 """Operators for which the accelerator exists."""
 
@@ -60,9 +59,6 @@ SINGULAR = frozenset({
 
 ARITHMETIC = POINTWISE | frozenset(FUNCTIONS)
 """Operators that compute each element by itself."""
-
-MOVES = VIEWS | {aten.cat.default, aten.stack.default, aten.flip.default, aten.pad.default, operator.getitem}
-"""Operators that only move elements, on whichever side."""
 
 NEAR_ZERO = "a logarithm or a quotient on the host needs it: rounding could make it zero"
 BEFORE_PRODUCT = "before the first product: cheaper than moving its operands"
@@ -292,10 +288,10 @@ class _Partitioner:
         seen: set[Any] = set()
         while todo:
             node = todo.pop()
-            if node in seen or not isinstance(node, fx.Node) or node.target not in ARITHMETIC | MOVES:
+            if node in seen or not isinstance(node, fx.Node) or not (node.target in ARITHMETIC | MOVES or is_getitem(node)):
                 continue
             seen.add(node)
-            if node.target not in MOVES and node in self.live_now and self.place(node) is None:
+            if node.target not in MOVES and not is_getitem(node) and node in self.live_now and self.place(node) is None:
                 found[node] = NEAR_ZERO
             todo += node.all_input_nodes
         return found
@@ -360,8 +356,8 @@ def _used(graph: Graph) -> Graph:
 
 
 def _never(node: fx.Node, aside: list[fx.Node], arch: Arch) -> str | None:
-    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open. ``aside``: operands that are masks or
-    constants."""
+    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open. ``aside``: operands that are
+    masks or constants."""
     value = node.meta["val"]
     if is_getitem(node):
         return None

@@ -42,13 +42,14 @@ def _rearrange(builder: Builder, node: Rearrange) -> None:
     fill = None if node.fill is None else np.rint(node.fill.double().numpy() / out.scale).clip(limit.min, limit.max)
     sources = [
         ops.RowSource(
-            tensor=names[part.operand], rows=part.rows.numpy(), to=part.to.numpy(), start=part.start, at=part.at, width=part.width,
-            mult=factors[part.operand][0], shift=factors[part.operand][1],
+            tensor=names[part.operand], rows=part.rows.numpy(), to=part.to.numpy(), start=part.start, at=part.at,
+            width=part.width, mult=factors[part.operand][0], shift=factors[part.operand][1],
         )
         for part in node.parts
     ]  # fmt: skip
     builder.ops.append(ops.Rearrange(
-        name=node.name, out=node.name, source=node.source, fill=None if fill is None else fill.astype(dtype), sources=tuple(sources)
+        name=node.name, out=node.name, source=node.source, sources=tuple(sources),
+        fill=None if fill is None else fill.astype(dtype),
     ))  # fmt: skip
 
 

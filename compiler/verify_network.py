@@ -217,10 +217,9 @@ def _check_whole(op: Transpose | Product | Softmax, tensors: dict[str, QuantTens
     if isinstance(op, Softmax):
         _require(op, x.dtype in ("int8", "int16") and out.dtype == "int8", "x must be int8 or int16, the output int8")
         _shape(op, "output", out, x.shape)
-        _require(op, 0 <= op.in_mult < 1 << 15 and 1 <= op.in_shift <= 63, f"in_mult, in_shift out of range: {op.in_mult}, {op.in_shift}")
-        _require(
-            op, 0 <= op.out_mult < 1 << 16 and 1 <= op.out_shift <= 40, f"out_mult, out_shift out of range: {op.out_mult}, {op.out_shift}"
-        )  # fmt: skip
+        inner, outer = (op.in_mult, op.in_shift), (op.out_mult, op.out_shift)
+        _require(op, 0 <= inner[0] < 1 << 15 and 1 <= inner[1] <= 63, f"in_mult, in_shift out of range: {inner}")
+        _require(op, 0 <= outer[0] < 1 << 16 and 1 <= outer[1] <= 40, f"out_mult, out_shift out of range: {outer}")
         return
     _dtype(op, "x", x, "int8")
     if isinstance(op, Transpose):

@@ -11,7 +11,7 @@ from compiler.ops import Window
 from compiler.placement import Placement
 from hw.arch import Arch
 
-__all__ = ["Fetch", "Move", "count_fetches", "fetches", "moves"]
+__all__ = ["Fetch", "Move", "count_fetches", "fetches", "moves", "row_moves"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,33 @@ def moves(source: Placement, out: Placement, arch: Arch) -> list[Move]:
         else:
             result.append(Move(tile, origin, rotate, group * depth, (group + 1) * depth))
     return result
+
+
+def row_moves(
+    source: Placement, out: Placement, rows: NDArray[np.int64], to: NDArray[np.int64], arch: Arch
+) -> list[Move]:
+    """Copies that bring rows ``rows`` of one tensor to rows ``to`` of another, both counted over the batch: one for each run of
+    neighbours that comes from one tile, turned alike.
+
+    Raises
+    ------
+    ValueError
+        A row would have to change its place within a row group.
+    """
+    depth, groups = arch.rows // arch.row_groups, arch.row_groups
+    theirs, ours = source.packed_rows().reshape(-1)[rows], out.packed_rows().reshape(-1)[to]
+    if ((theirs - ours) % depth).any():
+        raise ValueError(f"rows would move by less than a group of {depth}")
+    order = np.argsort(ours)
+    theirs, ours = theirs[order], ours[order]
+    rotate = (theirs - ours) % arch.rows // depth % groups
+    keys = np.stack([ours // arch.rows, theirs // arch.rows, rotate])
+    starts = np.flatnonzero(np.concatenate([[True], (keys[:, 1:] != keys[:, :-1]).any(0) | (np.diff(ours) != 1)]))
+    stops = [*starts[1:].tolist(), len(ours)]
+    return [
+        Move(*(int(key) for key in keys[:, first]), int(ours[first] % arch.rows), int(ours[stop - 1] % arch.rows) + 1)
+        for first, stop in zip(starts.tolist(), stops, strict=True)
+    ]
 
 
 def fetches(source: Placement, out: Placement, pixels: NDArray[np.int64], arch: Arch) -> list[list[Fetch]]:

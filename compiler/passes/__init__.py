@@ -16,8 +16,8 @@ from compiler.passes.flatten import flatten_images
 from compiler.passes.functions import fold_functions
 from compiler.passes.fuse import fuse
 from compiler.passes.gates import expand_gates
-from compiler.passes.images import place_images
-from compiler.passes.linears import fold_biases, fold_scales, split_linears
+from compiler.passes.images import fold_pads, place_images
+from compiler.passes.linears import fold_biases, fold_scales, fold_vectors, split_linears
 from compiler.passes.masks import fold_masks
 from compiler.passes.norms import match_norms
 from compiler.passes.products import match_products
@@ -30,6 +30,7 @@ Pass = Callable[[Graph], Graph]
 
 PASSES: tuple[Pass, ...] = (
     match_norms,  # x * rsqrt(mean(x^2) + eps) becomes one norm
+    fold_vectors,  # a product with a vector of channels goes into what was before it
     fold_functions,  # x * sigmoid(x) and the like become one function
     expand_gates,  # a * b becomes sums and squares
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
@@ -47,6 +48,7 @@ PASSES: tuple[Pass, ...] = (
     place_images,  # images come and go as rows of pixels
     hoist_rows,  # rows are chosen before they are multiplied
     arrange_rows,  # what still moves becomes copies of rows
+    fold_pads,  # zeros around an image become padding
     fold_scales,  # scales go into weights and attention
     fuse,  # residual, function and norm go into the operator before them
 )

@@ -27,6 +27,7 @@ __all__ = ["match_heads", "match_scores"]
 
 def match_scores(graph: Graph) -> Graph:
     """``softmax(q @ kT [* scale] [+ mask]) @ v`` becomes one node."""
+    graph = sink_views(graph)  # those between a product and its softmax
     nodes: list[Node] = []
     data = _data_nodes(graph)
     for node in graph.nodes.values():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from compiler.graph import Convolution, Fold, Graph, Input, Linear, Node, Unfold, View
+import torch
+
+from compiler.graph import Convolution, Fold, Graph, Input, Linear, Node, Rearrange, Unfold, View
 from compiler.layout import Layout
 
-__all__ = ["place_images"]
+__all__ = ["fold_pads", "place_images"]
 
 FEW_CHANNELS = 16
 """A convolution of an input of at most so many channels is unfolded by the host: its columns would be a few at a time."""
@@ -36,6 +38,46 @@ def place_images(graph: Graph) -> Graph:
                 node = _unfolded(node, x, nodes)
         nodes[node.name] = node
     return graph.rewrite(nodes.values())
+
+
+def fold_pads(graph: Graph) -> Graph:
+    """A convolution of an image with zeros around it takes them as its padding; of an input image, the host writes its windows
+    as ever."""
+    users = graph.users()
+    nodes: dict[str, Node] = {}
+    for node in graph.nodes.values():
+        if isinstance(node, Convolution) and isinstance(pad := nodes[node.inputs[0]], Rearrange) and len(pad.inputs) == 1:
+            x = nodes[pad.inputs[0]]
+            found = _padding(pad, node.size, x.shape)
+            if found is not None:
+                (top, left), size = found
+                padding = (node.padding[0] + top, node.padding[1] + left)
+                node = replace(node, inputs=(x.name, *node.inputs[1:]), size=size, padding=padding)
+                single = len(users[pad.name]) == 1 and len(users[x.name]) == 1
+                if isinstance(x, Unfold) and x.kernel == (1, 1) and node.groups == 1 and single and x.shape[-1] <= FEW_CHANNELS:
+                    node = _unfolded(node, x, nodes)
+        nodes[node.name] = node
+    return graph.rewrite(nodes.values())
+
+
+def _padding(pad: Rearrange, size: tuple[int, int], shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Lines and columns of zeros before the images of a tensor, and their size, if a rearrangement does nothing but pad them."""
+    (part, *more) = pad.parts
+    if more or part.width != pad.shape[-1] or part.width != shape[-1] or len(shape) != 3 or shape[0] != pad.shape[0]:
+        return None
+    if pad.fill is not None and bool(pad.fill.any()):
+        return None
+    rows = torch.full((shape[0] * pad.shape[1],), -1)
+    rows[part.to] = part.rows
+    images = rows.reshape(shape[0], *size)
+    lines, columns = (torch.nonzero((images[0] >= 0).any(dim)).flatten().tolist() for dim in (1, 0))
+    if not lines or not columns:
+        return None
+    inner = images[:, lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
+    whole = torch.arange(shape[0] * shape[1])
+    if len(part.to) != len(whole) or not torch.equal(inner.flatten(), whole):
+        return None
+    return (lines[0], columns[0]), (inner.shape[1], inner.shape[2])
 
 
 def _unfolded(node: Convolution, x: Unfold, nodes: dict[str, Node]) -> Linear:

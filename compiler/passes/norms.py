@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiler.graph import Aten, Constant, Graph, LayerNorm, Linear, Node, Norm, Operand
+from compiler.graph import Aten, Constant, Graph, LayerNorm, Node, Norm, Operand
 
-__all__ = ["NORM_PARTS", "is_diagonal", "match_norms"]
+__all__ = ["NORM_PARTS", "match_norms"]
 
 aten = torch.ops.aten
 
@@ -22,12 +22,10 @@ Nodes = Mapping[str, Node]
 
 
 def match_norms(graph: Graph) -> Graph:
-    """``x * rsqrt(mean(x^2) + eps)`` becomes an RMSNorm, and the factors of channels that follow go into the norm."""
-    users = graph.users()
+    """``x * rsqrt(mean(x^2) + eps)``, and that times a constant vector, becomes an RMSNorm."""
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
-        alone = len(node.inputs) == 1 and len(users[node.inputs[0]]) == 1 and node.inputs[0] not in graph.outputs
-        nodes[node.name] = _normalised(node, nodes) or _scaled(node, nodes) or (_weighted(node, nodes) if alone else None) or node
+        nodes[node.name] = _normalised(node, nodes) or _scaled(node, nodes) or node
     return graph.rewrite(nodes.values())
 
 
@@ -57,22 +55,6 @@ def _scaled(node: Node, nodes: Nodes) -> Node | None:
                 norm=replace(norm.norm, gamma=gamma),
             )  # fmt: skip
     return None
-
-
-def _weighted(node: Node, nodes: Nodes) -> Node | None:
-    """A norm and a diagonal Linear."""
-    norm = nodes[node.inputs[0]]
-    if not isinstance(norm, LayerNorm) or not isinstance(node, Linear) or not is_diagonal(node):
-        return None
-    factor, shift = node.weight.diag(), 0.0 if node.bias is None else node.bias
-    made = replace(norm.norm, gamma=norm.norm.gamma * factor, beta=norm.norm.beta * factor + shift)
-    return replace(norm, name=node.name, source=node.source, origin=(*norm.origin, *node.origin), norm=made)
-
-
-def is_diagonal(node: Linear) -> bool:
-    """Whether each output channel is a multiple of the input channel of its number."""
-    outputs, inputs = node.weight.shape
-    return outputs == inputs and int(node.weight.count_nonzero()) == int(node.weight.diag().count_nonzero())
 
 
 def _is(node: Node, target: Any) -> bool:

@@ -214,30 +214,32 @@ def _joined_dimensions(graph: Graph) -> Graph:
     users = graph.users()
     for node in graph.nodes.values():
         node = replace(node, inputs=tuple(now.get(name, name) for name in node.inputs))
-        if isinstance(node, Input) and len(node.shape) > 3 and not any(isinstance(user, Unfold) for user in users[node.name]):
+        image = any(isinstance(user, Unfold) for user in users[node.name])
+        if isinstance(node, Input) and len(node.shape) not in (0, 2, 3) and not image:
             joined = replace(node, shape=by_rows(node.shape), given=node.shape)
             nodes[node.name] = joined
-            node = _reshaped(joined, node.shape, f"{node.name}.back")
+            node = _reshaped(joined, node.shape, f"{node.name}.back", joined)
             now[joined.name] = node.name
-        if isinstance(node, Linear | LayerNorm | Activation | Scale | Add | Softmax) and (len(node.shape) > 3 or len(node.shape) == 1):
+        on_rows = isinstance(node, Linear | LayerNorm | Activation | Scale | Add | Softmax)
+        if on_rows and len(node.shape) not in (2, 3):
             names = []
             for name in node.inputs:
                 x = nodes[name]
-                flat = _reshaped(x, by_rows(x.shape), f"{node.name}.{len(names)}.flat")
+                flat = _reshaped(x, by_rows(x.shape), f"{node.name}.{len(names)}.flat", node)
                 nodes[flat.name] = flat
                 names.append(flat.name)
             inner = replace(node, inputs=tuple(names), shape=by_rows(node.shape))
             nodes[inner.name] = inner
-            back = _reshaped(inner, node.shape, f"{node.name}.back")
+            back = _reshaped(inner, node.shape, f"{node.name}.back", node)
             now[node.name] = back.name
             node = back
         nodes[node.name] = node
     return graph.rewrite(nodes.values(), outputs=tuple(now.get(name, name) for name in graph.outputs))
 
 
-def _reshaped(x: Node, shape: Shape, name: str) -> View:
+def _reshaped(x: Node, shape: Shape, name: str, like: Node) -> View:
     layout = Layout.contiguous(x.shape).reshape(shape)
-    return View(name=name, inputs=(x.name,), shape=shape, source=x.source, layout=layout, origin=x.origin)
+    return View(name=name, inputs=(x.name,), shape=shape, source=like.source, layout=layout, origin=like.origin)
 
 
 class _Numbers:

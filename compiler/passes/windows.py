@@ -48,7 +48,9 @@ def _one_by_one(graph: Graph, node: ScaledDotProduct) -> list[Node]:
         heads=1, scale=node.scale, bias=None if node.bias is None else common_bias(node.bias.reshape(count, 1, rows, keys)),
     )  # fmt: skip
     layout = Layout.contiguous(shape).reshape(tuple(node.shape))
-    view = View(name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout, origin=node.origin)
+    view = View(
+        name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout, origin=node.origin
+    )
     return [*made, whole, view]
 
 
