@@ -28,10 +28,38 @@ __all__ = ["emit_product", "emit_rearrange", "emit_softmax", "emit_transpose"]
 
 @dataclass(frozen=True)
 class _Copy:
-    """A move of a range of columns."""
+    """A move of a range of columns; ``own``: from a tile of the result itself."""
 
     part: RowSource
     move: Move
+    own: bool = False
+
+
+def _repeated(copies: list[_Copy], rows: int, known: dict[tuple[int, ...], int]) -> list[_Copy]:
+    """The copies into one tile. Where one row goes to many, and an earlier tile has the same (``known``), all come from there at
+    once. (Doubling what a tile has so far takes fewer copies, but each waits for the one before, about 110 cycles.)"""
+    runs: list[list[_Copy]] = []
+    for copy in copies:
+        if runs and _same_row(runs[-1][-1], copy, rows):
+            runs[-1].append(copy)
+        else:
+            runs.append([copy])
+    result: list[_Copy] = []
+    for run in runs:
+        move, stop = run[0].move, run[-1].move.stop
+        key = (id(run[0].part), move.source, (move.start + move.rotate) % rows, move.start, stop)
+        earlier = known.setdefault(key, move.tile) if len(run) > 1 else move.tile
+        again = _Copy(run[0].part, Move(move.tile, earlier, 0, move.start, stop), own=True)
+        result += run if earlier == move.tile else [again]
+    return result
+
+
+def _same_row(last: _Copy, copy: _Copy, rows: int) -> bool:
+    """Whether a row comes from where the one before it comes from."""
+    before, move = last.move, copy.move
+    single = before.stop - before.start == 1 == move.stop - move.start
+    same = last.part is copy.part and before.source == move.source and before.stop == move.start
+    return single and same and (before.start + before.rotate) % rows == (move.start + move.rotate) % rows
 
 
 def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
@@ -46,7 +74,9 @@ def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
             raise LoweringError(f"{describe(op)}: {error}; use an array of at most 32 rows") from error
         for move in found:
             copies[move.tile].append(_Copy(part, move))
-    fills = _fills(emitter, index, op, out)
+    fills, known = _fills(emitter, index, op, out), dict[tuple[int, ...], int]()
+    if emitter.arch.row_groups == emitter.arch.rows:
+        copies = [_repeated(mine, emitter.arch.rows, known) for mine in copies]
     return [
         Task((*fills.get(tile, ()), *(step for copy in copies[tile] for step in _steps(emitter, index, op, copy))))
         for tile in range(out.tiles)
@@ -55,21 +85,23 @@ def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
 
 def _steps(emitter: Emitter, index: int, op: Rearrange, copy: _Copy) -> Iterator[Step]:
     part, move, rows = copy.part, copy.move, emitter.arch.rows
+    tensor, start = (op.out, part.at) if copy.own else (part.tensor, part.start)
     for first in range(0, part.width, MAX_COLS):
         width = min(MAX_COLS, part.width - first)
         yield Step(
             op=index,
             fields={
-                "source": Source.STREAM, "mult": part.mult, "shift": part.shift, "cols": width, "out": Out.STORE8,
+                "source": Source.STREAM, "cols": width, "out": Out.STORE8,
+                **({"mult": 2, "shift": 1} if copy.own else {"mult": part.mult, "shift": part.shift}),
                 "a_rotate": move.rotate, "o_skip": move.start, "o_drop": rows - move.stop,
             },
             addresses={
-                "a_addr": emitter.column(part.tensor, move.source, part.start + first),
+                "a_addr": emitter.column(tensor, move.source, start + first),
                 "o_addr": emitter.column(op.out, move.tile, part.at + first),
             },
-            reads=((part.tensor, move.source),),
+            reads=((tensor, move.source),),
             writes=((op.out, move.tile),),
-            note=f"{op.name} [{move.tile}] rows {move.start}..{move.stop - 1} of {part.tensor} [{move.source}]",
+            note=f"{op.name} [{move.tile}] rows {move.start}..{move.stop - 1} of {tensor} [{move.source}]",
         )  # fmt: skip
 
 

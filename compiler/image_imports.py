@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from algo.nm import NM
 from compiler.frontend import IMPORTS, _Importer, _imports
-from compiler.graph import Activation, Add, Constant, Convolution, Function, Linear, MaxPool, Node, Scale, View
+from compiler.graph import Activation, Add, Constant, Convolution, Function, Linear, MaxPool, Node, View
 from compiler.layout import Layout
 
 __all__ = ["affine", "as_image", "as_rows", "by_channel", "convolve", "image_size", "pair"]

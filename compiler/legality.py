@@ -51,7 +51,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
         **dict.fromkeys(
-            ("trace", "match_norms", "fold_vectors", "fold_functions", "expand_gates", "match_scores"),
+            ("trace", "match_norms", "fold_vectors", "fold_functions", "broadcast_products", "expand_gates", "match_scores"),
             {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
         ),
         "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
@@ -149,6 +149,7 @@ def _equal_shapes(graph: Graph) -> Iterator[Problem]:
             "match_norms",
             "fold_vectors",
             "fold_functions",
+            "broadcast_products",
             "expand_gates",
             "match_scores",
             "fold_masks",
@@ -173,7 +174,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "match_norms", "fold_vectors", "fold_functions", "expand_gates", "match_scores"):
+    if Aten in LEGAL[graph.stage]:
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):

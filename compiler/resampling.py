@@ -1,7 +1,7 @@
 """Import of operators that make larger images: transposed convolutions and bilinear interpolation by whole factors.
 
 Every s-th pixel of such a result is an ordinary convolution of the input with every s-th weight: a *phase*. The phases are
-computed one by one and interleaved as rows are moved. Nearest neighbours and pixel shuffles are moves alone (`compiler.graph.Move`).
+computed one by one and interleaved as rows are moved. Nearest neighbours and pixel shuffles are moves alone.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def _interleaved(
 
 
 def _taps(phase: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[list[int], int, int]:
-    """Weights of a phase in the order of the pixels that they see, the distance of those pixels, and the first one's from the
-    phase's own: output pixel ``stride * j + phase`` sees pixel ``j + (phase + padding - k * dilation) / stride`` with weight k."""
+    """Weights of a phase in the order of the pixels that they see, the distance of those pixels, and that of the first from
+    the phase's own: output pixel ``stride * j + phase`` sees pixel ``j + (phase + padding - k * dilation) / stride``
+    with weight k."""
     taps = [k for k in range(kernel) if (phase + padding - k * dilation) % stride == 0][::-1]
     first = (phase + padding - taps[0] * dilation) // stride if taps else 0
     return taps, dilation // gcd(stride, dilation), first

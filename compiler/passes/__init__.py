@@ -12,6 +12,7 @@ from dataclasses import replace
 from compiler.graph import Graph
 from compiler.legality import check
 from compiler.passes.attention import match_heads, match_scores
+from compiler.passes.broadcasts import broadcast_products
 from compiler.passes.flatten import flatten_images
 from compiler.passes.functions import fold_functions
 from compiler.passes.fuse import fuse
@@ -32,6 +33,7 @@ PASSES: tuple[Pass, ...] = (
     match_norms,  # x * rsqrt(mean(x^2) + eps) becomes one norm
     fold_vectors,  # a product with a vector of channels goes into what was before it
     fold_functions,  # x * sigmoid(x) and the like become one function
+    broadcast_products,  # x * y with fewer pixels or channels gets operands of equal shapes
     expand_gates,  # a * b becomes sums and squares
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask
