@@ -569,8 +569,14 @@ def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 @_imports(aten.softmax.int, aten._softmax.default)
 def _softmax(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    last = a["dim"] in (-1, len(a["self"].shape) - 1)
-    return importer.make(Softmax, node, (a["self"].name,)) if last else None
+    x, rank = a["self"], len(a["self"].shape)
+    order = list(range(rank))
+    order[a["dim"]], order[-1] = order[-1], order[a["dim"]]
+    if order == list(range(rank)):
+        return importer.make(Softmax, node, (x.name,))
+    turned = importer.view(node, x, Layout.contiguous(x.shape).permute(tuple(order)), f"{node.name}.turned")
+    shares = importer.make(Softmax, node, (turned.name,), name=f"{node.name}.shares", shape=turned.shape)
+    return importer.view(node, shares, Layout.contiguous(shares.shape).permute(tuple(order)))
 
 
 # -- element by element --------------------------------------------------------------------------------------
