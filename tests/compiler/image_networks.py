@@ -315,6 +315,43 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class Attended(nn.Module):
+    """Hu et al. 2018 with linear layers, then with convolutions and a residual; Woo et al. 2018: a map of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.up = block(3, 8), nn.Linear(8, 4, bias=False), nn.Linear(4, 8, bias=False)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.map, self.head = nn.Conv2d(8, 1, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        batch, channels, _, _ = x.shape
+        scale = F.adaptive_avg_pool2d(x, 1).view(batch, channels)
+        scale = torch.sigmoid(self.up(F.relu(self.down(scale)))).view(batch, channels, 1, 1)
+        x = x * scale.expand_as(x)
+        y = self.body(x)
+        x = F.relu(x + y * F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1))))))
+        return self.head((x * torch.sigmoid(self.map(x))).mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """Cai et al. 2021: edges between blocks with weights that depend on the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = block(3, 8), block(8, 8), block(8, 8)
+        self.router, self.head = nn.Linear(8, 2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        edges = torch.sigmoid(self.router(x.mean((2, 3))))
+        edges = (edges * (edges > 0.1))[:, :, None, None, None]
+        a = self.a(x)
+        return self.head(self.b(edges[:, 0] * x + edges[:, 1] * a).mean((2, 3)))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "LeNet": (LeNet, (1, 1, 12, 12)),
     "VGG": (VGG, (1, 3, 12, 12)),
@@ -334,6 +371,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "padding": (Padding, (1, 3, 9, 9)),
     "pixel shuffle": (PixelShuffle, (1, 1, 6, 6)),
     "normalised": (Normalised, (2, 3, 7, 7)),
+    "attended": (Attended, (2, 3, 7, 7)),
+    "gated": (Gated, (1, 3, 6, 6)),
     "tokens": (Tokens, (2, 3, 16, 16)),
 }
 """Class and input shape."""
