@@ -81,8 +81,8 @@ def row_moves(
     starts = np.flatnonzero(np.concatenate([[True], (keys[:, 1:] != keys[:, :-1]).any(0) | (np.diff(ours) != 1)]))
     stops = [*starts[1:].tolist(), len(ours)]
     return [
-        Move(*(int(key) for key in keys[:, first]), int(ours[first] % arch.rows), int(ours[stop - 1] % arch.rows) + 1)
-        for first, stop in zip(starts.tolist(), stops, strict=True)
+        Move(int(tile), int(origin), int(turn), int(ours[first] % arch.rows), int(ours[stop - 1] % arch.rows) + 1)
+        for first, stop, (tile, origin, turn) in zip(starts.tolist(), stops, keys[:, starts].T.tolist(), strict=True)
     ]
 
 
