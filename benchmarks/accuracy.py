@@ -1,7 +1,7 @@
 """What int8 costs: networks trained on real data, compiled, every held-out example by the integer reference; dense and 2:4.
 
-``python -m benchmarks.accuracy [--minutes M] [--network NAME] [--cells main|options]``: every cell (network, pattern, options
-of `nf.compile`) is kept in ``benchmarks/results/accuracy/``, the trained models in ``out/accuracy/``; what is there is not done
+``python -m benchmarks.accuracy [--minutes M] [--network NAME | --options]``: every cell (network,
+pattern) is kept in ``benchmarks/results/accuracy/``, the trained models in ``out/accuracy/``; what is there is not done
 again, so it can be stopped at any time. ``python -m benchmarks accuracy`` does what is missing and writes the tables of
 docs/accuracy.md.
 
@@ -35,9 +35,13 @@ from benchmarks import DOCS, RESULTS, Table, environment, write_page
 from benchmarks import train_classifiers as classifiers
 from benchmarks.sparse_training import Cell as SparseCell
 from benchmarks.sparse_training import dense_model, load_task
+from compiler.frontend import trace
+from compiler.passes import optimise
+from compiler.quantise import quantise
 from models import create_model
 from models.odconv import temperature_schedule
 from nmforge.tasks import get_task
+from sim.reference import dequantise, quantise_inputs, run_reference
 
 __all__ = ["CELLS", "NETWORKS", "Cell", "Problem", "evaluate", "run"]
 
@@ -51,8 +55,15 @@ EPOCHS = 5
 FINE_TUNING = 3
 """Epochs after pruning to 2:4, at a third of the learning rate."""
 DIGITS = ("vit", "ceit", "resnet18", "odconv4", "dgnet444")
-OPTIONS: dict[str, dict[str, Any]] = {"": {}}
-"""Options of `nf.compile` by name."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mse": {}, "minmax": {"observer": "minmax"}, "percentile:99.99": {"observer": "percentile"},
+    "percentile:99.9": {"observer": "percentile:99.9"}, "entropy": {"observer": "entropy"},
+    "no bias correction": {"bias_correction": False}, "smooth 0.3": {"smooth": 0.3}, "smooth 0.5": {"smooth": 0.5},
+    "smooth 0.75": {"smooth": 0.75}, "residual_bits 16": {"residual_bits": 16},
+    "residual_bits 16, smooth 0.5": {"residual_bits": 16, "smooth": 0.5}, "bits16 auto": {"bits16": "auto"},
+    "bits16 *": {"bits16": "*"}, "bits16 *, smooth 0.5": {"bits16": "*", "smooth": 0.5},
+}  # fmt: skip
+"""Options of `compiler.quantise.quantise` by name, compared on MiniLM-L6."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,7 +86,6 @@ class Problem:
         Inputs like them, of training examples.
     """
 
-    title: str
     model: Callable[[], nn.Module]
     dense: Callable[[nn.Module], None]
     batches: Callable[[int], list[Any]]
@@ -98,7 +108,7 @@ def _digits(name: str) -> Problem:
         return create_model(network.model, **network.options)
 
     return Problem(
-        title=network.title, model=model, dense=lambda model: _fit(name, model, task.batches, task.loss, config, hook),
+        model=model, dense=lambda model: _fit(name, model, task.batches, task.loss, config, hook),
         batches=task.batches, loss=task.loss, config=config, layers="*",
         held_out=lambda: ((task.inputs(batch), task.labels(batch)) for batch in task.held_out()),
         calibration=lambda: (task.inputs(batch) for batch in task.batches(0)),
@@ -118,7 +128,7 @@ def _movies() -> Problem:
             model.load_state_dict(dense_model(cell, task, progress)[0].state_dict())
 
     return Problem(
-        title="MiniLM-L6, movie sentences", model=lambda: task.model(0), dense=dense, batches=task.batches, loss=task.loss,
+        model=lambda: task.model(0), dense=dense, batches=task.batches, loss=task.loss,
         layers=task.layers,
         config=TrainConfig(epochs=2 * EPOCHS, lr=1e-4), calibration=lambda: (padded(batch) for batch in task.batches(0)),
         held_out=lambda: ((padded(batch), task.labels(batch)) for batch in task.held_out()),
@@ -144,7 +154,7 @@ def _llama() -> Problem:
             yield (batch.tokens,), batch.labels
 
     return Problem(
-        title="LLaMA, 6 layers of 128, next token of movie sentences", model=model, batches=batches, loss=token_loss,
+        model=model, batches=batches, loss=token_loss,
         config=config, dense=lambda model: _fit("llama", model, batches, token_loss, config), layers="layers.*",
         held_out=held_out, calibration=lambda: ((batch.tokens,) for batch in batches(0)),
     )  # fmt: skip
@@ -165,7 +175,11 @@ def problem(name: str) -> Problem:
     return _movies() if name == "minilm" else _llama() if name == "llama" else _digits(name)
 
 
-NETWORKS = ("minilm", *DIGITS, "llama")
+TITLES = {
+    "minilm": "MiniLM-L6, movie sentences", **{name: classifiers.NETWORKS[name].title for name in DIGITS},
+    "llama": "LLaMA, 6 layers of 128, next token",
+}  # fmt: skip
+NETWORKS = tuple(TITLES)
 
 
 @dataclass(frozen=True)
@@ -174,19 +188,17 @@ class Cell:
 
     network: str
     pattern: str = "dense"
-    options: str = ""
 
     @property
     def path(self) -> Path:
         """Where its result is kept."""
-        parts = (self.network, self.pattern.replace(":", "of"), self.options)
-        return RESULT / f"{'-'.join(part for part in parts if part)}.json"
+        return RESULT / f"{self.network}-{self.pattern.replace(':', 'of')}.json"
 
     @property
     def setting(self) -> dict[str, Any]:
         """All that decides the result, as JSON has it."""
         training = {"epochs": EPOCHS, "fine_tuning": FINE_TUNING, "calibration": CALIBRATION, "batch": BATCH}
-        return json.loads(json.dumps({"cell": asdict(self), "training": training, "compile": OPTIONS[self.options]}))
+        return json.loads(json.dumps({"cell": asdict(self), "training": training}))
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -197,10 +209,7 @@ class Cell:
         return found if difference(found["setting"], self.setting) is None else None
 
 
-CELLS = {
-    "main": tuple(Cell(network, pattern) for pattern in ("dense", "2:4") for network in NETWORKS),
-    "options": tuple(Cell("minilm", "dense", name) for name in OPTIONS),
-}
+CELLS = tuple(Cell(network, pattern) for pattern in ("dense", "2:4") for network in NETWORKS)
 
 
 def trained(name: str, pattern: str) -> nn.Module:
@@ -256,7 +265,7 @@ def run_cell(cell: Cell) -> None:
     batches = found.calibration()
     calibration = [inputs for inputs, _ in zip((_first(batch) for batch in batches), range(CALIBRATION))]
     start = time.process_time()
-    program = nf.compile(model, calibration[0], calibration=calibration, order="operator", **OPTIONS[cell.options])
+    program = nf.compile(model, calibration[0], calibration=calibration, order="operator")
     seconds = time.process_time() - start
     scores = evaluate(model, program, found.held_out())
     worst = nf.compare(program, model, calibration[0]).worst(3)
@@ -284,7 +293,9 @@ def run_missing(cells: Iterable[Cell], minutes: float = float("inf")) -> None:
 
 def run() -> list[Table]:
     """Do what is missing; the tables, also on their page."""
-    run_missing(cell for cells in CELLS.values() for cell in cells)
+    run_missing(CELLS)
+    if not OPTIONS_FILE.is_file():
+        compare_options()
     found = tables()
     write_page(DOCS / "accuracy.md", "accuracy", found)
     return found
@@ -292,18 +303,18 @@ def run() -> list[Table]:
 
 def tables() -> list[Table]:
     """Of the cells that have results."""
-    return [_main_table()]
+    return [_main_table(), *([_options_table()] if OPTIONS_FILE.is_file() else [])]
 
 
 def _main_table() -> Table:
     rows = []
-    for cell in CELLS["main"]:
+    for cell in CELLS:
         result = cell.result
         if result is None:
             continue
         worst, difference = result["worst"][0], 100 * (result["int8"] - result["float"])
         rows.append((
-            problem(cell.network).title, cell.pattern, result["count"], f"{100 * result['float']:.2f}",
+            TITLES[cell.network], cell.pattern, result["count"], f"{100 * result['float']:.2f}",
             f"{100 * result['int8']:.2f}", f"{difference:+.2f}", f"{100 * result['same']:.2f}", f"{result['cosine']:.5f}",
             f"{worst['layer']} ({worst['sqnr']:.1f} dB)",
         ))  # fmt: skip
@@ -319,14 +330,67 @@ def _main_table() -> Table:
     return Table("int8 against float", columns, tuple(rows), note)
 
 
+OPTIONS_FILE = RESULT / "options.json"
+
+
+def compare_options(sentences: int = 32) -> None:
+    """What options of quantisation do to the encoder of MiniLM-L6, dense, on some held-out sentences; kept in `OPTIONS_FILE`."""
+    torch.set_num_threads(1)
+    model, found = trained("minilm", "dense"), problem("minilm")
+
+    def embedded(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return model.bert.embeddings(inputs[0]).detach(), inputs[1]
+
+    calibration = [embedded(_first(inputs)) for inputs, _ in zip(found.calibration(), range(CALIBRATION // 2))]
+    inputs, _ = next(iter(found.held_out()))
+    hidden = embedded(tuple(x[:sentences] for x in inputs))
+    graph = optimise(trace(model.bert.encoder, hidden))
+    (exact,), keep = graph.run(hidden).values(), hidden[1].bool()
+    rows = []
+    for name, options in OPTIONS.items():
+        network = quantise(graph, calibration, **options)
+        output = network.outputs[0]
+        integers = run_reference(network, quantise_inputs(network, graph.bind(hidden)), keep=lambda n, last=output: n == last)
+        got = dequantise(network, output, integers[output])
+        with torch.no_grad():
+            logits = [model.classify(value, hidden[1]) for value in (exact, got)]
+        rows.append({
+            "options": name, "operators": len(network.ops), "encoder": _sqnr(exact[keep], got[keep]), "logits": _sqnr(*logits),
+            "cosine": float(torch.cosine_similarity(exact[keep].flatten(), got[keep].flatten(), dim=0)),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    RESULT.mkdir(parents=True, exist_ok=True)
+    write_json(OPTIONS_FILE, {"sentences": sentences, "rows": rows, "environment": environment()})
+
+
+def _sqnr(exact: Tensor, got: Tensor) -> float:
+    return float(10 * torch.log10(exact.double().square().sum() / (exact - got).double().square().sum()))
+
+
+def _options_table() -> Table:
+    found = json.loads(OPTIONS_FILE.read_text())
+    rows = tuple(
+        (row["options"], row["operators"], f"{row['encoder']:.2f}", f"{row['cosine']:.5f}", f"{row['logits']:.2f}")
+        for row in found["rows"]
+    )
+    note = (
+        f"Encoder of the dense MiniLM-L6, {found['sentences']} held-out sentences, {CALIBRATION // 2} calibration batches of "
+        f"{BATCH}; signal to quantisation noise of the encoder's result without padding, and of the classifier's logits."
+    )
+    return Table("Options", ("options", "operators", "encoder (dB)", "cosine", "logits (dB)"), rows, note)
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--network", choices=NETWORKS, action="append", help="only these; default: all")
-    parser.add_argument("--cells", choices=tuple(CELLS), default="main")
+    parser.add_argument("--options", action="store_true", help="compare options of quantisation instead, on MiniLM-L6")
     given = parser.parse_args()
-    run_missing((cell for cell in CELLS[given.cells] if cell.network in (given.network or NETWORKS)), given.minutes)
+    if given.options:
+        compare_options()
+    else:
+        run_missing((cell for cell in CELLS if cell.network in (given.network or NETWORKS)), given.minutes)
 
 
 if __name__ == "__main__":

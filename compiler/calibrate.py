@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from algo.observers import Observer, observer_factory
 from compiler.graph import CompileError, Convolution, Graph, KeyMask, Linear, Node, Pointwise
 
-__all__ = ["Calibration", "Progress", "calibrate"]
+__all__ = ["Calibration", "Progress", "calibrate", "unmasked"]
 
 Progress = Callable[[int, "int | None"], None]
 """Called after each calibration batch with the batches done and the number of batches, if known."""
@@ -111,12 +111,10 @@ def calibrate(
     """Run the fused graph on each batch and watch its values; rows of masked keys do not count."""
     calibration = Calibration(observer_factory(observer))
     total = len(batches) if isinstance(batches, Sized) else None
-    masks = [node for node in graph.nodes.values() if isinstance(node, KeyMask)]
     done = 0
     for done, batch in enumerate(batches, 1):
         inputs = graph.bind(batch)
-        keep = masks[0].evaluate(inputs[masks[0].inputs[0]])[:, 0] if len(masks) == 1 else None
-        _watch(graph, inputs, keep, calibration)
+        _watch(graph, inputs, calibration)
         if progress is not None:
             progress(done, total)
     if not done:
@@ -124,13 +122,23 @@ def calibrate(
     return calibration
 
 
-def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibration: Calibration) -> None:
-    """Run one batch; rows of tokens that ``keep`` (batch, rows) masks do not count."""
+def unmasked(graph: Graph, inputs: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """What takes the rows (N, C) of tokens that take part out of a value (batch, rows, C); other values, and all of a graph with
+    no key mask or several, stay as they are."""
+    masks = [node for node in graph.nodes.values() if isinstance(node, KeyMask)]
+    keep = masks[0].evaluate(inputs[masks[0].inputs[0]])[:, 0] if len(masks) == 1 else None
     masked = keep is not None and bool(keep.any())
 
     def seen(values: Tensor) -> Tensor:
         fits = keep is not None and values.ndim == 3 and values.shape[:2] == keep.shape
         return values[keep] if masked and fits else values
+
+    return seen
+
+
+def _watch(graph: Graph, inputs: dict[str, Tensor], calibration: Calibration) -> None:
+    """Run one batch; rows of masked tokens do not count."""
+    seen = unmasked(graph, inputs)
 
     def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
         if isinstance(node, Linear | Convolution | Pointwise) and not node.post.is_empty:

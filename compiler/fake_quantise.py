@@ -21,7 +21,22 @@ from compiler import ops
 from compiler.calibrate import calibrate
 from compiler.exported import Exported, export
 from compiler.frontend import import_whole
-from compiler.graph import Attention, Convolution, Graph, Input, KeyMask, Linear, MaxPool, Node, Pointwise, Unfold
+from compiler.graph import (
+    Attention,
+    CompileError,
+    Convolution,
+    Fold,
+    Graph,
+    Input,
+    KeyMask,
+    Linear,
+    MaxPool,
+    Node,
+    Pointwise,
+    Rearrange,
+    Transpose,
+    Unfold,
+)
 from compiler.mixed import matching
 from compiler.parameters import LOG2E_256
 from compiler.passes import optimise
@@ -155,10 +170,12 @@ class _Run:
             return self.stored(self.attention(node), node.name)
         if isinstance(node, MaxPool):
             return node.evaluate(self.operand8(node.inputs[0]))
+        if isinstance(node, Rearrange | Transpose):
+            return self.stored(node.evaluate(*map(self.operand8, node.inputs)), node.name)
+        if not isinstance(node, KeyMask | Unfold | Fold):
+            raise CompileError(f"{node.source or node.name}: fine-tuning does not know how {node.operator} rounds")
         value = node.evaluate(*(self.values[name] for name in node.inputs))
-        if isinstance(node, KeyMask) or not isinstance(node, Unfold):
-            return value
-        return self.stored(value, node.name, half_up=False)
+        return self.stored(value, node.name, half_up=False) if isinstance(node, Unfold) else value
 
     def _first(self, node: Pointwise) -> Tensor:
         """The operand that is not the residual."""

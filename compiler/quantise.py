@@ -39,6 +39,7 @@ from compiler.graph import (
 from compiler.mixed import check_patterns, matching, most_sensitive
 from compiler.parameters import LOG2E_256, multiplier, norm_parameters, score_bias, weight_and_requant
 from compiler.passes import optimise
+from compiler.row_operators import row_operator
 from compiler.scales import WIDE_MARGIN, Grids
 from compiler.smooth import divided_tensors, migrate, smoothing_factors
 from compiler.tables import activation_table, table_input
@@ -167,6 +168,8 @@ class Builder(Grids):
                 self.tensor(node, "int8", self.out_scale(node.name))
             elif isinstance(node, Pointwise):
                 self.pointwise(node)
+            else:
+                row_operator(self, node)
         given = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold)]
         inputs = [name for name in given if name in self.tensors]
         return ops.QuantNetwork(

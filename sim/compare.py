@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compiler.calibrate import unmasked
 from compiler.compile import float_boundary
 from compiler.exported import Exported, export
 from compiler.frontend import by_rows, import_whole
@@ -95,7 +96,8 @@ class Comparison:
 def compare(program: Program | PartitionedProgram, model: nn.Module, inputs: Any) -> Comparison:
     """Run a model in float and its program in integers (by the reference), and compare every layer.
 
-    Errors add up along the network, as they do in use. Layers of the host are not listed: they add none of their own.
+    Errors add up along the network, as they do in use. Layers of the host are not listed: they add none of their own. Rows of
+    tokens that a padding mask leaves out do not count, as in calibration.
 
     Parameters
     ----------
@@ -152,11 +154,13 @@ def _layers(graph: Graph, program: Program, floats: Mapping[str, Tensor], given:
     integers = run_reference(network, quantise_inputs(program, given))
     seen: dict[str, Tensor] = {}
     graph.run(dict(floats), observe=lambda node, operands, value: seen.__setitem__(node.name, value))
+    rows = unmasked(graph, graph.bind(dict(floats)))
     for node in graph.nodes.values():
         if isinstance(node, Input | KeyMask) or node.name not in network.tensors:
             continue
         got = dequantise(network, node.name, integers[node.name]).reshape(seen[node.name].shape)
-        yield _layer(node.name, node.source, node.operator, seen[node.name].double().numpy(), got.double().numpy())
+        wanted = rows(seen[node.name])
+        yield _layer(node.name, node.source, node.operator, wanted.double().numpy(), rows(got).double().numpy())
 
 
 def _layer(name: str, source: str, operator: str, wanted: np.ndarray[Any, Any], got: np.ndarray[Any, Any]) -> Layer:

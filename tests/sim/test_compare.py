@@ -89,3 +89,15 @@ def test_equal_and_empty_tensors() -> None:
     assert (zero.sqnr, zero.cosine, zero.error) == (np.inf, 1.0, 0.0)
     assert _layer("a", "", "o", 0 * ones, ones).sqnr == -np.inf
     assert Comparison((zero,)).worst() == (zero,)
+
+
+def test_padding_does_not_count() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 3, 32, batch_first=True, dropout=0.0).eval()
+    x, padding = torch.randn(2, 7, 24), torch.arange(7) >= torch.tensor([[7], [3]])
+    program = compile_model(layer, {"src": x, "src_key_padding_mask": padding}, arch="tiny",
+                            calibration=[{"src": x, "src_key_padding_mask": padding}])
+    noisy = torch.where(padding[..., None], 50 * torch.randn(2, 7, 24), x)
+    plain, noise = (compare(program, layer, {"src": y, "src_key_padding_mask": padding}) for y in (x, noisy))
+    assert [one.sqnr for one in plain.layers] == pytest.approx([one.sqnr for one in noise.layers], abs=1e-3)
+    assert min(one.sqnr for one in plain.layers) > 25
