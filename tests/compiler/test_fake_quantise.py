@@ -113,7 +113,8 @@ def test_fine_tuning_raises_accuracy_keeps_masks_and_compiles_to_the_same_intege
     (logits,) = simulate(program, pixels[:64], engine="reference").outputs
     with torch.no_grad():
         step = program.network.tensors[program.network.outputs[0]].scale
-        assert (logits - fake(pixels[:64])).abs().max() <= 2.01 * step
+        steps = (logits - fake(pixels[:64])).abs() / step
+    assert steps.max() <= 3.01 and steps.mean() < 0.2
 
 
 def test_gradients_are_those_of_the_float_network_where_nothing_is_clipped():
