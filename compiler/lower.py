@@ -214,11 +214,12 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     } | emitter.tails
     masks = _mask_tables(emitter)
     sizes |= {name: table.batch * table.stride for name, table in masks.items()}
-    pinned = frozenset({*network.inputs, *network.outputs, *masks})
     plan = plan_buffers(
         sizes,
         steps,
-        pinned=pinned,
+        pinned=frozenset(masks),
+        given=frozenset(network.inputs),
+        results=frozenset(network.outputs),
         base=align_up(constants_address + len(constants), align),
         align=align,
         reuse=reuse,
