@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,14 +24,19 @@ from algo.trees import BoxTiles, tree_tiles
 from benchmarks import DOCS, RESULTS, Table, write_page
 from models import create_model
 from models.boxes import paired_iou
-from models.detection import Target
+from models.detection import Level, Target
+from models.feataug import crop_level, crop_targets, random_windows
 from models.points import PointTarget, choose_annotated, pseudo_target, sample_points
 
 __all__ = ["RUNS", "run"]
 
-SIZE, BATCH, RATE = 128, 8, 2e-3
-RATIO = 0.5
-STEPS = {"overfit": 120, "teacher": 250, "student_true": 200, "student_pseudo": 200, "student_few": 200}
+SIZE, BATCH, RATE = 128, 8, 1e-3
+RATIO = 0.3
+STEPS = {"overfit": 300, "teacher": 1500, "student": 1200}
+SEEDS = 2
+"""Of the students; the teacher has one."""
+WINDOW = (0.6, 1.0)
+"""Side of the windows that training tiles are cropped to, over the tile's."""
 RECORDS, WEIGHTS = RESULTS / "train_group_rcnn", Path("out/train_group_rcnn")
 
 Data = tuple[Tensor, list[Target]]
@@ -60,20 +66,31 @@ def _turn(image: Tensor, target: Target, kind: int) -> tuple[Tensor, Target]:
     return image, Target(target.labels, box)
 
 
-def _train(model: nn.Module, data: Data, steps: int, losses: Callable[..., dict[str, Tensor]]) -> list[float]:
-    """AdamW with warm-up and cosine, random symmetries; gives the loss of every 10 steps, averaged."""
-    torch.manual_seed(0)
+def _varied(images: Tensor, targets: list[Target]) -> Data:
+    """Each image turned or mirrored, and a window of it scaled to the whole, all at random."""
+    windows = random_windows(len(images), WINDOW)
+    everywhere = torch.ones(len(images), SIZE, SIZE, dtype=torch.bool)
+    images, targets = crop_level(Level(images, everywhere), windows).features, crop_targets(targets, windows)
+    turned = [_turn(image, target, int(torch.randint(8, ()))) for image, target in zip(images, targets)]
+    return torch.stack([image for image, _ in turned]), [target for _, target in turned]
+
+
+def _train(
+    model: nn.Module, data: Data, steps: int, losses: Callable[..., dict[str, Tensor]], *, seed: int = 0, vary: bool = True
+) -> list[float]:
+    """AdamW with warm-up and cosine; gives the loss of every 10 steps, averaged."""
+    torch.manual_seed(seed)
+    size = min(BATCH, len(data[0]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     curve, order = [], torch.empty(0, dtype=torch.int64)
     model.train()
     for step in range(steps):
-        while len(order) < BATCH:
+        while len(order) < size:
             order = torch.cat([order, torch.randperm(len(data[0]))])
-        rows, order = order[:BATCH], order[BATCH:]
-        turned = [_turn(data[0][row], data[1][row], int(torch.randint(8, ()))) for row in rows.tolist()]
-        images, targets = (list(part) for part in zip(*turned))
-        loss = torch.stack(list(losses(torch.stack(images), targets).values())).sum()
+        rows, order = order[:size], order[size:]
+        images, targets = _varied(*_subset(data, rows)) if vary else _subset(data, rows)
+        loss = torch.stack(list(losses(images, targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -130,16 +147,16 @@ def _parts() -> tuple[Data, Data, Data]:
     return _subset(data, (boxed & filled).nonzero()[:, 0]), _subset(data, (~boxed & filled).nonzero()[:, 0]), _data(test)
 
 
-def _teach(data: Data, steps: int) -> tuple[nn.Module, list[float]]:
+def _teach(data: Data, steps: int, *, vary: bool = True) -> tuple[nn.Module, list[float]]:
     torch.manual_seed(0)
     model = create_model("group_rcnn_small")
     losses = lambda images, targets: model.losses(images, targets, list(map(sample_points, targets)))
-    return model, _train(model, data, steps, losses)
+    return model, _train(model, data, steps, losses, vary=vary)
 
 
 def _overfit(steps: int) -> tuple[nn.Module, dict]:
-    data = _subset(_parts()[0], torch.arange(8))
-    model, curve = _teach(data, steps)
+    data = _subset(_parts()[0], torch.arange(4))
+    model, curve = _teach(data, steps, vary=False)
     return model, {"curve": curve, "trees": sum(len(t.labels) for t in data[1]), "fit": _quality(_annotate(model, data), data[1])}
 
 
@@ -157,27 +174,29 @@ def _teacher_weights() -> Path:
     return path
 
 
-def _student(name: str) -> Callable[[int], tuple[nn.Module, dict]]:
+def _student(labels: str, seed: int) -> Callable[[int], tuple[nn.Module, dict]]:
     def study(steps: int) -> tuple[nn.Module, dict]:
         boxed, pointed, held = _parts()
         targets = pointed[1]
-        if name == "student_pseudo":
+        if labels == "pseudo":
             teacher = create_model("group_rcnn_small")
             teacher.load_state_dict(load_file(_teacher_weights()))
             targets = [pseudo_target(one, height=SIZE, width=SIZE) for one in _annotate(teacher, pointed)]
-        data = boxed if name == "student_few" else (torch.cat([boxed[0], pointed[0]]), boxed[1] + targets)
-        torch.manual_seed(0)
+        data = boxed if labels == "few" else (torch.cat([boxed[0], pointed[0]]), boxed[1] + targets)
+        torch.manual_seed(seed)
         model = create_model("fcos_small")
-        curve = _train(model, data, steps, model.losses)
+        curve = _train(model, data, steps, model.losses, seed=seed)
         return model, {"curve": curve, "tiles": len(data[0]), "held_out": _measure(_detect(model.predict, held), held[1])}
 
     return study
 
 
+STUDENTS = {"true": "true boxes of all tiles", "pseudo": "true boxes of the few, boxes of points of the others",
+            "few": "true boxes of the few tiles, the others unused"}  # fmt: skip
 RUNS: dict[str, Callable[[int], tuple[nn.Module, dict]]] = {
     "overfit": _overfit,
     "teacher": _teacher,
-    **{name: _student(name) for name in ("student_true", "student_pseudo", "student_few")},
+    **{f"student_{labels}_s{seed}": _student(labels, seed) for seed in range(SEEDS) for labels in STUDENTS},
 }
 """Trainings by name, in an order in which each finds what it needs."""
 
@@ -186,12 +205,12 @@ def _result(name: str) -> dict:
     """Read a training's result, or train first."""
     path = RECORDS / f"{name}.json"
     if not path.exists():
-        start = time.process_time()
-        model, result = RUNS[name](STEPS[name])
+        start, steps = time.process_time(), STEPS[name.split("_")[0]]
+        model, result = RUNS[name](steps)
         for folder in (RECORDS, WEIGHTS):
             folder.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), WEIGHTS / f"{name}.safetensors")
-        facts = {"steps": STEPS[name], "cpu_seconds": round(time.process_time() - start), "threads": torch.get_num_threads()}
+        facts = {"steps": steps, "cpu_seconds": round(time.process_time() - start), "threads": torch.get_num_threads()}
         path.write_text(json.dumps(facts | result, indent=1) + "\n")
     return json.loads(path.read_text())
 
@@ -202,7 +221,7 @@ def run() -> list[Table]:
     boxed, pointed, held = _parts()
     count = lambda data: sum(len(target.labels) for target in data[1])
     rows = [
-        ("8 tiles it was trained on", results["overfit"]["trees"], results["overfit"]["fit"]),
+        ("4 tiles learnt by heart", results["overfit"]["trees"], results["overfit"]["fit"]),
         ("training tiles with points only", count(pointed), results["teacher"]["points"]),
         ("held-out tiles", count(held), results["teacher"]["held_out"]),
     ]
@@ -213,16 +232,20 @@ def run() -> list[Table]:
               for name, trees, fit in rows),
         f"{len(boxed[0])} tiles with {count(boxed)} boxes train it; one random point in each box.",
     )
-    names = {"student_true": "true boxes of all tiles", "student_pseudo": "true boxes of half, boxes of points of the others",
-             "student_few": "true boxes of half the tiles, the others unused"}
-    measured = [(text, results[name]["tiles"], results[name]["steps"], results[name]["held_out"]) for name, text in names.items()]
-    measured.append(("the teacher's RetinaNet part alone", len(boxed[0]), STEPS["teacher"], results["teacher"]["retinanet"]))
+    measured = []
+    for labels, text in STUDENTS.items():
+        found = [results[f"student_{labels}_s{seed}"] for seed in range(SEEDS)]
+        measured.append((text, found[0]["tiles"], found[0]["steps"], [one["held_out"] for one in found]))
+    teacher = results["teacher"]
+    measured.append(("the teacher's RetinaNet part alone", len(boxed[0]), teacher["steps"], [teacher["retinanet"]]))
     students = Table(
         "Students (fcos_small) on held-out tiles",
-        ("trained on", "tiles", "steps", "AP", "AP50", "AP75", "AR100"),
-        tuple((text, tiles, steps, *(round(held[key], 3) for key in ("ap", "ap50", "ap75", "ar")))
-              for text, tiles, steps, held in measured),
-        f"{len(held[0])} tiles, {count(held)} trees, size {SIZE}; one seed.",
+        ("trained on", "tiles", "steps", "seeds", "AP", "AP50", "AP50, each seed", "AP75", "AR100"),
+        tuple((text, tiles, steps, len(held_out), *(round(mean(one[key] for one in held_out), 3) for key in ("ap", "ap50")),
+               ", ".join(f"{one['ap50']:.3f}" for one in held_out),
+               *(round(mean(one[key] for one in held_out), 3) for key in ("ap75", "ar")))
+              for text, tiles, steps, held_out in measured),
+        f"{len(held[0])} tiles, {count(held)} trees, size {SIZE}; means over the seeds.",
     )
     seconds = Table(
         "Training time",

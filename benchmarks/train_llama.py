@@ -26,6 +26,7 @@ from algo.instruct import (
     START,
     Example,
     TokenBatch,
+    answer_of,
     collate,
     encode,
     example_batches,
@@ -79,7 +80,8 @@ def _data(vocabulary: int) -> Data:
         tokenizer = Tokenizer.from_file(str(file))
     else:
         OUT.mkdir(parents=True, exist_ok=True)
-        tokenizer = train_tokenizer([*texts, *(prompt_of(part[0]) + part[0].answer for part in (topics, opinions))], vocabulary)
+        whole = [prompt_of(part[0]) + answer_of(part[0]) for part in (topics, opinions)]
+        tokenizer = train_tokenizer([*texts, *whole], vocabulary)
         tokenizer.save(str(file))
     rows = [encode(tokenizer, example, LENGTH) for example in (*topics[:KNOWN], *opinions[:KNOWN])]
     held = [example.text for example in (*held_topics, *held_opinions)]
@@ -214,5 +216,5 @@ def _samples(model: LlamaAdapter, data: Data) -> list[tuple[str, str, str]]:
         tokens, labels = encode(data.tokenizer, example, LENGTH)
         prompt = tokens[: labels.count(IGNORED)]
         (answer,) = generate(model.eval(), [prompt], new_tokens=8, stop=END)
-        found.append((example.text[:60], example.answer, data.tokenizer.decode(answer)))
+        found.append((example.text[:60], example.answer, data.tokenizer.decode(answer).strip()))
     return found

@@ -306,6 +306,13 @@ class SwinBackbone(_Trunk):
         for part in [self.patch_embed, *self.layers][:frozen_stages]:
             part.requires_grad_(False)
 
+    def of_classifier(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Names of the authors, timm and Hugging Face; the norms of the maps, which a classifier has not, stay as they are."""
+        last = self.stages[-1] - 1
+        left = ("head.", "norm.", f"layers.{last}.downsample.", *(f"layers.{stage}." for stage in range(last + 1, 4)))
+        own = {name: value for name, value in self.state_dict().items() if name.startswith("norm")}
+        return own | {name: value for name, value in official_names(state).items() if not name.startswith(left)}
+
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self._maps(x, always_shift=True)
         normed = [self.get_submodule(f"norm{stage - 1}")(maps[stage - 1]) for stage in self.stages]
