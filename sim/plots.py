@@ -20,8 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from compiler.memory import MemoryMap
 
 __all__ = [
-    "DENSE", "KINDS", "SPARSE", "bars", "beside", "columns", "grouped", "memory_picture", "points", "short", "stacked", "to_png",
-    "to_svg",
+    "DENSE", "KINDS", "SPARSE", "against", "bars", "beside", "columns", "grouped", "memory_picture", "points", "short", "stacked",
+    "to_png", "to_svg",
 ]  # fmt: skip
 
 SPARSE, DENSE = "#0f766e", "#94a3b8"
@@ -227,6 +227,22 @@ def beside(
                 panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes[0][0].invert_yaxis()
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=count)
+        return to_png(figure)
+
+
+def against(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> bytes:
+    """Points and the line through the origin that fits them best, one panel a series, axes from zero. A PNG file."""
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(1, len(series), figsize=(3.9 * len(series), 3.2), layout="constrained", squeeze=False)
+        for axes, (name, pairs), colour in zip(panels[0], series.items(), KINDS):
+            slope = sum(a * b for a, b in pairs) / sum(a * a for a, _ in pairs)
+            most = max(a for a, _ in pairs)
+            axes.plot([0, most], [0, slope * most], color=_GRID, linewidth=1.6)
+            axes.plot(*zip(*pairs), color=colour, marker="o", linestyle="")
+            axes.set(title=name, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axes.grid(True, color=_GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
         return to_png(figure)
 
 

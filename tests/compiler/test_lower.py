@@ -343,3 +343,11 @@ def test_pointwise_without_input() -> None:
 def test_pipeline_depth_is_checked() -> None:
     with pytest.raises(ValueError, match="pipeline_depth must be 0, 1 or 2, not 3"):
         lower(_attention_network((1, 4, 4), 4, 1), TINY, pipeline_depth=3)
+
+
+def test_a_tensor_that_addresses_do_not_reach() -> None:
+    rng = np.random.default_rng(0)
+    tensors = {"a": ((1, 1 << 22, 16), "int8"), "b": ((1, 1 << 22, 2048), "int8")}
+    network = _network(tensors, [_linear("b", "a", random_weight(rng, 2048, 16, None))], ("a",), ("b",))
+    with pytest.raises(LoweringError, match=r"tensor 'b' \(1, 4194304, 2048\) takes 8,589,934,592 bytes, .* a smaller batch"):
+        compile_network(network, TINY)
