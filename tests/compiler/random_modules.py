@@ -59,7 +59,7 @@ class RandomTokens(nn.Module):
         chosen = [made[0], *(made[int(i)] for i in self.rng.integers(0, len(made), blocks)), made[0]]
         self.blocks = nn.ModuleList(make() for make in chosen)
         self.again = [bool(draw < 0.4) for draw in self.rng.random(len(chosen))]
-        self.shown = [int(i) for i in np.flatnonzero(self.rng.random(len(chosen)) < 0.15)]
+        self.shown = [int(i) for i in np.flatnonzero(self.rng.random(len(chosen) - 1) < 0.15)]
         self.host = HostBlock(int(self.rng.integers(HostBlock.COUNT))) if host else None
         self.place = int(self.rng.integers(1, len(chosen)))
         for layer in self.modules():
