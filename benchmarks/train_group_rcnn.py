@@ -11,8 +11,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,10 +31,9 @@ from models.points import PointTarget, choose_annotated, pseudo_target, sample_p
 __all__ = ["RUNS", "run"]
 
 SIZE, BATCH, RATE = 128, 8, 1e-3
-RATIO = 0.3
+RATIOS = (30, 10)
+"""Percent of the training tiles that have boxes; each is a study of its own."""
 STEPS = {"overfit": 300, "teacher": 1500, "student": 1200}
-SEEDS = 2
-"""Of the students; the teacher has one."""
 WINDOW = (0.6, 1.0)
 """Side of the windows that training tiles are cropped to, over the tile's."""
 RECORDS, WEIGHTS = RESULTS / "train_group_rcnn", Path("out/train_group_rcnn")
@@ -138,11 +137,11 @@ def _quality(found: list[Detections], targets: list[Target]) -> dict[str, float]
     return {"mean_iou": float(overlaps.mean()), "iou50": share(0.5), "iou75": share(0.75), **_measure(found, targets)}
 
 
-def _parts() -> tuple[Data, Data, Data]:
+def _parts(percent: int) -> tuple[Data, Data, Data]:
     """Training tiles with boxes, training tiles with points, held-out tiles; of the first two only those with trees."""
     train, test = tree_tiles(size=SIZE)
     data = _data(train)
-    boxed = choose_annotated(len(data[0]), ratio=RATIO)
+    boxed = choose_annotated(len(data[0]), ratio=percent / 100)
     filled = torch.tensor([len(target.labels) > 0 for target in data[1]])
     return _subset(data, (boxed & filled).nonzero()[:, 0]), _subset(data, (~boxed & filled).nonzero()[:, 0]), _data(test)
 
@@ -155,48 +154,43 @@ def _teach(data: Data, steps: int, *, vary: bool = True) -> tuple[nn.Module, lis
 
 
 def _overfit(steps: int) -> tuple[nn.Module, dict]:
-    data = _subset(_parts()[0], torch.arange(4))
+    data = _subset(_parts(RATIOS[0])[0], torch.arange(4))
     model, curve = _teach(data, steps, vary=False)
     return model, {"curve": curve, "trees": sum(len(t.labels) for t in data[1]), "fit": _quality(_annotate(model, data), data[1])}
 
 
-def _teacher(steps: int) -> tuple[nn.Module, dict]:
-    boxed, pointed, held = _parts()
+def _teacher(percent: int, steps: int) -> tuple[nn.Module, dict]:
+    boxed, pointed, held = _parts(percent)
     model, curve = _teach(boxed, steps)
     fit = {name: _quality(_annotate(model, data), data[1]) for name, data in (("points", pointed), ("held_out", held))}
     return model, {"curve": curve, **fit, "retinanet": _measure(_detect(model.detect, held), held[1])}
 
 
-def _teacher_weights() -> Path:
-    path = WEIGHTS / "teacher.safetensors"
+def _annotated(percent: int, data: Data) -> list[Target]:
+    """What the teacher makes of the points of tiles."""
+    path = WEIGHTS / f"teacher_{percent}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}: delete {RECORDS / 'teacher.json'} and train the teacher again")
-    return path
+        raise FileNotFoundError(f"no weights at {path}: delete {RECORDS / path.stem}.json and train the teacher again")
+    teacher = create_model("group_rcnn_small")
+    teacher.load_state_dict(load_file(path))
+    return [pseudo_target(one, height=SIZE, width=SIZE) for one in _annotate(teacher, data)]
 
 
-def _student(labels: str, seed: int) -> Callable[[int], tuple[nn.Module, dict]]:
-    def study(steps: int) -> tuple[nn.Module, dict]:
-        boxed, pointed, held = _parts()
-        targets = pointed[1]
-        if labels == "pseudo":
-            teacher = create_model("group_rcnn_small")
-            teacher.load_state_dict(load_file(_teacher_weights()))
-            targets = [pseudo_target(one, height=SIZE, width=SIZE) for one in _annotate(teacher, pointed)]
-        data = boxed if labels == "few" else (torch.cat([boxed[0], pointed[0]]), boxed[1] + targets)
-        torch.manual_seed(seed)
-        model = create_model("fcos_small")
-        curve = _train(model, data, steps, model.losses, seed=seed)
-        return model, {"curve": curve, "tiles": len(data[0]), "held_out": _measure(_detect(model.predict, held), held[1])}
-
-    return study
+def _student(labels: str, percent: int, steps: int) -> tuple[nn.Module, dict]:
+    boxed, pointed, held = _parts(percent)
+    targets = _annotated(percent, pointed) if labels == "pseudo" else pointed[1]
+    data = boxed if labels == "few" else (torch.cat([boxed[0], pointed[0]]), boxed[1] + targets)
+    torch.manual_seed(0)
+    model = create_model("fcos_small")
+    curve = _train(model, data, steps, model.losses)
+    return model, {"curve": curve, "tiles": len(data[0]), "held_out": _measure(_detect(model.predict, held), held[1])}
 
 
-STUDENTS = {"true": "true boxes of all tiles", "pseudo": "true boxes of the few, boxes of points of the others",
-            "few": "true boxes of the few tiles, the others unused"}  # fmt: skip
 RUNS: dict[str, Callable[[int], tuple[nn.Module, dict]]] = {
     "overfit": _overfit,
-    "teacher": _teacher,
-    **{f"student_{labels}_s{seed}": _student(labels, seed) for seed in range(SEEDS) for labels in STUDENTS},
+    **{f"teacher_{percent}": partial(_teacher, percent) for percent in RATIOS},
+    "student_true": partial(_student, "true", RATIOS[0]),
+    **{f"student_{labels}_{percent}": partial(_student, labels, percent) for percent in RATIOS for labels in ("pseudo", "few")},
 }
 """Trainings by name, in an order in which each finds what it needs."""
 
@@ -215,37 +209,47 @@ def _result(name: str) -> dict:
     return json.loads(path.read_text())
 
 
+def _squares(percent: int) -> dict[str, float]:
+    """How well a square of the median size of the true boxes fits, its middle on the point: what needs no network."""
+    boxed, _, held = _parts(percent)
+    corners = torch.cat([_corners(target) for target in boxed[1]])
+    half = (corners[:, 2:] - corners[:, :2]).median() / 2
+    found = []
+    for target, entry in zip(held[1], _points(held[1], 1)):
+        place = entry.points * SIZE
+        boxes = torch.cat([place - half, place + half], 1).clamp(0, SIZE)
+        found.append(Detections(boxes, torch.ones(len(boxes)), target.labels))
+    return _quality(found, held[1])
+
+
 def run() -> list[Table]:
     """Train what is not trained yet, and tell how good boxes and students are."""
     results = {name: _result(name) for name in RUNS}
-    boxed, pointed, held = _parts()
     count = lambda data: sum(len(target.labels) for target in data[1])
-    rows = [
-        ("4 tiles learnt by heart", results["overfit"]["trees"], results["overfit"]["fit"]),
-        ("training tiles with points only", count(pointed), results["teacher"]["points"]),
-        ("held-out tiles", count(held), results["teacher"]["held_out"]),
-    ]
+    rows = [("the same 4 tiles, learnt by heart", "4", results["overfit"]["trees"], results["overfit"]["fit"])]
+    for percent in RATIOS:
+        boxed, pointed, held = _parts(percent)
+        teacher, trained = results[f"teacher_{percent}"], f"{percent} %: {len(boxed[0])} tiles, {count(boxed)} boxes"
+        rows += [("training tiles with points only", trained, count(pointed), teacher["points"]),
+                 ("held-out tiles", trained, count(held), teacher["held_out"])]  # fmt: skip
+    rows.append(("held-out tiles", "no network: a square of the median size around the point", count(held), _squares(RATIOS[0])))
     fits = Table(
         "Boxes of points (group_rcnn_small)",
-        ("tiles", "trees", "mean IoU", "IoU >= .5", "IoU >= .75", "AP", "AP50", "AP75"),
-        tuple((name, trees, *(round(fit[key], 3) for key in ("mean_iou", "iou50", "iou75", "ap", "ap50", "ap75")))
-              for name, trees, fit in rows),
-        f"{len(boxed[0])} tiles with {count(boxed)} boxes train it; one random point in each box.",
+        ("tiles", "trained on", "trees", "mean IoU", "IoU >= .5", "IoU >= .75", "AP", "AP50", "AP75"),
+        tuple((name, trained, trees, *(round(fit[key], 3) for key in ("mean_iou", "iou50", "iou75", "ap", "ap50", "ap75")))
+              for name, trained, trees, fit in rows),
+        "One random point in each box.",
     )
-    measured = []
-    for labels, text in STUDENTS.items():
-        found = [results[f"student_{labels}_s{seed}"] for seed in range(SEEDS)]
-        measured.append((text, found[0]["tiles"], found[0]["steps"], [one["held_out"] for one in found]))
-    teacher = results["teacher"]
-    measured.append(("the teacher's RetinaNet part alone", len(boxed[0]), teacher["steps"], [teacher["retinanet"]]))
+    measured = [("true boxes of all tiles", results["student_true"])]
+    for percent in RATIOS:
+        measured += [(f"true boxes of {percent} %, boxes of points of the others", results[f"student_pseudo_{percent}"]),
+                     (f"true boxes of {percent} %, the others unused", results[f"student_few_{percent}"])]  # fmt: skip
     students = Table(
         "Students (fcos_small) on held-out tiles",
-        ("trained on", "tiles", "steps", "seeds", "AP", "AP50", "AP50, each seed", "AP75", "AR100"),
-        tuple((text, tiles, steps, len(held_out), *(round(mean(one[key] for one in held_out), 3) for key in ("ap", "ap50")),
-               ", ".join(f"{one['ap50']:.3f}" for one in held_out),
-               *(round(mean(one[key] for one in held_out), 3) for key in ("ap75", "ar")))
-              for text, tiles, steps, held_out in measured),
-        f"{len(held[0])} tiles, {count(held)} trees, size {SIZE}; means over the seeds.",
+        ("trained on", "tiles", "steps", "AP", "AP50", "AP75", "AR100"),
+        tuple((text, one["tiles"], one["steps"], *(round(one["held_out"][key], 3) for key in ("ap", "ap50", "ap75", "ar")))
+              for text, one in measured),
+        f"{len(held[0])} tiles, {count(held)} trees, size {SIZE}; one seed.",
     )
     seconds = Table(
         "Training time",

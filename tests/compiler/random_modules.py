@@ -121,8 +121,9 @@ class RandomTokens(nn.Module):
     def _packed(self) -> nn.Module:
         def attend(m: Any, x: Tensor, _: Tensor | None) -> Tensor:
             q, k, v = m.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            return m.o(_written_out(q, k, v, None, None).transpose(1, 2).flatten(2))
+            return m.o(_written_out(q if factor is None else q * factor, k, v, None, None).transpose(1, 2).flatten(2))
 
+        factor = self._draw(None, 0.5, 1.7)
         return _Parts(attend, qkv=nn.Linear(CHANNELS, 3 * CHANNELS), o=nn.Linear(CHANNELS, CHANNELS))
 
     def _gate(self) -> nn.Module:

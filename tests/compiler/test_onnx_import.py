@@ -170,7 +170,7 @@ def test_a_block_of_llama_with_an_open_dimension(tmp_path: Path) -> None:
         with pytest.raises(CompileError, match=r"input 'x' of the ONNX model has an open dimension 1 \(length\)"):
             load_onnx(path)
         program, direct = (compile_model(source, x, arch="tiny", calibration=[x]) for source in (str(path), module))
-    assert program.report().macs == direct.report().macs
+    assert sum(program.report().macs.values()) == sum(direct.report().macs.values())
     assert any("norm" in f"{op.norm}".lower() for part in program.networks for op in part.ops if hasattr(op, "norm"))
     run = simulate(program, x, engine="isa")
     assert run.bit_exact
