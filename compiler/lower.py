@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
+from compiler.emit_rows import emit_product, emit_rearrange, emit_softmax, emit_transpose
 from compiler.hold import hold_columns, join, side_by_side
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MaxPool, Op, QuantNetwork
+from compiler.ops import Attention, Conv, Linear, MaxPool, Op, Product, QuantNetwork, Rearrange, Softmax, Transpose
 from compiler.placement import RowPlacement
 from compiler.plan import ADDRESS_SPACE, align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -139,6 +140,14 @@ def _emit(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
         return emit_max_pool(emitter, index, op, network)
+    if isinstance(op, Rearrange):
+        return emit_rearrange(emitter, index, op)
+    if isinstance(op, Transpose):
+        return emit_transpose(emitter, index, op)
+    if isinstance(op, Product):
+        return emit_product(emitter, index, op)
+    if isinstance(op, Softmax):
+        return emit_softmax(emitter, index, op)
     if isinstance(op, Linear):
         return _linears(emitter, network, group)
     return emitter.pointwise(index, op)
@@ -180,6 +189,10 @@ def _operands(op: Op) -> list[str]:
     """Tensors an operator reads, in the order in which they are to be made."""
     if isinstance(op, Attention):
         return [op.v, op.k, op.q]
+    if isinstance(op, Rearrange):
+        return list(dict.fromkeys(part.tensor for part in op.sources))
+    if isinstance(op, Product):
+        return [op.y, op.x]
     return [name for name in (op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
@@ -195,6 +208,8 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             value_heads.setdefault(op.v, set()).add(op.groups)
             keys.add(op.k)
             plain.add(op.q)
+        elif isinstance(op, Rearrange | Transpose | Product | Softmax):
+            plain.update((op.out, *_operands(op)))
         elif op.x is not None:
             plain.add(op.x)
         if not isinstance(op, Attention) and op.residual is not None:
@@ -224,6 +239,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             last_use=-1,
             kept=True,
             patches=patches.get(name),
+            pitch=align_up(tensor.shape[2], arch.rows) if isinstance(producers.get(name), Transpose) else 0,
         )
     return infos
 
@@ -334,6 +350,13 @@ def _operator_info(
         pattern = "dense" if op.pattern is None else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
         macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, Product):
+        kind, shape = "product", (batch * rows, tensors[op.x].shape[2], channels)
+        macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, Softmax):
+        kind, shape, macs = "softmax", (batch * rows, channels, channels), 0
+    elif isinstance(op, Rearrange | Transpose):
+        kind, shape, macs = "rearrangement", (batch * rows, channels, channels), 0
     elif isinstance(op, MaxPool):
         kind, shape, macs = "pooling", (batch * rows, channels, channels), 0
     elif isinstance(op, Attention):
