@@ -6,6 +6,7 @@ Cycles are those of the cycle engine, which has the RTL's count; with ``rtl`` th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import resource
@@ -31,7 +32,7 @@ from nmforge.arguments import parse_table
 from nmforge.console import write_text
 from sim.simulate import simulate
 
-__all__ = ["DENSE", "ZOO", "System", "build", "inputs_of", "measure", "pattern_label", "point_file", "settings"]
+__all__ = ["DENSE", "ZOO", "System", "build", "inputs_of", "measure", "pattern_label", "point_file", "settings", "sources"]
 
 DENSE = "dense"
 TRANSFORMER = "*atten*=2:4,*=1:8"
@@ -135,7 +136,7 @@ def measure(system: System, pattern: str, arch: str, *, rtl: bool = False) -> di
     seconds = time.monotonic() - start
     found = {
         "system": settings(system), "pattern": pattern, "arch": arch, "parameters": _parameters(system),
-        "sources": _sources(), "macs_network": count(network, inputs).macs, **_places(program), "compile_s": round(seconds, 1),
+        "sources": sources(), "macs_network": count(network, inputs).macs, **_places(program), "compile_s": round(seconds, 1),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }  # fmt: skip
     run = simulate(program, inputs if rtl else None, engine="verilator" if rtl else "cycle")
@@ -150,7 +151,8 @@ def settings(system: System) -> dict[str, Any]:
     return {name: value for name, value in asdict(system).items() if name in ("model", "size")}
 
 
-def _sources() -> str:
+@functools.cache
+def sources() -> str:
     """Hash of all that decides cycles: a reader can tell whether two measurements are of one compiler and one accelerator."""
     root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
     for folder in ("compiler", "hw", "sim/cpp"):
@@ -182,8 +184,8 @@ def _measure_all(request: Mapping[str, Any], done: Callable[[str], None]) -> Non
     for pattern in request["patterns"]:
         try:
             found = measure(system, pattern, request["arch"], rtl=rtl)
-        except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            # a network that fails must not cost the others: its row says so
+        except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+            # a network that does not compile must not cost the others: its row says so; tools that are missing are another matter
             found = {
                 "system": settings(system), "pattern": pattern, "arch": request["arch"],
                 "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}",

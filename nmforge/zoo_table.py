@@ -12,7 +12,7 @@ from typing import Any
 
 from hw.arch import Arch
 from nmforge.errors import BadInputError, unknown
-from nmforge.zoo import DENSE, ZOO, System, inputs_of, pattern_label, point_file, settings
+from nmforge.zoo import DENSE, ZOO, System, inputs_of, pattern_label, point_file, settings, sources
 
 __all__ = [
     "COLUMNS", "cells", "chosen_systems", "collect", "default_folder", "drawing", "heading", "markdown", "recall", "rows",
@@ -52,13 +52,14 @@ def recall(folder: Path, system: System, pattern: str, arch: str, *, rtl: bool =
 
 
 def collect(systems: Iterable[System], arch: Arch, folder: Path, *, fresh: bool = False, rtl: bool = False, done: Done) -> None:
-    """Measure what is not kept yet; a measurement that failed is tried again. Interrupted, what is finished is kept."""
+    """Measure what is not kept yet, and with ``fresh`` what was measured of other sources; a measurement that failed is tried
+    again. Interrupted, what is finished is kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for system in systems:
         missing = []
         for pattern in system.patterns:
-            kept = None if fresh else recall(folder, system, pattern, arch.name, rtl=rtl)
-            if kept is None or "error" in kept:
+            kept = recall(folder, system, pattern, arch.name, rtl=rtl)
+            if kept is None or "error" in kept or (fresh and kept.get("sources") != sources()):
                 missing.append(pattern)
             else:
                 done(system.model, pattern)

@@ -55,7 +55,7 @@ class RandomTokens(nn.Module):
         self.rng, self.length, self.masked = np.random.default_rng(seed), length, False
         torch.manual_seed(seed)
         made = [self._linear, self._function, self._norm, self._rms, self._attention, self._packed, self._gate, self._scaled,
-                self._views, self._matrix]  # fmt: skip
+                self._views, self._matrix, self._vector, self._place, self._product, self._moved]  # fmt: skip
         chosen = [made[0], *(made[int(i)] for i in self.rng.integers(0, len(made), blocks)), made[0]]
         self.blocks = nn.ModuleList(make() for make in chosen)
         self.again = [bool(draw < 0.4) for draw in self.rng.random(len(chosen))]
@@ -146,6 +146,25 @@ class RandomTokens(nn.Module):
 
         return _Parts(around, a=nn.Linear(CHANNELS, CHANNELS))
 
+    def _vector(self) -> nn.Module:
+        return _Parts(lambda m, x, _: m.a(x) * m.w, a=nn.Linear(CHANNELS, CHANNELS), w=nn.Parameter(torch.rand(CHANNELS) + 0.5))
+
+    def _place(self) -> nn.Module:
+        return _Parts(lambda m, x, _: m.a(x + m.p), a=nn.Linear(CHANNELS, CHANNELS),
+                      p=nn.Parameter(torch.randn(self.length, CHANNELS)))  # fmt: skip
+
+    def _product(self) -> nn.Module:
+        """A product of activations that is no attention: channels against channels."""
+        layers = {"a": nn.Linear(CHANNELS, CHANNELS), "b": nn.Linear(CHANNELS, CHANNELS)}
+        return _Parts(lambda m, x, _: x + m.a(x) @ (m.b(x).transpose(1, 2) @ x) / self.length, **layers)
+
+    def _moved(self) -> nn.Module:
+        """Rows that are turned around, cut and joined."""
+        kind, layer = self._draw("rolled", "joined"), nn.Linear(CHANNELS, CHANNELS)
+        return _Parts(
+            lambda m, x, _: m.a(x.roll(1, 1) if kind == "rolled" else torch.cat([x[:, 1:], x[:, :1]], 1)), a=layer
+        )  # fmt: skip
+
     def _matrix(self) -> nn.Module:
         weight, bias = nn.Parameter(torch.randn(CHANNELS, CHANNELS) / 4), nn.Parameter(torch.randn(CHANNELS))
         return _Parts(lambda m, x, _: x @ m.w + m.c, w=weight, c=bias)
@@ -176,9 +195,9 @@ class HostBlock(nn.Module):
 
 
 class RandomImages(nn.Module):
-    """Convolutions with norms, sums and pooling: images (B, 3, H, W) -> logits (B, 5)."""
+    """Convolutions with norms, sums, gates, padding and pooling: images (B, 3, H, W) -> logits (B, 5)."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, size: int) -> None:
         super().__init__()
         rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
@@ -186,24 +205,44 @@ class RandomImages(nn.Module):
         for _ in range(int(rng.integers(2, 5))):
             kernel, out = int(rng.choice([1, 3, 5])), int(rng.choice([8, 16]))
             groups = int(rng.choice([1, 1, 4])) if channels % 4 == 0 else 1
+            padded = kernel > 1 and bool(rng.random() < 0.4)
             self.layers.append(nn.Sequential(
-                nn.Conv2d(channels, out, kernel, int(rng.choice([1, 1, 2])), kernel // 2, groups=groups), nn.BatchNorm2d(out),
-                nn.ReLU() if rng.random() < 0.7 else nn.ReLU6(),
+                nn.ZeroPad2d(kernel // 2) if padded else nn.Identity(),
+                nn.Conv2d(channels, out, kernel, int(rng.choice([1, 1, 2])), 0 if padded else kernel // 2, groups=groups),
+                nn.BatchNorm2d(out), nn.ReLU() if rng.random() < 0.7 else nn.ReLU6(),
             ))  # fmt: skip
-            after = (_Inner(out), nn.MaxPool2d(3, 2, 1), nn.Identity())
-            self.layers.append(after[int(rng.choice(3, p=[0.5, 0.2, 0.3]))])
+            after = (_Inner(out), nn.MaxPool2d(3, 2, 1), nn.Identity(), _Gate(out))
+            self.layers.append(after[int(rng.choice(4, p=[0.4, 0.2, 0.2, 0.2]))])
             channels = out
-        self.head = nn.Linear(channels, 5)
+        with torch.no_grad():
+            shape = self._features(torch.zeros(1, 3, size, size)).shape
+        self.flat = bool(rng.random() < 0.4)
+        self.head = nn.Linear(shape[1:].numel() if self.flat else channels, 5)
         for part in self.modules():
             if isinstance(part, nn.BatchNorm2d):
                 nn.init.uniform_(part.weight, 0.5, 1.5)
                 part.running_mean.normal_(0, 0.2)
                 part.running_var.uniform_(0.5, 1.5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        return self.head(x.mean((2, 3)))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._features(x)
+        return self.head(x.flatten(1) if self.flat else x.mean((2, 3)))
+
+
+class _Gate(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.a(x.mean((2, 3), keepdim=True)))
 
 
 class _Inner(nn.Module):
@@ -222,7 +261,7 @@ def random_case(seed: int, *, host: bool = False) -> tuple[nn.Module, tuple[Tens
     rng = np.random.default_rng(seed + 1000)
     if seed % 4 == 3 and not host:
         size = int(rng.integers(8, 13))
-        return RandomImages(seed).eval(), (torch.randn(int(rng.integers(1, 3)), 3, size, size),)
+        return RandomImages(seed, size).eval(), (torch.randn(int(rng.integers(1, 3)), 3, size, size),)
     batch, length = int(rng.integers(1, 3)), int(rng.integers(3, 8))
     module = RandomTokens(seed, length=length, host=host).eval()
     mask = torch.ones(batch, length, dtype=torch.int64)

@@ -29,6 +29,18 @@ def test_what_is_there_is_not_measured_again(folder, monkeypatch):
     assert len(done) == 2
 
 
+def test_other_sources_are_measured_again_if_wanted(folder, monkeypatch):
+    measured = []
+    monkeypatch.setattr("nmforge.zoo_table._measure", lambda system, patterns, *_: measured.append(patterns))
+    collect([SMALL], ARCH, folder, fresh=True, done=lambda *_: None)
+    assert measured == []
+    monkeypatch.setattr("nmforge.zoo_table.sources", lambda: "others")
+    collect([SMALL], ARCH, folder, done=lambda *_: None)
+    assert measured == []
+    collect([SMALL], ARCH, folder, fresh=True, done=lambda *_: None)
+    assert measured == [["dense", "2:4"]]
+
+
 def test_rows(folder):
     dense, sparse = rows([SMALL], ARCH, folder)
     assert dense["speedup"] == 1 and sparse["speedup"] == dense["cycles"] / sparse["cycles"] > 1
