@@ -460,7 +460,7 @@ Cache = Annotated[Path | None, typer.Option("--cache", help="Of the table: folde
 TableText = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the table.")]
 Rtl = Annotated[bool, typer.Option("--rtl", help="Of the table: also run the RTL and compare every byte; needs --only.")]
-Again = Annotated[bool, typer.Option("--fresh", help="Of the table: measure again what compilers or accelerators before this one gave.")]
+Again = Annotated[bool, typer.Option("--fresh", help="Of the table: measure again what earlier sources gave.")]
 
 
 @app.command(

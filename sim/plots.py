@@ -221,11 +221,11 @@ def beside(
             panel.set_title(title)
             panel.xaxis.grid(True, color=_GRID, linewidth=0.8)
             panel.set_axisbelow(True)
-            panel.margins(x=0.12, y=0.02)
+            panel.margins(x=0.12)
             if title in shares:
                 panel.set_xlim(0, 1.1)
                 panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes[0][0].invert_yaxis()
+        axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=count)
         return to_png(figure)
 
