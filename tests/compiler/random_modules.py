@@ -215,7 +215,7 @@ class RandomImages(nn.Module):
             self.layers.append(after[int(rng.choice(4, p=[0.4, 0.2, 0.2, 0.2]))])
             channels = out
         with torch.no_grad():
-            shape = self._features(torch.zeros(1, 3, size, size)).shape
+            shape = self.eval()._features(torch.zeros(1, 3, size, size)).shape
         self.flat = bool(rng.random() < 0.4)
         self.head = nn.Linear(shape[1:].numel() if self.flat else channels, 5)
         for part in self.modules():
