@@ -121,7 +121,7 @@ def _annotate(teacher: nn.Module, data: Data, *, views: int = 8, seed: int = 1) 
             boxes[number] += _turned_back(one.boxes, view) * one.scores[:, None]
             scores[number] += one.scores[:, None]
     return [
-        Detections(total[:, 0] / views, entry.labels, box / total.clamp(min=1e-6))
+        Detections(boxes=box / total.clamp(min=1e-6), scores=total[:, 0] / views, labels=entry.labels)
         for box, total, entry in zip(boxes, scores, points)
     ]
 
