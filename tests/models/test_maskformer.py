@@ -214,8 +214,9 @@ def as_the_authors_name_them(state):
             key = f"sem_seg_head.{key}"
         elif part == "decoder":
             layer = f"sem_seg_head.predictor.transformer.decoder.layers.{pieces[1]}"
+            linear = {"up": "linear1", "down": "linear2"}.get(pieces[3])
             names = {"self_attention": "self_attn", "cross_attention": "multihead_attn", "self_norm": "norm1",
-                     "cross_norm": "norm2", "norm": "norm3", "mlp": {"up": "linear1", "down": "linear2"}.get(pieces[3])}  # fmt: skip
+                     "cross_norm": "norm2", "norm": "norm3", "mlp": linear}  # fmt: skip
             if pieces[3] in ("query", "key", "value"):
                 joint = f"{layer}.{names[pieces[2]]}.in_proj_{pieces[-1]}"
                 named[joint] = torch.cat([named[joint], value]) if joint in named else value  # in the order q, k, v
