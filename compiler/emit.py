@@ -91,7 +91,11 @@ class Emitter:
         """Column `channel` of a row tile (layouts "columns" and "keys")."""
         info = self.tensors[name]
         size = self.arch.rows * (2 if info.dtype == "int16" else 1)
-        return At(name, (tile * info.shape[2] + channel) * size)
+        return At(name, (tile * self.pitch(name) + channel) * size)
+
+    def pitch(self, name: str) -> int:
+        """Columns from one row tile to the next."""
+        return self.tensors[name].pitch or self.tensors[name].shape[2]
 
     def transposed(self, name: str, batch: int, head: int, row: int) -> At:
         """Row `row` of the first block of a head (layout "transposed")."""
@@ -251,8 +255,9 @@ class Emitter:
 
     # -- operators -------------------------------------------------------------------------------------------
 
-    def linear(self, index: int, op: Linear) -> list[Task]:
-        """One TILE for each row tile and segment of columns, or a chain of them over chunks of the inputs."""
+    def linear(self, index: int, op: Linear) -> list[tuple[list[list[Step]], list[Step]]]:
+        """For each row tile: one TILE for each segment of columns, or a chain of them over chunks of the inputs; and what
+        takes shared tails to their places."""
         check_pattern(op.weight, op.pattern, layer=describe(op))
         chunks = self.linear_chunks(op)
         limit = MAX_COLS if len(chunks) == 1 else self.arch.psum_depth
@@ -264,11 +269,10 @@ class Emitter:
             )
             for segment in self.segments(op.out, limit=limit)
         ]
-        tasks = []
-        for tile in range(self.tiles(op.x)):
-            tasks += [Task(tuple(self.linear_chain(index, op, tile, *segment))) for segment in segments]
-            tasks += [Task((step,)) for step in self.spread(index, op.out, tile)]
-        return tasks
+        return [
+            ([self.linear_chain(index, op, tile, *segment) for segment in segments], self.spread(index, op.out, tile))
+            for tile in range(self.tiles(op.x))
+        ]
 
     def linear_chunks(self, op: Linear) -> list[tuple[int, int]]:
         """How the inputs are cut; a row normalisation needs all columns of a row in one instruction."""

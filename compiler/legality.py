@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import torch
-
 from compiler.graph import (
     Activation,
     Add,
@@ -27,12 +25,16 @@ from compiler.graph import (
     Linear,
     MatMul,
     MaxPool,
+    Move,
     Node,
     Pointwise,
     Problem,
+    Product,
+    Rearrange,
     Scale,
     ScaledDotProduct,
     Softmax,
+    Transpose,
     Unfold,
     View,
 )
@@ -42,24 +44,31 @@ __all__ = ["LEGAL", "check", "describe", "problem"]
 _PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, LayerNorm, Activation, Scale}
 _HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
+_MOVING = {View, Move}
+_ROWS = {Rearrange, Product, Softmax}
 
 LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
-        "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "expand_gates": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
-        "fold_biases": {*_PLAIN, *_ATTENTION, View},
-        "sink_views": {*_PLAIN, *_ATTENTION, View},
-        "split_linears": {*_PLAIN, *_ATTENTION, View},
-        "match_heads": {*_PLAIN, Attention, View},
-        "drop_views": {*_PLAIN, Attention, View},
-        "place_images": {*_PLAIN, *_HOST, Attention},
-        "fold_scales": {*_PLAIN, *_HOST, Attention} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise},
+        **dict.fromkeys(
+            ("trace", "match_norms", "fold_vectors", "fold_functions", "broadcast_products", "expand_gates", "match_scores"),
+            {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
+        ),
+        "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "fold_biases": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "split_linears": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "match_heads": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "match_products": {*_PLAIN, *_ROWS, Attention, *_MOVING},
+        "drop_views": {*_PLAIN, *_ROWS, Attention, *_MOVING},
+        "flatten_images": {*_PLAIN, *_ROWS, Attention, *_MOVING},
+        "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
+        "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
+        "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
+        "fold_pads": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
+        "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose} - {Scale},
+        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, Transpose, Pointwise},
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -67,11 +76,9 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
 _REASONS: dict[type[Node], str] = {
     Aten: "this operator is not supported",
     Constant: "adding or comparing with a constant tensor is not supported here",
-    MatMul: "a product of two activations is supported only as softmax(q k^T) v attention",
-    Softmax: "softmax is supported only over the keys of an attention",
-    ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
-    "split into heads; k and v of equal shape, with as many heads as q or a divisor of that",
-    View: "this rearrangement of data is supported only around attention heads",
+    ScaledDotProduct: "attention needs q, k and v that are rows of channels, and a mask of the keys of each batch entry",
+    View: "the accelerator moves rows and ranges of columns: this rearrangement does more",
+    Move: "the accelerator moves rows and ranges of columns: this rearrangement does more",
     Scale: "scaling is supported only after a Linear layer or within attention",
 }
 
@@ -140,10 +147,13 @@ def _equal_shapes(graph: Graph) -> Iterator[Problem]:
         if not isinstance(node, Add) or graph.stage in (
             "trace",
             "match_norms",
+            "fold_vectors",
             "fold_functions",
+            "broadcast_products",
             "expand_gates",
             "match_scores",
             "fold_masks",
+            "fold_biases",
         ):
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):
@@ -164,7 +174,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "match_norms", "fold_functions", "expand_gates", "match_scores"):
+    if Aten in LEGAL[graph.stage]:
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):
@@ -187,19 +197,6 @@ def _rows_of_channels(graph: Graph) -> Iterator[Problem]:
             yield problem(graph, node, "a residual is the second operand")
 
 
-def _pools_of_no_negatives(graph: Graph) -> Iterator[Problem]:
-    """Max pooling takes what is outside an image, or its patch, for 0."""
-    if graph.stage != "fuse":
-        return
-    for node in graph.nodes.values():
-        x = node
-        while isinstance(x, MaxPool):
-            x = graph.nodes[x.inputs[0]]
-        function = x.post.function if isinstance(x, Linear | Convolution | Pointwise) and x.post.norm is None else None
-        if isinstance(node, MaxPool) and (function is None or bool((function.apply(torch.linspace(-64, 64, 1025)) < 0).any())):
-            yield problem(graph, node, "max pooling needs values that are not negative, such as those after a ReLU")
-
-
 def _positive_scales(graph: Graph) -> Iterator[Problem]:
     """The hardware's multipliers are not negative."""
     for node in graph.nodes.values():
@@ -214,7 +211,6 @@ RULES: tuple[Callable[[Graph], Iterator[Problem]], ...] = (
     _masks_only_mask,
     _masks_are_no_data,
     _rows_of_channels,
-    _pools_of_no_negatives,
     _positive_scales,
 )
 """What must hold; the first rule that is broken is reported."""

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
+from compiler.emit_rows import emit_product, emit_rearrange, emit_softmax, emit_transpose
+from compiler.hold import hold_columns, join, side_by_side
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MaxPool, Op, QuantNetwork
+from compiler.ops import Attention, Conv, Linear, MaxPool, Op, Product, QuantNetwork, Rearrange, Softmax, Transpose
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -36,7 +38,7 @@ from compiler.verify_network import LoweringError, check_network
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Format, Opcode
 
-__all__ = ["Lowered", "LoweringError", "choose_layouts", "lower", "order_operators"]
+__all__ = ["Lowered", "LoweringError", "choose_layouts", "emit_tasks", "lower", "order_operators"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,14 +91,14 @@ def lower(
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
     emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
-    tasks = [task for index in order_operators(network) for task in _emit(emitter, network, index)]
+    tasks = emit_tasks(emitter, network)
     depth = _safe_depth(network, arch, pipeline_depth)
     return [_assemble(emitter, network, _finish(schedule(tasks, arch, depth=depth, order=order)), reuse) for order in orders]
 
 
 def _finish(steps: list[Step]) -> list[Step]:
     """With tables, dependences and the end."""
-    return [*assign_dependences(insert_tables(steps)), Step(op=-1, opcode=Opcode.HALT, note="end")]
+    return [*assign_dependences(insert_tables(hold_columns(steps))), Step(op=-1, opcode=Opcode.HALT, note="end")]
 
 
 def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
@@ -110,16 +112,42 @@ def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
     return depth
 
 
-def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
-    """Tasks of one operator, over all its row tiles."""
-    op = network.ops[index]
+def emit_tasks(emitter: Emitter, network: QuantNetwork) -> list[Task]:
+    """Tasks of all operators, in the order of their dependences."""
+    groups = side_by_side(network, order_operators(network))
+    return [task for group in groups for task in _emit(emitter, network, group)]
+
+
+def _emit(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list[Task]:
+    """Tasks of one operator, or of several side by side, over all row tiles."""
+    index, op = group[0], network.ops[group[0]]
     if isinstance(op, Attention):
         return emit_attention(emitter, index, op)
     if isinstance(op, Conv):
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
         return emit_max_pool(emitter, index, op, network)
-    return emitter.linear(index, op) if isinstance(op, Linear) else emitter.pointwise(index, op)
+    if isinstance(op, Rearrange):
+        return emit_rearrange(emitter, index, op)
+    if isinstance(op, Transpose):
+        return emit_transpose(emitter, index, op)
+    if isinstance(op, Product):
+        return emit_product(emitter, index, op)
+    if isinstance(op, Softmax):
+        return emit_softmax(emitter, index, op)
+    if isinstance(op, Linear):
+        return _linears(emitter, network, group)
+    return emitter.pointwise(index, op)
+
+
+def _linears(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list[Task]:
+    """Row tile by row tile, the chains of all Linears of a group in one task, then their copies."""
+    ops = [(index, op) for index in group if isinstance(op := network.ops[index], Linear)]
+    tasks: list[Task] = []
+    for parts in zip(*(emitter.linear(index, op) for index, op in ops), strict=True):
+        tasks.append(join([chain for chains, _ in parts for chain in chains]))
+        tasks += [Task((step,)) for _, copies in parts for step in copies]
+    return tasks
 
 
 def order_operators(network: QuantNetwork) -> list[int]:
@@ -148,6 +176,10 @@ def _operands(op: Op) -> list[str]:
     """Tensors an operator reads, in the order in which they are to be made."""
     if isinstance(op, Attention):
         return [op.v, op.k, op.q]
+    if isinstance(op, Rearrange):
+        return list(dict.fromkeys(part.tensor for part in op.sources))
+    if isinstance(op, Product):
+        return [op.y, op.x]
     return [name for name in (op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
@@ -163,6 +195,8 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             value_heads.setdefault(op.v, set()).add(op.groups)
             keys.add(op.k)
             plain.add(op.q)
+        elif isinstance(op, Rearrange | Transpose | Product | Softmax):
+            plain.update((op.out, *_operands(op)))
         elif op.x is not None:
             plain.add(op.x)
         if not isinstance(op, Attention) and op.residual is not None:
@@ -192,6 +226,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             last_use=-1,
             kept=True,
             patches=patches.get(name),
+            pitch=align_up(tensor.shape[2], arch.rows) if isinstance(producers.get(name), Transpose) else 0,
         )
     return infos
 
@@ -301,6 +336,13 @@ def _operator_info(
         pattern = "dense" if op.pattern is None else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
         macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, Product):
+        kind, shape = "product", (batch * rows, tensors[op.x].shape[2], channels)
+        macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, Softmax):
+        kind, shape, macs = "softmax", (batch * rows, channels, channels), 0
+    elif isinstance(op, Rearrange | Transpose):
+        kind, shape, macs = "rearrangement", (batch * rows, channels, channels), 0
     elif isinstance(op, MaxPool):
         kind, shape, macs = "pooling", (batch * rows, channels, channels), 0
     elif isinstance(op, Attention):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,20 @@ from numpy.typing import NDArray
 
 from compiler import ops
 from compiler.calibrate import Calibration
-from compiler.graph import Attention, Convolution, Fold, Graph, Input, Linear, MaxPool, Node, Pointwise
+from compiler.graph import (
+    Attention,
+    Convolution,
+    Fold,
+    Graph,
+    Input,
+    Linear,
+    MaxPool,
+    Node,
+    Pointwise,
+    Product,
+    Rearrange,
+    Transpose,
+)
 from compiler.parameters import LOG2E_256
 
 __all__ = ["Grids", "stored_name"]
@@ -24,6 +38,15 @@ def stored_name(graph: Graph, name: str) -> str:
     """The node behind an output that the host only rearranges."""
     node = graph.nodes[name]
     return node.inputs[0] if isinstance(node, Fold) else name
+
+
+def moves_whole_rows(node: Node) -> bool:
+    """Whether a node's rows are all whole rows of one operand."""
+    if not isinstance(node, Rearrange) or len(node.inputs) != 1 or node.fill is not None:
+        return False
+    channels = node.shape[-1]
+    whole = all((part.start, part.at, part.width) == (0, 0, channels) for part in node.parts)
+    return whole and sum(len(part.to) for part in node.parts) * channels == math.prod(node.shape)
 
 
 class Grids:
@@ -56,13 +79,15 @@ class Grids:
 
     @staticmethod
     def multiplies(user: Node, name: str) -> bool:
-        """Whether an operator multiplies a tensor, rather than adding it to something."""
+        """Whether an operator multiplies or moves a tensor, rather than adding it to something."""
+        if isinstance(user, Rearrange | Transpose | Product):
+            return True
         return isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name
 
     def needs8(self, name: str) -> bool:
         """Whether some operator multiplies the tensor."""
         return any(
-            (isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name)
+            self.multiplies(user, name)
             or (isinstance(user, Attention) and name in user.inputs[:3])
             for user in self.users[name]
         )
@@ -106,7 +131,7 @@ class Grids:
         return (
             bool(read)
             and node.name not in self.outputs
-            and all(isinstance(user, Linear) for user in read)
+            and all(isinstance(user, Linear) or (moves_whole_rows(user) and self.may_shift(user)) for user in read)
         )
 
     def shift(self, name: str, offset: NDArray[np.float64]) -> None:

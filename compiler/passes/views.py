@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from compiler.graph import Activation, Add, Graph, LayerNorm, Linear, Node, Scale, View
+from compiler.graph import Activation, Add, Graph, LayerNorm, Linear, Node, Scale, Softmax, View
 from compiler.layout import Layout, LayoutError
 
 __all__ = ["drop_views", "regrouped", "sink_views"]
@@ -43,7 +43,7 @@ def drop_views(graph: Graph) -> Graph:
 
 def _lifted_view(node: Node, nodes: dict[str, Node]) -> View | None:
     """The view that all operands of a node share, if the node lets it pass."""
-    if not isinstance(node, Linear | LayerNorm | Activation | Scale | Add):
+    if not isinstance(node, Linear | LayerNorm | Activation | Scale | Softmax | Add):
         return None
     views = [nodes[name] for name in node.inputs]
     first = views[0]
@@ -57,7 +57,7 @@ def _lifted_view(node: Node, nodes: dict[str, Node]) -> View | None:
     if prod(base.shape) != prod(first.shape):
         return None  # a slice: the operator would do more work than before
     if (
-        isinstance(node, Linear | LayerNorm)
+        isinstance(node, Linear | LayerNorm | Softmax)
         and regrouped(first.layout, base.shape[-1], base.shape[-1]) is None
     ):
         return None
