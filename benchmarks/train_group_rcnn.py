@@ -276,6 +276,9 @@ def run() -> list[Table]:
     for percent in RATIOS:
         measured += [(f"true boxes of {percent} %, boxes of points of the others", results[f"student_pseudo_{percent}"]),
                      (f"true boxes of {percent} %, the others unused", results[f"student_few_{percent}"])]  # fmt: skip
+        teacher, tiles = results[f"teacher_{percent}"], len(_parts(percent)[0][0])
+        alone = {"tiles": tiles, "steps": teacher["steps"], "held_out": teacher["retinanet"]}
+        measured.append((f"true boxes of {percent} %: the teacher's RetinaNet part", alone))
     students = Table(
         "Students (fcos_small) on held-out tiles",
         ("trained on", "tiles", "steps", "AP", "AP50", "AP75", "AR100"),
