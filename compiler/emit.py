@@ -173,7 +173,8 @@ class Emitter:
         fields, addresses, written = self.store(op.out, tile, segment)
         reads: tuple[Region, ...] = ()
         if op.residual is not None:
-            kind = Residual.INT16 if self.tensors[op.residual.tensor].dtype == "int16" else Residual.INT8
+            wide, multiply = self.tensors[op.residual.tensor].dtype == "int16", op.residual.multiply
+            kind = (Residual.MUL16 if wide else Residual.MUL8) if multiply else Residual.INT16 if wide else Residual.INT8
             fields |= {"residual": kind, "r_mult": op.residual.mult, "r_shift": op.residual.shift}
             addresses["r_addr"] = self.column(op.residual.tensor, tile, segment.start)
             reads = ((op.residual.tensor, tile),)

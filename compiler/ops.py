@@ -69,11 +69,15 @@ class Requant:
 
 @dataclass(frozen=True)
 class ResidualInput:
-    """Second operand: ``q + rshr(r * mult, shift)``; tensor of the output's shape, int8 or int16."""
+    """Second operand r, a tensor of the output's shape, int8 or int16: ``q + rshr(r * mult, shift)``.
+
+    multiply: a product, ``requantise`` with ``(r * its mult) >> bits of r`` for its mult; the mult and shift here are 0.
+    """
 
     tensor: str
-    mult: int
-    shift: int
+    mult: int = 0
+    shift: int = 0
+    multiply: bool = False
 
 
 @dataclass(frozen=True, eq=False)

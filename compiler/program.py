@@ -52,8 +52,8 @@ __all__ = [
     "zip_bytes",
 ]
 
-FORMAT_VERSION = 3
-"""Of the file: 3 has convolutions. A reader refuses other versions."""
+FORMAT_VERSION = 4
+"""Of the file: 4 has products of activations. A reader refuses other versions."""
 
 KIND = "nmforge program"
 _MEMBERS = ("code.bin", "weights.bin", "network.json", "network.bin")

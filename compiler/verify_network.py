@@ -110,9 +110,10 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
         mult, shift = op.residual.mult, op.residual.shift
         _require(
             op,
-            0 <= mult < 1 << 15 and 1 <= shift <= 63,
+            op.residual.multiply or (0 <= mult < 1 << 15 and 1 <= shift <= 63),
             f"residual mult, shift out of range: {mult}, {shift}",
         )
+        _require(op, op.x is not None or not op.residual.multiply, "a product needs x and a residual")
     if op.table is not None:
         _require(op, op.table.dtype == np.int8 and op.table.shape == (256,), "table must be 256 int8 entries")
     if op.norm is not None:

@@ -35,7 +35,7 @@ from compiler.ops import (
     ResidualInput,
     Window,
 )
-from hw.numerics import MASK_BIAS
+from hw.numerics import MASK_BIAS, residual_multiplier
 from hw.row import layernorm_rows, norm_constants, softmax_rows
 
 __all__ = ["dequantise", "quantise_inputs", "run_reference"]
@@ -220,17 +220,26 @@ def _rows(
     """TILE steps 1 to 5 on rows: x (rows, in) int8, residual (rows, out); gives (rows, out)."""
     if isinstance(op, Linear) and weight is not None and x is not None:
         requant = op.requant
-        q = _requantise(weight.product(x), requant.bias, requant.mult, requant.shift, weight.bound)
+        mult = _mult(op, requant.mult, residual)
+        q = _requantise(weight.product(x), requant.bias, mult, requant.shift, weight.bound)
     elif isinstance(op, Pointwise) and x is not None:
-        q = _requantise(x.double(), np.zeros(1, np.int32), np.array([op.mult]), np.array([op.shift]), 128)
+        mult = _mult(op, np.array([op.mult]), residual)
+        q = _requantise(x.double(), np.zeros(1, np.int32), mult, np.array([op.shift]), 128)
     else:
         q = torch.zeros_like(residual, dtype=torch.float64)  # type: ignore[arg-type]
     return _finish(op, q, residual)
 
 
+def _mult(op: Linear | Pointwise | Conv, mult: NDArray[Any], residual: Tensor | None) -> NDArray[Any]:
+    """The multiplier of each sum: the requantisation's, with the residual of a product in it."""
+    if op.residual is None or residual is None or not op.residual.multiply:
+        return mult
+    return residual_multiplier(residual.numpy(), mult, 8 * residual.element_size())
+
+
 def _finish(op: Linear | Pointwise | Conv, q: Tensor, residual: Tensor | None) -> NDArray[Any]:
     """Residual, table and norm on float64 integers (rows, out)."""
-    if op.residual is not None and residual is not None:
+    if op.residual is not None and residual is not None and not op.residual.multiply:
         q = _add(q, residual, op.residual)
     if op.table is not None:
         q = torch.from_numpy(op.table.astype(np.float64))[q.clamp(-128, 127).long() + 128]
@@ -251,8 +260,8 @@ def _image(op: Conv | MaxPool, values: Mapping[str, NDArray[Any]], network: Quan
         bound = int(np.abs(op.weight.astype(np.int64)).reshape(len(op.weight), -1).sum(1).max()) * 128
         exact = torch.float32 if bound < 1 << 24 else torch.float64
         acc = _rows_of(_convolved(image.to(exact), _tensor(op.weight).to(exact), op, out.image)).double()
-        q = _requantise(acc, op.requant.bias, op.requant.mult, op.requant.shift, bound)
         residual = None if op.residual is None else _tensor(values[op.residual.tensor][index])
+        q = _requantise(acc, op.requant.bias, _mult(op, op.requant.mult, residual), op.requant.shift, bound)
         results.append(_finish(op, q, residual))
     return _stored(np.stack(results), out)
 
