@@ -23,8 +23,9 @@ from compiler.partition import HostStage, Partition, Segment, check_arch, descri
 from compiler.partitioned import PartitionedProgram
 from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor, Program
-from compiler.quantise import quantise, stored_name
+from compiler.quantise import quantise
 from compiler.report import partition_rows
+from compiler.scales import stored_name
 from compiler.schedule import ORDERS, Order
 from hw.arch import Arch, get_arch
 

@@ -12,12 +12,11 @@ from algo.quantize import Observer
 from algo.sparsify import sparsify
 from algo.verify import violations
 from compiler.frontend import trace
-from compiler.graph import CompileError, Function, Norm
+from compiler.graph import CompileError
 from compiler.ops import Attention, Linear, Pointwise, QuantNetwork
 from compiler.passes import optimise
-from compiler.quantise import activation_table, norm_parameters, quantise, resize
+from compiler.quantise import quantise, resize
 from compiler.verify_network import check_network
-from hw.row import layernorm_rows, norm_constants
 from models.bert import BertConfig, BertModel
 from sim.reference import dequantise, quantise_inputs, run_reference
 from tests.compiler.modules import CASES, Apply, make, stages
@@ -169,52 +168,6 @@ def test_every_inner_tensor_is_near_its_float_value():
 
 
 # -- numbers -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("offset", [0.0, 0.7])
-def test_norm_parameters_against_float(offset):
-    torch.manual_seed(0)
-    cols, in_scale = 48, 1e-3
-    norm = Norm(torch.randn(cols) * torch.logspace(-3, 1, cols), torch.randn(cols) * 3, 1e-5)
-    norm.gamma[5] = norm.beta[7] = 0.0
-    x = torch.randint(-16000, 16000, (50, cols))
-    exact = norm.apply(x.double().float() * in_scale) - offset
-    out_scale = float(exact.abs().max() / 127)
-    made = norm_parameters(norm, in_scale=in_scale, out_scale=out_scale, offset=offset)
-    ln_inv, ln_shift, row_mult, row_shift = norm_constants(cols)
-    y = layernorm_rows(
-        x.numpy(), made.gamma, made.beta, made.shift,
-        ln_inv=ln_inv, ln_shift=ln_shift, eps=made.eps, row_mult=row_mult, row_shift=row_shift,
-    )  # fmt: skip
-    assert np.abs(y - (exact / out_scale).numpy()).max() < 0.5 + 0.15
-    used = np.abs(made.gamma.astype(int))
-    assert used.max() >= 1 << 14 and np.abs(made.beta).max() <= 1 << 30
-
-
-def test_epsilon_of_a_norm_counts():
-    norm = Norm(torch.ones(16), torch.zeros(16), 1e-2)
-    made = norm_parameters(norm, in_scale=1e-3, out_scale=1 / 64)
-    assert made.eps == round(1e-2 * 16**2 / 1e-6)
-    assert norm_parameters(norm, in_scale=1e-9, out_scale=1 / 64).eps == (1 << 32) - 1  # clipped
-
-
-@pytest.mark.parametrize("function", [torch.relu, nn.functional.gelu, torch.tanh, nn.functional.silu])
-def test_tables_are_exact_to_half_a_step(function):
-    table = activation_table(
-        Function("f", function), in_scale=0.05, out_scale=0.06, in_offset=0.3, out_offset=0.2
-    )
-    x = torch.arange(-128, 128, dtype=torch.float64) * 0.05 + 0.3
-    assert table.shape == (256,) and table.dtype == np.int8
-    error = np.abs(table * 0.06 + 0.2 - function(x).numpy())
-    assert error.max() <= 0.03 + 1e-9
-    assert (
-        activation_table(Function("f", lambda v: v * 100), in_scale=1.0, out_scale=1.0)[0] == -128
-    )  # clipped
-
-
-def test_functions_that_are_not_finite():
-    with pytest.raises(CompileError, match=r"function 'log' is not finite everywhere on -6.4..6.35"):
-        activation_table(Function("log", torch.log), in_scale=0.05, out_scale=1.0)
 
 
 def test_weights_are_exact_where_they_can_be():

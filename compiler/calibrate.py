@@ -1,0 +1,148 @@
+"""Calibration: run the fused float graph on data and watch every value that needs a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from algo.quantize import Method, Observer
+from compiler.graph import CompileError, Convolution, Graph, KeyMask, Linear, Node, Pointwise
+
+__all__ = ["Calibration", "Progress", "calibrate"]
+
+Progress = Callable[[int, "int | None"], None]
+"""Called after each calibration batch with the batches done and the number of batches, if known."""
+
+_SAMPLE = 1 << 16
+"""Numbers that are remembered of one value."""
+
+
+class _Watched:
+    """What is remembered of one value ``(..., C)``: an observer, the range of each channel, some rows."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.low = self.high = torch.empty(0)
+        self.rows = torch.empty(0)
+
+    def update(self, values: Tensor) -> None:
+        self.observer.update(values)
+        rows = values.reshape(-1, values.shape[-1])
+        low, high = rows.aminmax(dim=0)
+        if len(self.rows):
+            low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
+        self.low, self.high = low, high
+        limit = max(64, _SAMPLE // rows.shape[-1])
+        self.rows = torch.cat([self.rows.reshape(-1, rows.shape[-1]), rows[:: -(-len(rows) * 4 // limit)]])
+        if len(self.rows) > 2 * limit:
+            self.rows = self.rows[::2]
+
+
+class Calibration:
+    """Ranges of the values of a graph, by node and stage: "product", "sum", "function" or "out"."""
+
+    def __init__(self, make: Callable[[], Observer]) -> None:
+        self._make = make
+        self._peaks: dict[tuple[str, str], float] = {}
+        self._watched: dict[tuple[str, str], _Watched] = {}
+
+    def update(self, name: str, stage: str, values: Tensor, *, watched: bool = True) -> None:
+        """Take in one batch; only the peak counts if not ``watched``."""
+        if values.numel() == 0:
+            return
+        peak = float(values.abs().max())
+        if not np.isfinite(peak):
+            raise CompileError(f"calibration: {name} has a NaN or an infinity")
+        self._peaks[name, stage] = max(self._peaks.get((name, stage), 0.0), peak)
+        if watched:
+            self._watched.setdefault((name, stage), _Watched(self._make())).update(values)
+
+    def peak(self, name: str, stage: str) -> float:
+        """Largest magnitude; 0 for a stage that the node does not have."""
+        return self._peaks.get((name, stage), 0.0)
+
+    def scale(self, name: str, stage: str) -> float:
+        """Real value of one int8 step by the observer's method."""
+        return self._watched[name, stage].observer.scale(8)
+
+    def sample(self, name: str, stage: str) -> Tensor:
+        """Some of the values (rows, C)."""
+        return self._watched[name, stage].rows
+
+    def mean(self, name: str, stage: str) -> NDArray[np.float64]:
+        """Mean of each channel."""
+        return self._watched[name, stage].rows.double().mean(0).numpy()
+
+    def centred(self, name: str, stage: str) -> tuple[float, NDArray[np.float64]]:
+        """Scale of an int8 step, and the middle of each channel's range, for the values less the middle."""
+        watched = self._watched[name, stage]
+        middle = ((watched.low + watched.high) / 2).double()
+        observer = self._make()
+        observer.update(watched.rows - middle)
+        observer.update(torch.stack([watched.low, watched.high]) - middle)
+        return observer.scale(8), middle.numpy()
+
+    def from_low(self, name: str, stage: str) -> tuple[float, float]:
+        """Scale of an int8 step and the value at 0, from the smallest value to the largest worth keeping."""
+        watched = self._watched[name, stage]
+        limit = watched.observer.threshold(9)
+        low, high = max(float(watched.low.min()), -limit), min(float(watched.high.max()), limit)
+        if not high > low:
+            return watched.observer.scale(8), 0.0
+        scale = (high - low) / 255
+        return scale, low + 128 * scale
+
+
+def calibrate(
+    graph: Graph,
+    batches: Iterable[Any],
+    method: Method | Callable[[], Observer],
+    progress: Progress | None = None,
+) -> Calibration:
+    """Run the fused graph on each batch and watch its values; rows of masked keys do not count."""
+    if not callable(method) and method not in get_args(Method):
+        raise ValueError(
+            f"activation_observer must be one of {', '.join(get_args(Method))} or a function, not {method!r}"
+        )
+    calibration = Calibration(method if callable(method) else lambda: Observer(method))
+    total = len(batches) if isinstance(batches, Sized) else None
+    masks = [node for node in graph.nodes.values() if isinstance(node, KeyMask)]
+    done = 0
+    for done, batch in enumerate(batches, 1):
+        inputs = graph.bind(batch)
+        keep = masks[0].evaluate(inputs[masks[0].inputs[0]])[:, 0] if len(masks) == 1 else None
+        _watch(graph, inputs, keep, calibration)
+        if progress is not None:
+            progress(done, total)
+    if not done:
+        raise ValueError("quantise needs at least one calibration batch")
+    return calibration
+
+
+def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibration: Calibration) -> None:
+    """Run one batch; rows of tokens that ``keep`` (batch, rows) masks do not count."""
+    masked = keep is not None and bool(keep.any())
+
+    def seen(values: Tensor) -> Tensor:
+        fits = keep is not None and values.ndim == 3 and values.shape[:2] == keep.shape
+        return values[keep] if masked and fits else values
+
+    def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
+        if isinstance(node, Linear | Convolution | Pointwise) and not node.post.is_empty:
+            x = node.product(operands[0]) if isinstance(node, Linear | Convolution) else operands[0]
+            calibration.update(node.name, "product", seen(x), watched=False)
+            for stage, result in node.post.stages(x, *operands[1:]):
+                watched = node.post.function is not None and stage in ("sum", "function")
+                calibration.update(node.name, stage, seen(result), watched=watched)
+        if not isinstance(node, KeyMask):
+            calibration.update(node.name, "out", seen(value))
+
+    for node in graph.inputs:
+        if inputs[node.name].is_floating_point():
+            calibration.update(node.name, "out", seen(inputs[node.name]))
+    graph.run(inputs, observe=observe)

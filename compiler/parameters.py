@@ -1,0 +1,123 @@
+"""Integer parameters of one operator: weights with bias and requantisation, norms, multipliers, biases of scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from algo.quantize import quantize_weight, requant_array, requant_params
+from compiler import ops
+from compiler.graph import CompileError, Linear, Norm
+
+__all__ = ["LOG2E_256", "Offset", "multiplier", "norm_parameters", "score_bias", "weight_and_requant"]
+
+MAX_SHIFT = 63
+LOG2E_256 = 256 / np.log(2)
+"""Scores are in units of 2^-8 in the log2 domain."""
+Offset = NDArray[np.float64] | float
+"""Real values that 0 stands for: one for each channel, or one for all."""
+
+
+def multiplier(value: float, what: str) -> tuple[int, int]:
+    """mult and shift of a multiplier; 0 for one so small that it makes nothing of any 32-bit value."""
+    if 0 <= value < 2.0**-40:
+        return 0, 1
+    try:
+        return requant_params(value, max_shift=MAX_SHIFT)
+    except ValueError as error:
+        raise CompileError(f"{what}: {error}") from error
+
+
+def weight_and_requant(
+    node: Linear,
+    *,
+    in_scale: float,
+    out_scale: float,
+    in_offset: Offset,
+    mean: NDArray[np.float64],
+    added: Offset,
+) -> tuple[NDArray[np.int8], ops.Requant]:
+    """int8 weight, and bias and requantisation from ``in_scale`` and weight to ``out_scale``.
+
+    The bias also takes up what costs nothing there: ``in_offset`` (in,), the value at 0 of the input's
+    channels; ``added`` (out,), what the residual and the output grid want added; and what rounding the weight
+    does to the ``mean`` of the input, (in,) or, where outputs see different inputs, (out, in).
+    """
+    what = node.source or node.name
+    try:
+        quantised, scales = quantize_weight(node.weight)
+    except ValueError as error:
+        raise CompileError(f"{what}: {error}") from error
+    bias = np.zeros(len(scales)) if node.bias is None else node.bias.detach().double().numpy()
+    if not np.isfinite(bias).all():
+        raise CompileError(f"{what}: the bias has a NaN or an infinity")
+    weight, real = quantised.numpy(), scales.double().numpy()
+    bias = (
+        bias
+        + _sums(node.weight.detach().double().numpy(), mean)
+        - _sums(weight * real[:, None], mean - in_offset)
+        + added
+    )
+    # The bias needs room in the int32 sum, next to the products; a channel without weights takes its scale
+    # from the bias.
+    least = np.abs(bias) / in_scale / (1 << 30)
+    real = np.where((weight == 0).all(1), np.maximum(least, out_scale / in_scale * 2.0**-12), real)
+    coarse = least > real
+    if coarse.any():
+        real = np.maximum(real, least)
+        again = np.rint(node.weight.detach().double().numpy() / real[:, None]).clip(-127, 127).astype(np.int8)
+        weight = np.where(coarse[:, None], again, weight)
+    factor = in_scale * real / out_scale
+    try:
+        mult, shift = requant_array(np.where(factor < 2.0**-48, 0.0, factor), max_shift=MAX_SHIFT)
+    except ValueError as error:
+        raise CompileError(f"{what}: {error}") from error
+    requant = ops.Requant(
+        bias=np.rint(bias / (in_scale * real)).astype(np.int32),
+        mult=mult.astype(np.int16),
+        shift=shift.astype(np.uint8),
+    )
+    return np.ascontiguousarray(weight), requant
+
+
+def _sums(weight: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    return weight @ mean if mean.ndim == 1 else (weight * mean).sum(1)
+
+
+def norm_parameters(norm: Norm, *, in_scale: float, out_scale: float, offset: Offset = 0.0) -> ops.LayerNorm:
+    """Integer parameters of a norm, from a grid of ``in_scale`` to one of ``out_scale`` with ``offset`` at 0.
+
+    ``z`` has 10 fraction bits, so ``gamma / out_scale * 2^-10 = g * 2^-shift``: as large a shift as keeps g
+    in 16 bits and beta in 31.
+    """
+    gamma = norm.gamma.detach().double().numpy() / out_scale / 1024
+    beta = (norm.beta.detach().double().numpy() - offset) / out_scale
+    shift = np.minimum(_room(gamma, (1 << 15) - 1), _room(beta, (1 << 30) - 1)).clip(1, 30)
+    cols = len(gamma)
+    eps = round(min(norm.eps * cols**2 / in_scale**2, (1 << 32) - 1))
+    return ops.LayerNorm(
+        gamma=np.rint(gamma * 2.0**shift).clip(-(1 << 15), (1 << 15) - 1).astype(np.int16),
+        beta=np.rint(beta * 2.0**shift).clip(-(1 << 30), 1 << 30).astype(np.int32),
+        shift=shift.astype(np.uint8),
+        eps=eps,
+        rms=norm.rms,
+    )
+
+
+def _room(values: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
+    """Largest power of two that each value can be multiplied with within a limit."""
+    magnitude = np.maximum(np.abs(values), 1e-30)
+    return np.floor(np.log2(limit / magnitude)).astype(np.int64)
+
+
+def score_bias(bias: Tensor) -> ops.ScoreBias:
+    """Integers for a float bias of scores (-inf: masked): 8 bits if it only masks, else 16 bits in steps of 2 (2^-7 in the
+    log2 domain), clipped at +-177."""
+    masked = bias.isneginf()
+    finite = torch.where(masked, torch.tensor(0.0), bias).double()
+    if not bool(finite.any()):
+        return ops.ScoreBias(torch.where(masked, -128, 0).to(torch.int8).numpy(), (1 << 15) - 1, 1)
+    steps = torch.round(finite * LOG2E_256 / 2).clamp_(-32767, 32767)
+    return ops.ScoreBias(torch.where(masked, -32768.0, steps).to(torch.int16).numpy(), 1 << 14, 13)
