@@ -203,7 +203,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _F,
         "residual: r_mult or r_shift out of range",
-        lambda f, a, kl: (f.residual != Residual.NONE) & (f.residual < Residual.MUL8) & ((f.r_shift == 0) | (f.r_mult >= SIGN_BIT)),
+        lambda f, a, kl: (
+            (f.residual != Residual.NONE) & (f.residual < Residual.MUL8) & ((f.r_shift == 0) | (f.r_mult >= SIGN_BIT))
+        ),
     ),
     Rule(_F, "residual MUL8 or MUL16 with scale ROW", lambda f, a, kl: _times(f) & (f.scale == Scale.ROW)),
     Rule(
