@@ -347,11 +347,12 @@ class Emitter:
         """One TILE for each row tile and segment of columns."""
         table, steps = self.table(op), []
         for tile in range(self.tiles(op.out)):
-            for segment in self.segments(op.out):
+            for segment in self.runs(op):
                 fields, addresses, reads, written = self.post(op, tile, segment)
                 fields |= {**NOTHING, "cols": segment.stop - segment.start}
                 if op.x is not None:
-                    column = self.column(op.x, tile, segment.start)
+                    first = segment.start if op.channels is None else int(op.channels[segment.start])
+                    column = self.column(op.x, tile, first)
                     reads += ((op.x, tile),)
                     if op.residual is None:
                         fields |= {"residual": Residual.INT8, "r_mult": op.mult, "r_shift": op.shift}
@@ -372,6 +373,15 @@ class Emitter:
                 )
             steps += self.spread(index, op.out, tile)
         return [Task((step,)) for step in steps]
+
+    def runs(self, op: Pointwise) -> list[Segment]:
+        """Segments of a tensor without matmul; channels that are neighbours in x and in the output stay together."""
+        segments = self.segments(op.out)
+        if op.channels is None:
+            return segments
+        breaks = np.flatnonzero(np.diff(op.channels) != 1) + 1
+        cuts = sorted({*breaks.tolist(), *(segment.start for segment in segments), len(op.channels)})
+        return [Segment(start=start, stop=stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
     def mask_table(self, op: Attention) -> str:
         """Name of the parameter tables that the host writes for a masked attention."""

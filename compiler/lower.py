@@ -214,7 +214,7 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     } | emitter.tails
     masks = _mask_tables(emitter)
     sizes |= {name: table.batch * table.stride for name, table in masks.items()}
-    pinned = frozenset({*network.inputs, *network.outputs, *masks})
+    pinned = frozenset({*network.inputs, *network.outputs, *network.constants, *masks})
     plan = plan_buffers(
         sizes,
         steps,

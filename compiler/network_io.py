@@ -43,6 +43,7 @@ def network_to_bytes(network: QuantNetwork) -> tuple[bytes, bytes]:
         "ops": [_plain(op, blob) for op in network.ops],
         "inputs": list(network.inputs),
         "outputs": list(network.outputs),
+        "constants": [[name, _plain(values, blob)] for name, values in network.constants.items()],
         "meta": dict(network.meta),
     }
     return json.dumps(body, indent=1, sort_keys=True).encode(), bytes(blob)
@@ -63,6 +64,7 @@ def network_from_bytes(structure: bytes, arrays: bytes) -> QuantNetwork:
         ops=tuple(_value(item, arrays) for item in body["ops"]),
         inputs=tuple(body["inputs"]),
         outputs=tuple(body["outputs"]),
+        constants={name: _value(item, arrays) for name, item in body["constants"]},
         meta=dict(body["meta"]),
     )
 

@@ -157,7 +157,10 @@ class Attention:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pointwise:
-    """``out = post(x)`` without weights: x int8 or None (zero), one multiplier and shift for all, then residual, table, norm."""
+    """``out = post(x)`` without weights: x int8 or None (zero), one multiplier and shift for all, then residual, table, norm.
+
+    channels: int32 (C,), the channel of x that each channel of out is made of; None: its own.
+    """
 
     name: str
     x: str | None
@@ -167,6 +170,7 @@ class Pointwise:
     residual: ResidualInput | None = None
     table: NDArray[np.int8] | None = None
     norm: LayerNorm | None = None
+    channels: NDArray[np.int32] | None = None
     source: str = ""
 
 
@@ -212,10 +216,14 @@ Op = Linear | Attention | Pointwise | Conv | MaxPool
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QuantNetwork:
-    """Operators in execution order over named tensors. inputs and outputs name tensors; each tensor is written once."""
+    """Operators in execution order over named tensors. inputs and outputs name tensors; each tensor is written once.
+
+    constants: values, int8 or int16 (1 or batch, rows, channels), of tensors that no operator writes.
+    """
 
     tensors: dict[str, QuantTensor]
     ops: tuple[Op, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    constants: dict[str, NDArray[np.integer]] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)

@@ -326,6 +326,10 @@ class Program:
             else:
                 raw = info.to_memory(values, self.arch)
                 image[info.address : info.address + len(raw)] = raw
+        for name, values in self.network.constants.items():
+            info = self.tensor(name)
+            raw = info.to_memory(np.broadcast_to(values, info.shape), self.arch)
+            image[info.address : info.address + len(raw)] = raw
         return image
 
     def read_tensor(self, image: NDArray[np.uint8], name: str) -> NDArray[np.integer]:

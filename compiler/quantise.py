@@ -290,8 +290,8 @@ def resize(network: ops.QuantNetwork, *, batch: int, rows: int) -> ops.QuantNetw
     """
     if batch < 1 or rows < 1:
         raise ValueError(f"batch and rows must be >= 1, not {batch} and {rows}")
-    if any(isinstance(op, ops.Attention) and op.bias is not None for op in network.ops):
-        raise ValueError("a network with causal or other constant masks cannot be resized")
+    if network.constants or any(isinstance(op, ops.Attention) and op.bias is not None for op in network.ops):
+        raise ValueError("a network with constant masks or tensors cannot be resized")
     lengths = {tensor.shape[2 if tensor.dtype == "keymask" else 1] for tensor in network.tensors.values()}
     if len(lengths) > 1:
         raise ValueError(f"a network with sequences of several lengths {sorted(lengths)} cannot be resized")

@@ -43,6 +43,9 @@ def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
         if name not in network.tensors:
             raise LoweringError(f"input {name!r} is no tensor of the network")
         known.add(name)
+    for name, values in network.constants.items():
+        _check_constant(name, values, network)
+        known.add(name)
     for op in network.ops:
         for role, name in _operands(op):
             if name not in network.tensors or name not in known:
@@ -55,10 +58,21 @@ def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
         known.add(op.out)
     for name in network.tensors:
         if name not in known:
-            raise LoweringError(f"tensor {name!r} is neither an input nor written by any operator")
+            raise LoweringError(f"tensor {name!r} is neither an input nor a constant nor written by any operator")
     for name in network.outputs:
         if name not in known or network.tensors[name].dtype == "keymask":
             raise LoweringError(f"output {name!r} is not written by any operator")
+
+
+def _check_constant(name: str, values: NDArray[Any], network: QuantNetwork) -> None:
+    tensor = network.tensors.get(name)
+    if tensor is None or name in network.inputs:
+        raise LoweringError(f"constant {name!r} is no tensor of the network, or an input")
+    fits = values.shape in (tensor.shape, (1, *tensor.shape[1:])) and values.dtype.name == tensor.dtype in ("int8", "int16")
+    if not fits:
+        raise LoweringError(
+            f"constant {name!r} must be {tensor.dtype} of shape {tensor.shape} or (1, ...), not {values.dtype} {values.shape}"
+        )
 
 
 def _operands(op: Op) -> Iterator[tuple[str, str]]:
@@ -94,8 +108,10 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
             op.x is not None or op.residual is not None,
             "neither x nor a residual: the output would be constant",
         )
-        if op.x is not None:
+        if op.x is not None and op.channels is None:
             _shape(op, "x", tensors[op.x], out.shape)
+        if op.x is not None and op.channels is not None:
+            _check_channels(op, op.channels, tensors[op.x], out)
         _require(
             op,
             0 <= op.mult < 1 << 15 and 1 <= op.shift <= 63,
@@ -118,6 +134,13 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
         _require(op, op.table.dtype == np.int8 and op.table.shape == (256,), "table must be 256 int8 entries")
     if op.norm is not None:
         _check_norm(op, op.norm, out.shape[2])
+
+
+def _check_channels(op: Pointwise, channels: NDArray[Any], x: QuantTensor, out: QuantTensor) -> None:
+    _require(op, x.shape[:2] == out.shape[:2], f"x {x.shape} must have the batch and rows of the output {out.shape}")
+    fits = channels.dtype == np.int32 and channels.shape == out.shape[2:]
+    _require(op, fits, f"channels must be int32 of shape {out.shape[2:]}, not {channels.dtype} {channels.shape}")
+    _require(op, bool(((channels >= 0) & (channels < x.shape[2])).all()), f"channels must be in 0..{x.shape[2] - 1}")
 
 
 def _check_linear(op: Linear, tensors: dict[str, QuantTensor]) -> None:

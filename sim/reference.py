@@ -140,6 +140,8 @@ def run_reference(
     _check_inputs(network, inputs)
     wanted = keep if keep is not None else lambda name: True
     values = {name: np.asarray(inputs[name]) for name in network.inputs}
+    batch = next((len(value) for value in values.values()), 1)
+    values |= {name: np.broadcast_to(fixed, (batch, *fixed.shape[1:])) for name, fixed in network.constants.items()}
     last = {name: i for i, op in enumerate(network.ops) for name in _reads(op)}
     result = {name: value for name, value in values.items() if wanted(name)}
     for i, op in enumerate(network.ops):
@@ -209,6 +211,8 @@ def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) 
     for start in range(0, batch * rows, step):
         part = slice(start, start + step)
         x = None if op.x is None else _tensor(values[op.x].reshape(batch * rows, -1)[part])
+        if isinstance(op, Pointwise) and op.channels is not None and x is not None:
+            x = x[:, torch.from_numpy(op.channels.astype(np.int64))]
         r = None if residual is None else _tensor(residual.reshape(batch * rows, -1)[part])
         result[part] = _stored(_rows(op, weight, x, r), out)
     return result.reshape(batch, rows, -1)
