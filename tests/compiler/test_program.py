@@ -277,7 +277,7 @@ def _signed(members: dict[str, bytes], change: Callable[[dict], None]) -> None:
         ),
         (
             lambda m: _signed(m, lambda x: x.update(format_version=1)),
-            "format_version is 1, this nmforge reads 3: compile the model again",
+            "format_version is 1, this nmforge reads 4: compile the model again",
         ),
         (
             lambda m: _signed(m, lambda x: x.update(format_version="1")),
