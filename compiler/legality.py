@@ -19,7 +19,9 @@ from compiler.graph import (
     CompileError,
     Constant,
     Convolution,
+    Fixed,
     Fold,
+    Gather,
     Graph,
     Input,
     KeyMask,
@@ -27,6 +29,7 @@ from compiler.graph import (
     Linear,
     MatMul,
     MaxPool,
+    Mul,
     Node,
     Pointwise,
     Problem,
@@ -39,7 +42,7 @@ from compiler.graph import (
 
 __all__ = ["LEGAL", "check", "describe", "problem"]
 
-_PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, LayerNorm, Activation, Scale}
+_PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, Mul, LayerNorm, Activation, Scale, Fixed, Gather}
 _HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
 
@@ -48,18 +51,21 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     for stage, kinds in {
         "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "match_rotations": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "expand_gates": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "match_products": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
-        "fold_biases": {*_PLAIN, *_ATTENTION, View},
+        "fold_biases": {*_PLAIN, *_ATTENTION, View, Constant},
+        "place_constants": {*_PLAIN, *_ATTENTION, View},
         "sink_views": {*_PLAIN, *_ATTENTION, View},
         "split_linears": {*_PLAIN, *_ATTENTION, View},
         "match_heads": {*_PLAIN, Attention, View},
         "drop_views": {*_PLAIN, Attention, View},
+        "fold_gathers": {*_PLAIN, Attention, View},
         "place_images": {*_PLAIN, *_HOST, Attention},
         "fold_scales": {*_PLAIN, *_HOST, Attention} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise},
+        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise, Fixed},
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -134,17 +140,16 @@ def _operands_first(graph: Graph) -> Iterator[Problem]:
             yield Problem(f"output {output!r} is not computed by any node")
 
 
+_EARLY = (
+    "trace", "match_norms", "match_rotations", "fold_functions", "match_products", "match_scores", "fold_masks", "fold_biases",
+)  # fmt: skip
+"""Stages at which constants and masks may still be broadcast."""
+
+
 def _equal_shapes(graph: Graph) -> Iterator[Problem]:
     """No broadcasting of data: sums have operands of one shape (constants excepted while there are some)."""
     for node in graph.nodes.values():
-        if not isinstance(node, Add) or graph.stage in (
-            "trace",
-            "match_norms",
-            "fold_functions",
-            "expand_gates",
-            "match_scores",
-            "fold_masks",
-        ):
+        if not isinstance(node, Add | Mul) or graph.stage in _EARLY:
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):
             yield problem(graph, node, "operands must have equal shapes: broadcasting is not supported")
@@ -164,7 +169,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "match_norms", "fold_functions", "expand_gates", "match_scores"):
+    if graph.stage in _EARLY[:6]:
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):

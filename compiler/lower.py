@@ -17,7 +17,7 @@ from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MaxPool, Op, QuantNetwork
+from compiler.ops import Attention, Conv, Linear, MaxPool, Op, Pointwise, QuantNetwork
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -197,7 +197,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
 
 
 def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
-    if isinstance(op, Attention | Conv | MaxPool):
+    if isinstance(op, Attention | Conv | MaxPool) or (isinstance(op, Pointwise) and op.channels is not None):
         return False
     if head_dim % arch.lanes == 0:
         return True

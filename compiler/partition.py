@@ -25,6 +25,7 @@ from compiler.legality import problem
 from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
 from compiler.passes.norms import NORM_PARTS
+from compiler.passes.rotations import ROTATION_PARTS
 from hw.arch import Arch
 
 __all__ = ["HostStage", "Partition", "Segment", "check_arch", "describe_host", "partition"]
@@ -314,12 +315,12 @@ def _never(node: fx.Node, masks: list[fx.Node], arch: Arch) -> str | None:
     if is_getitem(node):
         return None
     target: Any = node.target
-    if target not in IMPORTS and target not in POINTWISE and target not in NORM_PARTS:
+    if target not in IMPORTS and target not in POINTWISE | NORM_PARTS | ROTATION_PARTS:
         return _no_instruction(node)
     results = [value] if isinstance(value, Tensor) else list(value)
     operands = [item.meta["val"] for item in node.all_input_nodes if item not in masks]
     for tensor in (*results, *operands):
-        if isinstance(tensor, Tensor) and tensor.dtype != torch.float32:
+        if isinstance(tensor, Tensor) and tensor.dtype not in (torch.float32, torch.complex64):
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"
     if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
         return f"a norm over {results[0].shape[-1]} columns does not fit row_depth {arch.row_depth} of {arch.name}"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from compiler import ops
 from compiler.calibrate import Calibration
-from compiler.graph import Attention, Convolution, Fold, Graph, Input, Linear, MaxPool, Node, Pointwise
+from compiler.graph import Attention, Convolution, Fixed, Fold, Graph, Input, Linear, MaxPool, Node, Pointwise
 from compiler.parameters import LOG2E_256
 
 __all__ = ["Grids", "stored_name"]
@@ -54,18 +54,35 @@ class Grids:
         else:
             self.tensor(node, "int8", self.out_scale(node.name))
 
+    def fixed(self, node: Fixed) -> NDArray[np.integer]:
+        """Integers of a constant tensor: 8 bits for attention, else 16."""
+        value = node.value.detach().double().reshape((-1, *node.shape[-2:]))
+        value = value[:1] if bool((value == value[:1]).all()) else value
+        peak = max(self.calibration.peak(node.name, "out"), 1e-30)
+        attended = any(isinstance(user, Attention) for user in self.users[node.name])
+        tensor = self.tensor(node, "int8" if attended else "int16", self.out_scale(node.name) if attended else peak / 32767)
+        limit = 127 if attended else 32767
+        return np.rint(value.numpy() / tensor.scale).clip(-limit, limit).astype(tensor.dtype)
+
     @staticmethod
     def multiplies(user: Node, name: str) -> bool:
         """Whether an operator multiplies a tensor, rather than adding it to something."""
         return isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name
 
     def needs8(self, name: str) -> bool:
-        """Whether some operator multiplies the tensor."""
+        """Whether some operator takes 8 bits of the tensor: those that multiply it, or all of which it is the first operand."""
+        read = self.users[name]
         return any(
             (isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name)
             or (isinstance(user, Attention) and name in user.inputs[:3])
-            for user in self.users[name]
-        )
+            for user in read
+        ) or (bool(read) and all(self.streams(user, name) for user in read))
+
+    @staticmethod
+    def streams(user: Node, name: str) -> bool:
+        """Whether a tensor is the operand of a Pointwise that comes with 8 bits."""
+        first = isinstance(user, Pointwise) and user.inputs[0] == name and user.inputs.count(name) == 1
+        return first and isinstance(user, Pointwise) and (user.post.residual or user.channels is not None)
 
     def is_wide(self, node: Node) -> bool:
         """Whether a result is kept in 16 bits."""
@@ -79,7 +96,7 @@ class Grids:
                 isinstance(user, Linear | Convolution | Pointwise) and node.name in user.inputs[1:] for user in read
             )
             return self.residual_bits == 16 and added
-        if node.post.residual:
+        if node.post.residual and not node.post.multiply:
             return True
         return bool(read) and not self.needs8(node.name) and node.name not in self.outputs
 
@@ -106,7 +123,7 @@ class Grids:
         return (
             bool(read)
             and node.name not in self.outputs
-            and all(isinstance(user, Linear) for user in read)
+            and all(isinstance(user, Linear) and not (user.post.multiply and node.name in user.inputs[1:]) for user in read)
         )
 
     def shift(self, name: str, offset: NDArray[np.float64]) -> None:
@@ -128,6 +145,8 @@ class Grids:
     def peak(self, node: Linear | Convolution | Pointwise, stage: str) -> float:
         """Largest magnitude of a value, and of what is added up to it."""
         found = [self.calibration.peak(node.name, stage)]
+        if node.post.multiply:
+            return found[0]
         if stage == "sum" or node.post.norm is None:
             offsets = [
                 float(np.abs(self.offsets[name]).max()) for name in node.inputs[1:] if name in self.offsets
