@@ -27,6 +27,7 @@ from compiler.graph import (
     Constant,
     Fixed,
     Function,
+    Gather,
     Graph,
     Input,
     LayerNorm,
@@ -120,7 +121,7 @@ def by_rows(value: Tensor) -> Tensor:
 VIEWS = frozenset({
     aten.clone.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
     aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
-    aten.flatten.using_ints, aten.alias.default,
+    aten.flatten.using_ints, aten.alias.default, aten.repeat_interleave.self_int,
 })  # fmt: skip
 """Operators of one tensor that move elements."""
 
@@ -435,6 +436,22 @@ def _slice(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     if (start, stop) == (0, shape[dim]):
         return a["self"]
     return importer.view(node, a["self"], Layout.contiguous(shape).narrow(dim, start, stop - start))
+
+
+@_imports(aten.repeat_interleave.self_int)
+def _repeat_interleave(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    x, repeats = a["self"], a["repeats"]
+    if isinstance(x, Constant) or a["dim"] is None or not isinstance(repeats, int):
+        return None
+    return x if repeats == 1 else importer.view(node, x, Layout.contiguous(x.shape).repeat(a["dim"] % len(x.shape), repeats))
+
+
+@_imports(aten.index_select.default)
+def _index_select(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    x, index = a["self"], a["index"]
+    if isinstance(x, Constant) or not isinstance(index, Constant) or a["dim"] not in (-1, len(x.shape) - 1):
+        return None
+    return importer.make(Gather, node, (x.name,), channels=tuple(index.value.tolist()))
 
 
 @_imports(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)

@@ -348,10 +348,12 @@ class Pointwise(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MatMul(Node):
-    """``a @ b`` of two activations."""
+    """``a @ b`` of two activations; inputs a, b [, residual]."""
+
+    post: Post = Post()
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        return operands[0] @ operands[1]
+        return self.post.apply(operands[0] @ operands[1], *operands[2:])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

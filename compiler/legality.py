@@ -60,12 +60,12 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "place_constants": {*_PLAIN, *_ATTENTION, View},
         "sink_views": {*_PLAIN, *_ATTENTION, View},
         "split_linears": {*_PLAIN, *_ATTENTION, View},
-        "match_heads": {*_PLAIN, Attention, View},
-        "drop_views": {*_PLAIN, Attention, View},
-        "fold_gathers": {*_PLAIN, Attention, View},
-        "place_images": {*_PLAIN, *_HOST, Attention},
-        "fold_scales": {*_PLAIN, *_HOST, Attention} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, Pointwise, Fixed},
+        "match_heads": {*_PLAIN, Attention, MatMul, View},
+        "drop_views": {*_PLAIN, Attention, MatMul, View},
+        "fold_gathers": {*_PLAIN, Attention, MatMul, View},
+        "place_images": {*_PLAIN, *_HOST, Attention, MatMul},
+        "fold_scales": {*_PLAIN, *_HOST, Attention, MatMul} - {Scale},
+        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, MatMul, Pointwise, Fixed},
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -73,7 +73,8 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
 _REASONS: dict[type[Node], str] = {
     Aten: "this operator is not supported",
     Constant: "adding or comparing with a constant tensor is not supported here",
-    MatMul: "a product of two activations is supported only as softmax(q k^T) v attention",
+    MatMul: "a product of two activations is supported only as softmax(q k^T) v attention, or of matrices (batch, rows, inputs) "
+    "and (batch, inputs, channels) as they lie in memory",
     Softmax: "softmax is supported only over the keys of an attention",
     ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
     "split into heads; k and v of equal shape, with as many heads as q or a divisor of that",
@@ -100,7 +101,11 @@ def check(graph: Graph, *, shown: int = 5) -> None:
 
 def _kinds(graph: Graph) -> Iterator[Problem]:
     legal = LEGAL[graph.stage]
-    illegal = [node for node in graph.nodes.values() if type(node) not in legal]
+    late = Softmax not in legal
+    illegal = [
+        node for node in graph.nodes.values()
+        if type(node) not in legal or (late and isinstance(node, MatMul) and not _is_plain_product(graph, node))
+    ]  # fmt: skip
     if any(isinstance(node, Aten) for node in illegal):
         illegal = [
             node for node in illegal if isinstance(node, Aten)
@@ -111,6 +116,12 @@ def _kinds(graph: Graph) -> Iterator[Problem]:
         if isinstance(node, Constant):  # whoever reads it is to blame
             origin = tuple(name for user in graph.nodes.values() if node.name in user.inputs for name in user.origin)
         yield Problem(describe(graph, node, reason), origin, "" if isinstance(node, Aten) else reason)
+
+
+def _is_plain_product(graph: Graph, node: MatMul) -> bool:
+    """Whether a product is one of matrices (batch, rows, inputs) and (batch, inputs, channels) as they lie in memory."""
+    x, y = (graph.nodes[name] for name in node.inputs[:2])
+    return len(node.shape) == len(x.shape) == len(y.shape) == 3 and x is not y and not any(isinstance(n, View) for n in (x, y))
 
 
 def describe(graph: Graph, node: Node, reason: str) -> str:

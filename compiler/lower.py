@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
+from compiler.emit_matmul import emit_matmul
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MaxPool, Op, Pointwise, QuantNetwork
+from compiler.ops import Attention, Conv, Linear, MatMul, MaxPool, Op, Pointwise, QuantNetwork
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -115,6 +116,8 @@ def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
     op = network.ops[index]
     if isinstance(op, Attention):
         return emit_attention(emitter, index, op)
+    if isinstance(op, MatMul):
+        return emit_matmul(emitter, index, op)
     if isinstance(op, Conv):
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
@@ -148,7 +151,8 @@ def _operands(op: Op) -> list[str]:
     """Tensors an operator reads, in the order in which they are to be made."""
     if isinstance(op, Attention):
         return [op.v, op.k, op.q]
-    return [name for name in (op.x, op.residual.tensor if op.residual else None) if name is not None]
+    second = op.y if isinstance(op, MatMul) else None
+    return [name for name in (second, op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
 def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
@@ -165,6 +169,8 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             plain.add(op.q)
         elif op.x is not None:
             plain.add(op.x)
+        if isinstance(op, MatMul):
+            value_heads.setdefault(op.y, set()).add(1)
         if not isinstance(op, Attention) and op.residual is not None:
             plain.add(op.residual.tensor)
     producers = {op.out: op for op in network.ops}
@@ -175,6 +181,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
         turned = len(heads) == 1 and name not in plain | keys
         if turned and name in producers:
             turned = _writes_transposed(producers[name], tensor.shape[2] // min(heads), arch)
+            turned &= not isinstance(producers[name], MatMul) or RowPlacement(*tensor.shape[:2], arch.rows).share == 1
         only_keys = name in keys - plain and not heads and RowPlacement(*tensor.shape[:2], arch.rows).share > 1
         layout: Layout = (
             "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "keys" if only_keys else "columns"
@@ -201,7 +208,8 @@ def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
         return False
     if head_dim % arch.lanes == 0:
         return True
-    return op.norm is None  # one instruction per head; a row normalisation needs the whole row in one
+    # one instruction per head; a row normalisation needs the whole row in one
+    return not isinstance(op, MatMul) and op.norm is None
 
 
 def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse: bool) -> Lowered:
@@ -300,6 +308,9 @@ def _operator_info(
         weight_bytes, weight_format = emitter.weights[index]
         pattern = "dense" if op.pattern is None else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
+        macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, MatMul):
+        kind, shape = "matmul", (batch * rows, tensors[op.x].shape[2], channels)
         macs = shape[0] * shape[1] * shape[2]
     elif isinstance(op, MaxPool):
         kind, shape, macs = "pooling", (batch * rows, channels, channels), 0

@@ -14,6 +14,7 @@ from compiler.ops import (
     Conv,
     LayerNorm,
     Linear,
+    MatMul,
     MaxPool,
     Pointwise,
     QuantNetwork,
@@ -29,7 +30,7 @@ __all__ = ["network_from_bytes", "network_to_bytes"]
 _TYPES = {
     kind.__name__: kind
     for kind in (
-        Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, QuantTensor, Requant, ResidualInput, ScoreBias, Window,
+        Attention, Conv, LayerNorm, Linear, MatMul, MaxPool, Pointwise, QuantTensor, Requant, ResidualInput, ScoreBias, Window,
     )  # fmt: skip
 }
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")

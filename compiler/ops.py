@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from algo.nm import NM
 
 __all__ = [
-    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant",
+    "Attention", "Conv", "LayerNorm", "Linear", "MatMul", "MaxPool", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant",
     "ResidualInput", "ScoreBias", "Window",
 ]
 
@@ -211,7 +211,24 @@ class MaxPool:
     norm: ClassVar[None] = None
 
 
-Op = Linear | Attention | Pointwise | Conv | MaxPool
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MatMul:
+    """``out = post(x @ y)`` of two activations: x int8 (batch, rows, inputs), y int8 (batch, inputs, channels); one multiplier
+    and shift for all, then the residual."""
+
+    name: str
+    x: str
+    y: str
+    out: str
+    mult: int
+    shift: int
+    residual: ResidualInput | None = None
+    source: str = ""
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+Op = Linear | Attention | Pointwise | Conv | MaxPool | MatMul
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -318,7 +318,8 @@ def _never(node: fx.Node, masks: list[fx.Node], arch: Arch) -> str | None:
     if target not in IMPORTS and target not in POINTWISE | NORM_PARTS | ROTATION_PARTS:
         return _no_instruction(node)
     results = [value] if isinstance(value, Tensor) else list(value)
-    operands = [item.meta["val"] for item in node.all_input_nodes if item not in masks]
+    indices = list(node.args[2:3]) if target is aten.index_select.default else []
+    operands = [item.meta["val"] for item in node.all_input_nodes if item not in masks and item not in indices]
     for tensor in (*results, *operands):
         if isinstance(tensor, Tensor) and tensor.dtype not in (torch.float32, torch.complex64):
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"

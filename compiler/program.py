@@ -60,7 +60,7 @@ _MEMBERS = ("code.bin", "weights.bin", "network.json", "network.bin")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 Layout = Literal["columns", "keys", "transposed", "keymask"]
-Kind = Literal["linear", "attention", "pointwise", "convolution", "pooling"]
+Kind = Literal["linear", "attention", "pointwise", "convolution", "pooling", "matmul"]
 
 
 class ProgramFileError(ValueError):

@@ -31,6 +31,7 @@ from compiler.graph import (
     Input,
     KeyMask,
     Linear,
+    MatMul,
     MaxPool,
     Pointwise,
     Unfold,
@@ -122,6 +123,8 @@ class _Builder(Grids):
                 self.attention(node)
             elif isinstance(node, Linear):
                 self.linear(node)
+            elif isinstance(node, MatMul):
+                self.matmul(node)
             elif isinstance(node, Convolution):
                 self.convolution(node)
             elif isinstance(node, MaxPool):
@@ -229,6 +232,19 @@ class _Builder(Grids):
             mean=self.calibration.mean(node.inputs[0], "out"), added=added - zero,
         )  # fmt: skip
         self.ops.append(ops.Linear(x=x, weight=weight, pattern=node.pattern, requant=requant, **fields))
+
+    def matmul(self, node: MatMul) -> None:
+        """A residual that is an input with 8 bits gives its scale: a cache keeps its bytes, whatever is added to it."""
+        x, y = (self.operand8(name) for name in node.inputs[:2])
+        residual = self.tensors[node.inputs[2]] if node.post.residual else None
+        kept = residual is not None and residual.dtype == "int8" and isinstance(self.graph.nodes[residual.name], Input)
+        out = self.tensor(node, "int8", residual.scale if residual is not None and kept else self.out_scale(node.name))
+        what = node.source or node.name
+        mult, shift = multiplier(self.tensors[x].scale * self.tensors[y].scale / out.scale, what)
+        added = None if residual is None else ops.ResidualInput(residual.name, *multiplier(residual.scale / out.scale, what))
+        self.ops.append(
+            ops.MatMul(name=node.name, x=x, y=y, out=out.name, mult=mult, shift=shift, residual=added, source=node.source)
+        )
 
     def convolution(self, node: Convolution) -> None:
         """As a Linear layer of each window; the weight with the channels last, as it is stored."""

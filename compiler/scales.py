@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from compiler import ops
 from compiler.calibrate import Calibration
-from compiler.graph import Attention, Convolution, Fixed, Fold, Graph, Input, Linear, MaxPool, Node, Pointwise
+from compiler.graph import Attention, Convolution, Fixed, Fold, Graph, Input, Linear, MatMul, MaxPool, Node, Pointwise
 from compiler.parameters import LOG2E_256
 
 __all__ = ["Grids", "stored_name"]
@@ -48,7 +48,7 @@ class Grids:
 
     def input(self, node: Input) -> None:
         read = self.users[node.name]
-        added = any(not isinstance(user, Attention) and not self.multiplies(user, node.name) for user in read)
+        added = any(not isinstance(user, Attention | MatMul) and not self.multiplies(user, node.name) for user in read)
         if self.wide and added:
             self.tensor(node, "int16", max(self.calibration.peak(node.name, "out"), 1e-30) / WIDE_MARGIN)
         else:
@@ -67,15 +67,15 @@ class Grids:
     @staticmethod
     def multiplies(user: Node, name: str) -> bool:
         """Whether an operator multiplies a tensor, rather than adding it to something."""
+        if isinstance(user, MatMul):
+            return name in user.inputs[:2]
         return isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name
 
     def needs8(self, name: str) -> bool:
         """Whether some operator takes 8 bits of the tensor: those that multiply it, or all of which it is the first operand."""
         read = self.users[name]
         return any(
-            (isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name)
-            or (isinstance(user, Attention) and name in user.inputs[:3])
-            for user in read
+            self.multiplies(user, name) or (isinstance(user, Attention) and name in user.inputs[:3]) for user in read
         ) or (bool(read) and all(self.streams(user, name) for user in read))
 
     @staticmethod

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.graph import CompileError
-from compiler.ops import Attention, Conv, LayerNorm, Linear, MaxPool, Op, Pointwise, QuantNetwork, QuantTensor
+from compiler.ops import Attention, Conv, LayerNorm, Linear, MatMul, MaxPool, Op, Pointwise, QuantNetwork, QuantTensor
 from hw.arch import Arch
 
 __all__ = ["LoweringError", "check_network", "describe"]
@@ -77,7 +77,7 @@ def _check_constant(name: str, values: NDArray[Any], network: QuantNetwork) -> N
 
 def _operands(op: Op) -> Iterator[tuple[str, str]]:
     """(role, tensor name) of what an operator reads."""
-    names = ("q", "k", "v", "mask") if isinstance(op, Attention) else ("x",)
+    names = ("q", "k", "v", "mask") if isinstance(op, Attention) else ("x", "y") if isinstance(op, MatMul) else ("x",)
     for role in names:
         if getattr(op, role) is not None:
             yield role, getattr(op, role)
@@ -102,6 +102,12 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
         _require(op, tensors[op.x].shape[2] == out.shape[2], "x and output must have the same channels")
     elif isinstance(op, Linear):
         _check_linear(op, tensors)
+    elif isinstance(op, MatMul):
+        x, y = tensors[op.x], tensors[op.y]
+        _dtype(op, "y", y, "int8")
+        _shape(op, "y", y, (x.shape[0], x.shape[2], out.shape[2]))
+        _shape(op, "output", out, (x.shape[0], x.shape[1], y.shape[2]))
+        _require(op, 0 <= op.mult < 1 << 15 and 1 <= op.shift <= 63, f"mult, shift out of range: {op.mult}, {op.shift}")
     else:
         _require(
             op,
@@ -257,7 +263,7 @@ def _check_attention(op: Attention, tensors: dict[str, QuantTensor]) -> None:
 
 def _check_limits(op: Op, tensors: dict[str, QuantTensor], arch: Arch) -> None:
     channels = tensors[op.out].shape[2]
-    if isinstance(op, Attention) and not arch.attention:
+    if isinstance(op, Attention | MatMul) and not arch.attention:
         raise LoweringError(
             f"{describe(op)}: attention needs as many rows as lanes, {arch.name} has {arch.rows} rows and {arch.lanes} lanes: "
             f"use a preset with a square array, such as sta1024"

@@ -27,6 +27,7 @@ from compiler.ops import (
     Conv,
     LayerNorm,
     Linear,
+    MatMul,
     MaxPool,
     Op,
     Pointwise,
@@ -191,7 +192,8 @@ def _reads(op: Op) -> tuple[str, ...]:
     if isinstance(op, Attention):
         return tuple(name for name in (op.q, op.k, op.v, op.mask) if name is not None)
     residual = op.residual.tensor if op.residual is not None else None
-    return tuple(name for name in (op.x, residual) if name is not None)
+    second = op.y if isinstance(op, MatMul) else None
+    return tuple(name for name in (op.x, second, residual) if name is not None)
 
 
 def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) -> NDArray[Any]:
@@ -202,6 +204,8 @@ def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) 
         return _stored(result, out)
     if isinstance(op, Conv | MaxPool):
         return _image(op, values, network)
+    if isinstance(op, MatMul):
+        return _stored(_matmul(op, values), out)
     reference = values[op.x] if op.x is not None else values[op.residual.tensor]  # type: ignore[union-attr]
     batch, rows, _ = reference.shape
     residual = values[op.residual.tensor] if op.residual is not None else None
@@ -234,14 +238,23 @@ def _rows(
     return _finish(op, q, residual)
 
 
-def _mult(op: Linear | Pointwise | Conv, mult: NDArray[Any], residual: Tensor | None) -> NDArray[Any]:
+def _mult(op: Linear | Pointwise | Conv | MatMul, mult: NDArray[Any], residual: Tensor | None) -> NDArray[Any]:
     """The multiplier of each sum: the requantisation's, with the residual of a product in it."""
     if op.residual is None or residual is None or not op.residual.multiply:
         return mult
     return residual_multiplier(residual.numpy(), mult, 8 * residual.element_size())
 
 
-def _finish(op: Linear | Pointwise | Conv, q: Tensor, residual: Tensor | None) -> NDArray[Any]:
+def _matmul(op: MatMul, values: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """(batch, rows, channels); sums of up to 2^39 products are exact in float64."""
+    acc = _tensor(values[op.x]).double() @ _tensor(values[op.y]).double()
+    residual = None if op.residual is None else _tensor(values[op.residual.tensor])
+    mult = _mult(op, np.array([op.mult]), residual)
+    bound = values[op.x].shape[-1] << 14
+    return _finish(op, _requantise(acc, np.zeros(1, np.int32), mult, np.array([op.shift]), bound), residual)
+
+
+def _finish(op: Linear | Pointwise | Conv | MatMul, q: Tensor, residual: Tensor | None) -> NDArray[Any]:
     """Residual, table and norm on float64 integers (rows, out)."""
     if op.residual is not None and residual is not None and not op.residual.multiply:
         q = _add(q, residual, op.residual)

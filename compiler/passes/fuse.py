@@ -5,7 +5,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-from compiler.graph import Activation, Add, Convolution, Fixed, Gather, Graph, LayerNorm, Linear, Mul, Node, Pointwise, Post
+from compiler.graph import (
+    Activation,
+    Add,
+    Convolution,
+    Fixed,
+    Gather,
+    Graph,
+    LayerNorm,
+    Linear,
+    MatMul,
+    Mul,
+    Node,
+    Pointwise,
+    Post,
+)
 
 __all__ = ["fuse"]
 
@@ -26,7 +40,7 @@ def fuse(graph: Graph) -> Graph:
             continue
         place = _place(node, done, {name for name in done if _private(graph, users, renamed, name)})
         producer = None if place is None else done.pop(node.inputs[place])
-        if place is None or not isinstance(producer, Linear | Convolution | Pointwise):
+        if place is None or not isinstance(producer, Linear | Convolution | Pointwise | MatMul):
             done[node.name] = Pointwise(
                 name=node.name,
                 inputs=node.inputs,
@@ -74,8 +88,8 @@ def _place(node: Node, done: dict[str, Node], private: set[str]) -> int | None:
         producer = done[node.inputs[place]]
         if (
             node.inputs[place] in private
-            and isinstance(producer, Linear | Convolution | Pointwise)
-            and _has_room(producer.post, node)
+            and isinstance(producer, Linear | Convolution | Pointwise | MatMul)
+            and _has_room(producer, node)
         ):
             if isinstance(node, Add) and isinstance(producer, Pointwise) and producer.post.residual:
                 continue
@@ -83,8 +97,11 @@ def _place(node: Node, done: dict[str, Node], private: set[str]) -> int | None:
     return None
 
 
-def _has_room(post: Post, node: Node) -> bool:
+def _has_room(producer: Linear | Convolution | Pointwise | MatMul, node: Node) -> bool:
     """Whether the hardware's order (residual, function, norm) allows one more."""
+    post = producer.post
+    if isinstance(producer, MatMul):
+        return isinstance(node, Add) and post.is_empty
     if isinstance(node, Mul):
         return post.is_empty
     if isinstance(node, Add):

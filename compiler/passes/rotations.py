@@ -1,10 +1,10 @@
 """match_rotations and fold_gathers: rotary positions, however a module writes them.
 
-Ref: J. Su et al., arXiv 2104.09864, eq. 34. Channels turn in pairs: (i, i + d / 2) of a head as transformers has it, (2 i,
-2 i + 1) in the original; written with halves and ``cat``, pairs and ``stack``, or complex numbers. So the pass matches no
-pattern: it runs what is between a projection and an attention on probes. If it is ``x * c + x[partner] * s`` with constants c and s for
-each row and channel, it becomes just that. Neighbouring pairs are first put half a head apart, by the order of the
-projection's weights: the scores do not depend on the order of a head's channels.
+Ref: J. Su et al., arXiv 2104.09864, eq. 34. Channels turn in pairs: (i, i + d / 2) of a head as transformers has it,
+(2 i, 2 i + 1) in the original; written with halves and ``cat``, pairs and ``stack``, or complex numbers. So the pass matches
+no pattern: it runs what is between a projection and an attention on probes. If that is ``x * c + x[partner] * s`` with
+constants c and s for each row and channel, it becomes just that. Neighbouring pairs are first put half a head apart, by the
+order of the projection's weights: the scores do not depend on the order of a head's channels.
 """
 
 from __future__ import annotations
