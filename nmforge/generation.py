@@ -1,9 +1,9 @@
 """Generation of text on the simulated accelerator: a program for the prompt, and one for each further token.
 
-Both compute the layers of a `models.llama.Llama` or `models.llama_adapter.LlamaAdapter` whole, head included. The host looks up
-embeddings and angles and takes the likeliest token. The cache of keys and values is int8 in the accelerator's memory: the prompt's
-program makes its first rows, each step puts one row more into it by a product of a selection (places, 1) with the new row, all
-other rows keep their bytes. From one step to the next the host makes a step's result the next one's operand.
+Both compute the layers of a `models.llama.Llama` or `models.llama_adapter.LlamaAdapter` whole, head included. The host looks
+up embeddings and angles and takes the likeliest token. The cache of keys and values is int8 in the accelerator's memory: the
+prompt's program makes its first rows, each step puts one row more into it by a product of a selection (places, 1) with the
+new row, and all other rows keep their bytes. From one step to the next the host makes a step's result the next one's operand.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from models.llama import Block, Llama, Prompt, rotation
 from models.llama_adapter import LlamaAdapter
 from sim.simulate import simulate
 
-__all__ = ["Generation", "Generator", "Prefill", "Step", "generate"]
+__all__ = ["FlatStep", "Generation", "Generator", "Prefill", "Step", "generate"]
 
 Engine = Literal["reference", "isa", "verilator"]
+Turn = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Cosines and sines (1, S, channels) of queries, then of keys, the sines with the sign of their channel."""
 
 
 class Layer(nn.Module):
@@ -52,13 +54,12 @@ class Layer(nn.Module):
                 self.register_buffer("prompt_value", value * prompt.gate.tanh())
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, memory: tuple[Tensor, Tensor] | None, places: Tensor | None, keep: Tensor | None
+        self, x: Tensor, turn: Turn, memory: tuple[Tensor, Tensor] | None, places: Tensor | None, keep: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         normed = self.block.attention_norm(x)
         q, k, v = self.wq(normed), self.wk(normed), self.block.attention.wv(normed)
-        inner = self.kv_heads * self.width
-        q = q * cos + q.index_select(-1, self.swap_q) * sin
-        k = k * cos[..., :inner] + k.index_select(-1, self.swap_k) * sin[..., :inner]
+        q = q * turn[0] + q.index_select(-1, self.swap_q) * turn[1]
+        k = k * turn[2] + k.index_select(-1, self.swap_k) * turn[3]
         if memory is not None and places is not None:
             k, v = memory[0] + places @ k, memory[1] + places @ v
         query = self._heads(q)
@@ -91,61 +92,62 @@ def _all_heads(order: Tensor, heads: int) -> Tensor:
 
 
 class _Decoder(nn.Module):
-    """The layers of a model, on embeddings."""
+    """The layers of a model, on embeddings; without ``head`` the results end before norm and logits."""
 
-    def __init__(self, model: Llama | LlamaAdapter, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, model: Llama | LlamaAdapter, *, head: bool = True) -> None:
         super().__init__()
         base = model.base if isinstance(model, LlamaAdapter) else model
         prompts = model.prompts() if isinstance(model, LlamaAdapter) else [None] * len(base.layers)
-        chosen = range(len(base.layers)) if layers is None else layers
-        self.layers = nn.ModuleList(Layer(cast(Block, base.layers[i]), prompts[i]) for i in chosen)
-        self.config, self.norm, self.output = base.config, base.norm, base.output
+        self.layers = nn.ModuleList(Layer(cast(Block, layer), prompt) for layer, prompt in zip(base.layers, prompts, strict=True))
+        self.config = base.config
+        self.head = nn.Sequential(base.norm, base.output) if head else nn.Identity()
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables (1, S, C) by which queries, and their first channels keys, are multiplied."""
-        turn = rotation(positions, self.config)
-        cos, sin = torch.cat([turn.cos, turn.cos], -1), torch.cat([-turn.sin, turn.sin], -1)
-        return cos.repeat(1, self.config.heads)[None], sin.repeat(1, self.config.heads)[None]
+    def angles(self, positions: Tensor) -> Turn:
+        """Tables of positions (S,)."""
+        turn, heads = rotation(positions, self.config), self.config.heads
+        cos, sin = torch.cat([turn.cos, turn.cos], -1)[None], torch.cat([-turn.sin, turn.sin], -1)[None]
+        groups = heads // self.config.groups
+        return cos.repeat(1, 1, heads), sin.repeat(1, 1, heads), cos.repeat(1, 1, groups), sin.repeat(1, 1, groups)
 
 
 class Prefill(_Decoder):
     """Embeddings (1, S, C) of a prompt -> logits (1, S, vocabulary), and keys and values (1, S, G * d) of each layer."""
 
-    def __init__(self, model: Llama | LlamaAdapter, length: int, layers: Sequence[int] | None = None) -> None:
-        super().__init__(model, layers)
-        cos, sin = self.angles(torch.arange(length))
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+    def __init__(self, model: Llama | LlamaAdapter, length: int, *, head: bool = True) -> None:
+        super().__init__(model, head=head)
+        for number, table in enumerate(self.angles(torch.arange(length))):
+            self.register_buffer(f"turn{number}", table)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         kept: list[Tensor] = []
         for layer in self.layers:
-            x, key, value = layer(x, self.cos, self.sin, None, None, None)
+            x, key, value = layer(x, (self.turn0, self.turn1, self.turn2, self.turn3), None, None, None)
             kept += [key, value]
-        return self.output(self.norm(x)), *kept
+        return self.head(x), *kept
 
 
 class Step(_Decoder):
-    """One token: its embedding (1, 1, C), its angles (1, 1, C), its place (1, P, 1) and the places it sees (1, P), keys and values
+    """One token: its embedding (1, 1, C), its angles, its place (1, P, 1) and the places it sees (1, P), keys and values
     (1, P, G * d) of each layer -> logits (1, 1, vocabulary) and the new keys and values."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, place: Tensor, keep: Tensor, cache: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, turn: Turn, place: Tensor, keep: Tensor, cache: Sequence[Tensor]) -> tuple[Tensor, ...]:
         kept: list[Tensor] = []
         for number, layer in enumerate(self.layers):
-            x, key, value = layer(x, cos, sin, (cache[2 * number], cache[2 * number + 1]), place, keep)
+            x, key, value = layer(x, turn, (cache[2 * number], cache[2 * number + 1]), place, keep)
             kept += [key, value]
-        return self.output(self.norm(x)), *kept
+        return self.head(x), *kept
 
 
-class _Flat(nn.Module):
-    """A `Step` with the tensors of the cache as arguments of their own."""
+class FlatStep(nn.Module):
+    """A `Step` whose arguments are tensors: x, the four of the angles, place, keep, and those of the cache."""
 
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.step = step
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, place: Tensor, keep: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
-        return self.step(x, cos, sin, place, keep, list(cache))
+    def forward(self, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        cos, sin, cos_k, sin_k, place, keep, *cache = rest
+        return self.step(x, (cos, sin, cos_k, sin_k), place, keep, cache)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class Generator:
         self, model: Llama | LlamaAdapter, *, length: int, places: int, calibration: Sequence[Sequence[int]],
         arch: str | Arch = "sta1024", **options: Any,
     ) -> None:  # fmt: skip
+        self.model = model
         self.base = model.base if isinstance(model, LlamaAdapter) else model
         if not 1 <= length < places <= self.base.config.positions:
             raise ValueError(
@@ -187,11 +190,11 @@ class Generator:
             raise ValueError(f"calibration must hold prompts of length = {length} tokens")
         self.length, self.places = length, places
         self.prefill_module, self.step_module = Prefill(model, length).eval(), Step(model).eval()
-        embedded = [self._embed(prompt) for prompt in calibration]
+        embedded = [self.embed(prompt) for prompt in calibration]
         batches = [batch for prompt in calibration for batch in self._float_steps(prompt)]
         self.prefill = _whole(compile_model(self.prefill_module, (embedded[0],), calibration=embedded, arch=arch,
                                             host="forbid", **options))
-        self.step = _whole(compile_model(_Flat(self.step_module), batches[0], calibration=batches, arch=arch, host="forbid",
+        self.step = _whole(compile_model(FlatStep(self.step_module), batches[0], calibration=batches, arch=arch, host="forbid",
                                          **options))
 
     def generate(self, prompt: Sequence[int], *, new_tokens: int, engine: Engine = "isa") -> Generation:
@@ -208,36 +211,38 @@ class Generator:
                 f"not {len(prompt)} and {new_tokens}"
             )
         padded = [*prompt, *[prompt[-1]] * (self.length - len(prompt))]
-        run = simulate(self.prefill, self._embed(padded), engine=engine)
+        run = simulate(self.prefill, self.embed(padded), engine=engine)
         logits, *kept = run.outputs
         cache = [F.pad(part[:, : len(prompt)], (0, 0, 0, self.places - len(prompt))) for part in kept]
         tokens, cycles = [int(logits[0, len(prompt) - 1].argmax())], [run.cycles]
         while len(tokens) < new_tokens:
-            run = simulate(self.step, self._inputs(tokens[-1], len(prompt) + len(tokens) - 1, cache), engine=engine)
+            run = simulate(self.step, self.inputs(tokens[-1], len(prompt) + len(tokens) - 1, cache), engine=engine)
             logits, *cache = run.outputs
             tokens.append(int(logits[0, 0].argmax()))
             cycles.append(run.cycles)
         return Generation(tokens, cycles)
 
-    def _embed(self, tokens: Sequence[int]) -> Tensor:
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Embeddings (1, S, C) of tokens."""
         with torch.no_grad():
             return self.base.tok_embeddings(torch.tensor([list(tokens)]))
 
-    def _inputs(self, token: int, position: int, cache: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        cos, sin = self.step_module.angles(torch.tensor([position]))
+    def inputs(self, token: int, position: int, cache: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the step of a token at a position reads."""
+        turn = self.step_module.angles(torch.tensor([position]))
         place = F.one_hot(torch.tensor([position]), self.places).float()[..., None]
         keep = (torch.arange(self.places) <= position)[None]
-        return self._embed([token]), cos, sin, place, keep, *cache
+        return self.embed([token]), *turn, place, keep, *cache
 
     @torch.no_grad()
     def _float_steps(self, prompt: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
         """What the steps after a prompt read, in float: up to eight of them."""
-        logits, *kept = self.prefill_module(self._embed(prompt))
+        logits, *kept = self.prefill_module(self.embed(prompt))
         cache = [F.pad(part, (0, 0, 0, self.places - self.length)) for part in kept]
         for position in range(self.length, min(self.places, self.length + 8)):
-            batch = self._inputs(int(logits[0, -1].argmax()), position, cache)
+            batch = self.inputs(int(logits[0, -1].argmax()), position, cache)
             yield batch
-            logits, *cache = self.step_module(*batch[:5], list(batch[5:]))
+            logits, *cache = FlatStep(self.step_module)(*batch)
 
 
 def _whole(program: object) -> Program:

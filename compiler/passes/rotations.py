@@ -93,7 +93,7 @@ def _rotation(graph: Graph, target: Node) -> list[Node] | None:
     if found is None:
         return None
     base, region = found
-    if base.shape != target.shape or len(_heads_shape(base.shape)) != 4:
+    if len(_heads_shape(base.shape)) != 4:
         return None
     turn = _understand(_Region(graph, base, target, region))
     return None if turn is None else _written(base, target, region, turn)
@@ -115,7 +115,7 @@ def _region(graph: Graph, target: Node) -> tuple[Node, list[Node]] | None:
             return None
         if len(frontier) == 1 and any(len(item.inputs) > 1 or isinstance(item, Aten) for item in region):
             base = graph.nodes[frontier.pop()]
-            if base.shape == target.shape:
+            if _heads_shape(base.shape) == _heads_shape(target.shape):
                 return base, region
             frontier = {base.name}
 

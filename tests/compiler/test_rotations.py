@@ -92,4 +92,4 @@ def test_what_is_no_rotation_is_left_to_others() -> None:
     program = compile_model(module, X, arch="tiny", calibration=[X])
     run = simulate(program, X, engine="isa")
     assert run.bit_exact and compare(program, module, X).layers[-1].sqnr > 20
-    assert any(item.place == "host" for item in program.report().operators)
+    assert any(row.place == "host" for row in program.report().rows)
