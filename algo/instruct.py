@@ -24,6 +24,7 @@ __all__ = [
     "START",
     "Example",
     "TokenBatch",
+    "answer_of",
     "collate",
     "encode",
     "example_batches",
@@ -57,9 +58,14 @@ class TokenBatch(NamedTuple):
 
 
 def prompt_of(example: Example) -> str:
-    """The text that the answer follows."""
+    """The text that the answer follows, behind a space: ``answer_of``."""
     text = f"### Text\n{example.text}\n" if example.text else ""
-    return f"### Task\n{example.instruction}\n{text}### Answer\n"
+    return f"### Task\n{example.instruction}\n{text}### Answer:"
+
+
+def answer_of(example: Example) -> str:
+    """The answer and the space before it, which tokenizers on bytes count to its first word, whose token is that of texts."""
+    return f" {example.answer}"
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -86,7 +92,7 @@ def encode(tokenizer: Tokenizer, example: Example, max_length: int) -> tuple[lis
 
     def parts(text: str) -> tuple[list[int], list[int]]:
         prompt = [START, *tokenizer.encode(prompt_of(Example(example.instruction, text, example.answer))).ids]
-        return prompt, [*tokenizer.encode(example.answer).ids, END]
+        return prompt, [*tokenizer.encode(answer_of(example)).ids, END]
 
     words = example.text.split(" ")
     prompt, answer = parts(example.text)

@@ -18,8 +18,9 @@ SparseLayer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.MultiheadAttenti
 
 HEADS = tuple(glob for name in ("head", "heads", "classifier", "lm_head", "fc", "score", "predictions", "cls", "class_head",
                            "box_head")
-              for glob in (name, f"*.{name}", f"{name}.*", f"*.{name}.*"))
-"""Globs of the usual names of output heads: dense unless a dict of globs names them."""
+              for glob in (name, f"*.{name}", f"{name}.*", f"*.{name}.*")) + ("output", "base.output")
+"""Globs of the usual names of output heads: dense unless a dict of globs names them. ``output`` is a head as Meta names LLaMA's,
+at the top of a model or of an adapter's base; further down it is what attention ends with."""
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +24,18 @@ from algo.trees import BoxTiles, tree_tiles
 from benchmarks import DOCS, RESULTS, Table, write_page
 from models import create_model
 from models.boxes import paired_iou
-from models.detection import Target
+from models.detection import Level, Target
+from models.feataug import crop_level, crop_targets, random_windows
 from models.points import PointTarget, choose_annotated, pseudo_target, sample_points
 
 __all__ = ["RUNS", "run"]
 
-SIZE, BATCH, RATE = 128, 8, 2e-3
-RATIO = 0.5
-STEPS = {"overfit": 120, "teacher": 250, "student_true": 200, "student_pseudo": 200, "student_few": 200}
+SIZE, BATCH, RATE = 128, 8, 1e-3
+RATIOS = (30, 10)
+"""Percent of the training tiles that have boxes; each is a study of its own."""
+STEPS = {"overfit": 300, "teacher": 1500, "student": 1200}
+WINDOW = (0.6, 1.0)
+"""Side of the windows that training tiles are cropped to, over the tile's."""
 RECORDS, WEIGHTS = RESULTS / "train_group_rcnn", Path("out/train_group_rcnn")
 
 Data = tuple[Tensor, list[Target]]
@@ -60,20 +65,31 @@ def _turn(image: Tensor, target: Target, kind: int) -> tuple[Tensor, Target]:
     return image, Target(target.labels, box)
 
 
-def _train(model: nn.Module, data: Data, steps: int, losses: Callable[..., dict[str, Tensor]]) -> list[float]:
-    """AdamW with warm-up and cosine, random symmetries; gives the loss of every 10 steps, averaged."""
-    torch.manual_seed(0)
+def _varied(images: Tensor, targets: list[Target]) -> Data:
+    """Each image turned or mirrored, and a window of it scaled to the whole, all at random."""
+    windows = random_windows(len(images), WINDOW)
+    everywhere = torch.ones(len(images), SIZE, SIZE, dtype=torch.bool)
+    images, targets = crop_level(Level(images, everywhere), windows).features, crop_targets(targets, windows)
+    turned = [_turn(image, target, int(torch.randint(8, ()))) for image, target in zip(images, targets)]
+    return torch.stack([image for image, _ in turned]), [target for _, target in turned]
+
+
+def _train(
+    model: nn.Module, data: Data, steps: int, losses: Callable[..., dict[str, Tensor]], *, seed: int = 0, vary: bool = True
+) -> list[float]:
+    """AdamW with warm-up and cosine; gives the loss of every 10 steps, averaged."""
+    torch.manual_seed(seed)
+    size = min(BATCH, len(data[0]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     curve, order = [], torch.empty(0, dtype=torch.int64)
     model.train()
     for step in range(steps):
-        while len(order) < BATCH:
+        while len(order) < size:
             order = torch.cat([order, torch.randperm(len(data[0]))])
-        rows, order = order[:BATCH], order[BATCH:]
-        turned = [_turn(data[0][row], data[1][row], int(torch.randint(8, ()))) for row in rows.tolist()]
-        images, targets = (list(part) for part in zip(*turned))
-        loss = torch.stack(list(losses(torch.stack(images), targets).values())).sum()
+        rows, order = order[:size], order[size:]
+        images, targets = _varied(*_subset(data, rows)) if vary else _subset(data, rows)
+        loss = torch.stack(list(losses(images, targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -121,63 +137,60 @@ def _quality(found: list[Detections], targets: list[Target]) -> dict[str, float]
     return {"mean_iou": float(overlaps.mean()), "iou50": share(0.5), "iou75": share(0.75), **_measure(found, targets)}
 
 
-def _parts() -> tuple[Data, Data, Data]:
+def _parts(percent: int) -> tuple[Data, Data, Data]:
     """Training tiles with boxes, training tiles with points, held-out tiles; of the first two only those with trees."""
     train, test = tree_tiles(size=SIZE)
     data = _data(train)
-    boxed = choose_annotated(len(data[0]), ratio=RATIO)
+    boxed = choose_annotated(len(data[0]), ratio=percent / 100)
     filled = torch.tensor([len(target.labels) > 0 for target in data[1]])
     return _subset(data, (boxed & filled).nonzero()[:, 0]), _subset(data, (~boxed & filled).nonzero()[:, 0]), _data(test)
 
 
-def _teach(data: Data, steps: int) -> tuple[nn.Module, list[float]]:
+def _teach(data: Data, steps: int, *, vary: bool = True) -> tuple[nn.Module, list[float]]:
     torch.manual_seed(0)
     model = create_model("group_rcnn_small")
     losses = lambda images, targets: model.losses(images, targets, list(map(sample_points, targets)))
-    return model, _train(model, data, steps, losses)
+    return model, _train(model, data, steps, losses, vary=vary)
 
 
 def _overfit(steps: int) -> tuple[nn.Module, dict]:
-    data = _subset(_parts()[0], torch.arange(8))
-    model, curve = _teach(data, steps)
+    data = _subset(_parts(RATIOS[0])[0], torch.arange(4))
+    model, curve = _teach(data, steps, vary=False)
     return model, {"curve": curve, "trees": sum(len(t.labels) for t in data[1]), "fit": _quality(_annotate(model, data), data[1])}
 
 
-def _teacher(steps: int) -> tuple[nn.Module, dict]:
-    boxed, pointed, held = _parts()
+def _teacher(percent: int, steps: int) -> tuple[nn.Module, dict]:
+    boxed, pointed, held = _parts(percent)
     model, curve = _teach(boxed, steps)
     fit = {name: _quality(_annotate(model, data), data[1]) for name, data in (("points", pointed), ("held_out", held))}
     return model, {"curve": curve, **fit, "retinanet": _measure(_detect(model.detect, held), held[1])}
 
 
-def _teacher_weights() -> Path:
-    path = WEIGHTS / "teacher.safetensors"
+def _annotated(percent: int, data: Data) -> list[Target]:
+    """What the teacher makes of the points of tiles."""
+    path = WEIGHTS / f"teacher_{percent}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}: delete {RECORDS / 'teacher.json'} and train the teacher again")
-    return path
+        raise FileNotFoundError(f"no weights at {path}: delete {RECORDS / path.stem}.json and train the teacher again")
+    teacher = create_model("group_rcnn_small")
+    teacher.load_state_dict(load_file(path))
+    return [pseudo_target(one, height=SIZE, width=SIZE) for one in _annotate(teacher, data)]
 
 
-def _student(name: str) -> Callable[[int], tuple[nn.Module, dict]]:
-    def study(steps: int) -> tuple[nn.Module, dict]:
-        boxed, pointed, held = _parts()
-        targets = pointed[1]
-        if name == "student_pseudo":
-            teacher = create_model("group_rcnn_small")
-            teacher.load_state_dict(load_file(_teacher_weights()))
-            targets = [pseudo_target(one, height=SIZE, width=SIZE) for one in _annotate(teacher, pointed)]
-        data = boxed if name == "student_few" else (torch.cat([boxed[0], pointed[0]]), boxed[1] + targets)
-        torch.manual_seed(0)
-        model = create_model("fcos_small")
-        curve = _train(model, data, steps, model.losses)
-        return model, {"curve": curve, "tiles": len(data[0]), "held_out": _measure(_detect(model.predict, held), held[1])}
-
-    return study
+def _student(labels: str, percent: int, steps: int) -> tuple[nn.Module, dict]:
+    boxed, pointed, held = _parts(percent)
+    targets = _annotated(percent, pointed) if labels == "pseudo" else pointed[1]
+    data = boxed if labels == "few" else (torch.cat([boxed[0], pointed[0]]), boxed[1] + targets)
+    torch.manual_seed(0)
+    model = create_model("fcos_small")
+    curve = _train(model, data, steps, model.losses)
+    return model, {"curve": curve, "tiles": len(data[0]), "held_out": _measure(_detect(model.predict, held), held[1])}
 
 
 RUNS: dict[str, Callable[[int], tuple[nn.Module, dict]]] = {
     "overfit": _overfit,
-    "teacher": _teacher,
-    **{name: _student(name) for name in ("student_true", "student_pseudo", "student_few")},
+    **{f"teacher_{percent}": partial(_teacher, percent) for percent in RATIOS},
+    "student_true": partial(_student, "true", RATIOS[0]),
+    **{f"student_{labels}_{percent}": partial(_student, labels, percent) for percent in RATIOS for labels in ("pseudo", "few")},
 }
 """Trainings by name, in an order in which each finds what it needs."""
 
@@ -186,42 +199,56 @@ def _result(name: str) -> dict:
     """Read a training's result, or train first."""
     path = RECORDS / f"{name}.json"
     if not path.exists():
-        start = time.process_time()
-        model, result = RUNS[name](STEPS[name])
+        start, steps = time.process_time(), STEPS[name.split("_")[0]]
+        model, result = RUNS[name](steps)
         for folder in (RECORDS, WEIGHTS):
             folder.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), WEIGHTS / f"{name}.safetensors")
-        facts = {"steps": STEPS[name], "cpu_seconds": round(time.process_time() - start), "threads": torch.get_num_threads()}
+        facts = {"steps": steps, "cpu_seconds": round(time.process_time() - start), "threads": torch.get_num_threads()}
         path.write_text(json.dumps(facts | result, indent=1) + "\n")
     return json.loads(path.read_text())
+
+
+def _squares(percent: int) -> dict[str, float]:
+    """How well a square of the median size of the true boxes fits, its middle on the point: what needs no network."""
+    boxed, _, held = _parts(percent)
+    corners = torch.cat([_corners(target) for target in boxed[1]])
+    half = (corners[:, 2:] - corners[:, :2]).median() / 2
+    found = []
+    for target, entry in zip(held[1], _points(held[1], 1)):
+        place = entry.points * SIZE
+        boxes = torch.cat([place - half, place + half], 1).clamp(0, SIZE)
+        found.append(Detections(boxes, torch.ones(len(boxes)), target.labels))
+    return _quality(found, held[1])
 
 
 def run() -> list[Table]:
     """Train what is not trained yet, and tell how good boxes and students are."""
     results = {name: _result(name) for name in RUNS}
-    boxed, pointed, held = _parts()
     count = lambda data: sum(len(target.labels) for target in data[1])
-    rows = [
-        ("8 tiles it was trained on", results["overfit"]["trees"], results["overfit"]["fit"]),
-        ("training tiles with points only", count(pointed), results["teacher"]["points"]),
-        ("held-out tiles", count(held), results["teacher"]["held_out"]),
-    ]
+    rows = [("the same 4 tiles, learnt by heart", "4", results["overfit"]["trees"], results["overfit"]["fit"])]
+    for percent in RATIOS:
+        boxed, pointed, held = _parts(percent)
+        teacher, trained = results[f"teacher_{percent}"], f"{percent} %: {len(boxed[0])} tiles, {count(boxed)} boxes"
+        rows += [("training tiles with points only", trained, count(pointed), teacher["points"]),
+                 ("held-out tiles", trained, count(held), teacher["held_out"])]  # fmt: skip
+    rows.append(("held-out tiles", "no network: a square of the median size around the point", count(held), _squares(RATIOS[0])))
     fits = Table(
         "Boxes of points (group_rcnn_small)",
-        ("tiles", "trees", "mean IoU", "IoU >= .5", "IoU >= .75", "AP", "AP50", "AP75"),
-        tuple((name, trees, *(round(fit[key], 3) for key in ("mean_iou", "iou50", "iou75", "ap", "ap50", "ap75")))
-              for name, trees, fit in rows),
-        f"{len(boxed[0])} tiles with {count(boxed)} boxes train it; one random point in each box.",
+        ("tiles", "trained on", "trees", "mean IoU", "IoU >= .5", "IoU >= .75", "AP", "AP50", "AP75"),
+        tuple((name, trained, trees, *(round(fit[key], 3) for key in ("mean_iou", "iou50", "iou75", "ap", "ap50", "ap75")))
+              for name, trained, trees, fit in rows),
+        "One random point in each box.",
     )
-    names = {"student_true": "true boxes of all tiles", "student_pseudo": "true boxes of half, boxes of points of the others",
-             "student_few": "true boxes of half the tiles, the others unused"}
-    measured = [(text, results[name]["tiles"], results[name]["steps"], results[name]["held_out"]) for name, text in names.items()]
-    measured.append(("the teacher's RetinaNet part alone", len(boxed[0]), STEPS["teacher"], results["teacher"]["retinanet"]))
+    measured = [("true boxes of all tiles", results["student_true"])]
+    for percent in RATIOS:
+        measured += [(f"true boxes of {percent} %, boxes of points of the others", results[f"student_pseudo_{percent}"]),
+                     (f"true boxes of {percent} %, the others unused", results[f"student_few_{percent}"])]  # fmt: skip
     students = Table(
         "Students (fcos_small) on held-out tiles",
         ("trained on", "tiles", "steps", "AP", "AP50", "AP75", "AR100"),
-        tuple((text, tiles, steps, *(round(held[key], 3) for key in ("ap", "ap50", "ap75", "ar")))
-              for text, tiles, steps, held in measured),
+        tuple((text, one["tiles"], one["steps"], *(round(one["held_out"][key], 3) for key in ("ap", "ap50", "ap75", "ar")))
+              for text, one in measured),
         f"{len(held[0])} tiles, {count(held)} trees, size {SIZE}; one seed.",
     )
     seconds = Table(

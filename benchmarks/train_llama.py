@@ -2,7 +2,8 @@
 
 1. A byte-pair tokenizer and the base: next tokens of R8 articles and movie sentences, training parts only, no labels.
 2. The adapter on two instructions, the topic of an article and the opinion of a sentence, by the recipe of arXiv 2303.16199:
-   AdamW (0.9, 0.95), weight decay 0.02, five epochs, two of warm-up, half a cosine; only the answer is learned.
+   AdamW (0.9, 0.95), weight decay 0.02, two fifths of warm-up, half a cosine; only the answer is learned. Ours: ten epochs and a
+   higher learning rate, for a small base that never saw an instruction.
 3. The same with gates fixed at 1 from the start: prompts drawn at random disturb the base ("rand-init" of the paper's table 5).
 
 Every stage is a training that goes on where it was stopped (``out/train_llama``).
@@ -26,6 +27,7 @@ from algo.instruct import (
     START,
     Example,
     TokenBatch,
+    answer_of,
     collate,
     encode,
     example_batches,
@@ -47,9 +49,9 @@ TOPICS = {
 }  # fmt: skip
 TOPIC = "What is this article about?"
 OPINION = "Did the author like the film?"
-LENGTH, HELD_OUT, KNOWN, PER_EPOCH = 64, 500, 3000, 1500
+LENGTH, HELD_OUT, KNOWN, PER_EPOCH = 80, 500, 3000, 1500
 PRETRAINING = TrainConfig(epochs=4, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=0.05, schedule="cosine", clip=1.0)
-TUNING = TrainConfig(epochs=5, lr=3e-2, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
+TUNING = TrainConfig(epochs=10, lr=0.2, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
 WINDOWS = 1700
 """Windows of 128 tokens in an epoch of pre-training."""
 
@@ -79,7 +81,8 @@ def _data(vocabulary: int) -> Data:
         tokenizer = Tokenizer.from_file(str(file))
     else:
         OUT.mkdir(parents=True, exist_ok=True)
-        tokenizer = train_tokenizer([*texts, *(prompt_of(part[0]) + part[0].answer for part in (topics, opinions))], vocabulary)
+        whole = [prompt_of(part[0]) + answer_of(part[0]) for part in (topics, opinions)]
+        tokenizer = train_tokenizer([*texts, *whole], vocabulary)
         tokenizer.save(str(file))
     rows = [encode(tokenizer, example, LENGTH) for example in (*topics[:KNOWN], *opinions[:KNOWN])]
     held = [example.text for example in (*held_topics, *held_opinions)]
@@ -214,5 +217,5 @@ def _samples(model: LlamaAdapter, data: Data) -> list[tuple[str, str, str]]:
         tokens, labels = encode(data.tokenizer, example, LENGTH)
         prompt = tokens[: labels.count(IGNORED)]
         (answer,) = generate(model.eval(), [prompt], new_tokens=8, stop=END)
-        found.append((example.text[:60], example.answer, data.tokenizer.decode(answer)))
+        found.append((example.text[:60], example.answer, data.tokenizer.decode(answer).strip()))
     return found

@@ -259,8 +259,9 @@ class Emitter:
 
     # -- operators -------------------------------------------------------------------------------------------
 
-    def linear(self, index: int, op: Linear) -> list[Task]:
-        """One TILE for each row tile and segment of columns, or a chain of them over chunks of the inputs."""
+    def linear(self, index: int, op: Linear) -> list[tuple[list[list[Step]], list[Step]]]:
+        """For each row tile: one TILE for each segment of columns, or a chain of them over chunks of the inputs; and what
+        takes shared tails to their places."""
         check_pattern(op.weight, op.pattern, layer=describe(op))
         chunks = self.linear_chunks(op)
         limit = MAX_COLS if len(chunks) == 1 else self.arch.psum_depth
@@ -272,11 +273,10 @@ class Emitter:
             )
             for segment in self.segments(op.out, limit=limit)
         ]
-        tasks = []
-        for tile in range(self.tiles(op.x)):
-            tasks += [Task(tuple(self.linear_chain(index, op, tile, *segment))) for segment in segments]
-            tasks += [Task((step,)) for step in self.spread(index, op.out, tile)]
-        return tasks
+        return [
+            ([self.linear_chain(index, op, tile, *segment) for segment in segments], self.spread(index, op.out, tile))
+            for tile in range(self.tiles(op.x))
+        ]
 
     def linear_chunks(self, op: Linear) -> list[tuple[int, int]]:
         """How the inputs are cut; a row normalisation needs all columns of a row in one instruction."""

@@ -28,6 +28,9 @@ from compiler.graph import CompileError, named_inputs
 __all__ = ["Exported", "dtype_name", "export", "is_getitem", "listed", "mapped", "module_path", "source_line"]
 
 
+aten = torch.ops.aten
+
+
 @dataclass(frozen=True, eq=False)
 class Exported:
     """A module as functional aten operators on tensors of fixed shapes.
@@ -57,7 +60,7 @@ class Exported:
 
     @cached_property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """The module's results, in order; no changed buffers.
+        """The module's results, in order; no changed buffers, and not what is None.
 
         Raises
         ------
@@ -66,7 +69,7 @@ class Exported:
         """
         (node,) = (node for node in self.program.graph.nodes if node.op == "output")
         results = zip(cast(Any, node.args[0]), self.program.graph_signature.output_specs, strict=True)
-        own = [item for item, spec in results if spec.kind is OutputKind.USER_OUTPUT]
+        own = [item for item, spec in results if spec.kind is OutputKind.USER_OUTPUT and item is not None]
         for item in own:
             if not isinstance(item, fx.Node) or not isinstance(item.meta.get("val"), Tensor):
                 raise CompileError(f"a compiled module must return tensors, not {type(item).__name__}")
@@ -107,13 +110,21 @@ class Exported:
                 found[by_name[spec.arg.name]] = (cast(Tensor, stored[target]).detach(), target)
         with torch.no_grad():
             for node in self.operators:
-                random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-                if random or any(item not in found for item in node.all_input_nodes):
+                if _is_random(node) or any(item not in found for item in node.all_input_nodes):
                     continue
                 args, kwargs = mapped(node, lambda item: found[item][0])
                 sources = {found[item][1] for item in node.all_input_nodes if found[item][1]}
                 found[node] = cast(Any, node.target)(*args, **kwargs), sources.pop() if len(sources) == 1 else ""
         return found
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether a result depends on chance; attention and dropout do in training alone."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is aten.scaled_dot_product_attention.default:
+        return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0))
+    return not (node.target is aten.dropout.default and not (node.args[1] and node.args[2]))
 
 
 def export(module: nn.Module, example_inputs: Any) -> Exported:
@@ -186,13 +197,23 @@ def _effective(module: nn.Module) -> nn.Module:
     return result
 
 
+def _einsum(equation: str, operands: list[Tensor], path: list[int] | None = None) -> Any:
+    """As products of matrices, which the accelerator may have."""
+    # torch's own kernel; `decompose` would come back here
+    return aten.einsum.default._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, equation, operands, path=path)
+
+
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum}
+"""Operators that are written in others before anything else happens."""
+
+
 def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> ExportedProgram:
     """The module as functional aten operators; linear, layer_norm and attention stay whole."""
     args = tuple(value.clone() for value in args)  # one tensor given twice is two inputs
     kwargs = {name: value.clone() for name, value in kwargs.items()}
     with evaluating(module), quiet_export(), torch.no_grad():
         try:
-            return torch.export.export(module, args, kwargs, strict=False).run_decompositions({})
+            return torch.export.export(module, args, kwargs, strict=False).run_decompositions(_DECOMPOSITIONS)
         except Exception as error:  # torch.export raises whatever the module's own code raises
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if "data-dependent" in first:

@@ -17,6 +17,7 @@ from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
 from compiler.emit_matmul import emit_matmul
+from compiler.hold import hold_columns, join, side_by_side
 from compiler.images import choose_grids
 from compiler.ops import Attention, Conv, Linear, MatMul, MaxPool, Op, Pointwise, QuantNetwork
 from compiler.placement import RowPlacement
@@ -37,7 +38,7 @@ from compiler.verify_network import LoweringError, check_network
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Format, Opcode
 
-__all__ = ["Lowered", "LoweringError", "choose_layouts", "lower", "order_operators"]
+__all__ = ["Lowered", "LoweringError", "choose_layouts", "emit_tasks", "lower", "order_operators"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,14 +91,14 @@ def lower(
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
     emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
-    tasks = [task for index in order_operators(network) for task in _emit(emitter, network, index)]
+    tasks = emit_tasks(emitter, network)
     depth = _safe_depth(network, arch, pipeline_depth)
     return [_assemble(emitter, network, _finish(schedule(tasks, arch, depth=depth, order=order)), reuse) for order in orders]
 
 
 def _finish(steps: list[Step]) -> list[Step]:
     """With tables, dependences and the end."""
-    return [*assign_dependences(insert_tables(steps)), Step(op=-1, opcode=Opcode.HALT, note="end")]
+    return [*assign_dependences(insert_tables(hold_columns(steps))), Step(op=-1, opcode=Opcode.HALT, note="end")]
 
 
 def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
@@ -111,9 +112,15 @@ def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
     return depth
 
 
-def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
-    """Tasks of one operator, over all its row tiles."""
-    op = network.ops[index]
+def emit_tasks(emitter: Emitter, network: QuantNetwork) -> list[Task]:
+    """Tasks of all operators, in the order of their dependences."""
+    groups = side_by_side(network, order_operators(network))
+    return [task for group in groups for task in _emit(emitter, network, group)]
+
+
+def _emit(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list[Task]:
+    """Tasks of one operator, or of several side by side, over all row tiles."""
+    index, op = group[0], network.ops[group[0]]
     if isinstance(op, Attention):
         return emit_attention(emitter, index, op)
     if isinstance(op, MatMul):
@@ -122,7 +129,19 @@ def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
         return emit_max_pool(emitter, index, op, network)
-    return emitter.linear(index, op) if isinstance(op, Linear) else emitter.pointwise(index, op)
+    if isinstance(op, Linear):
+        return _linears(emitter, network, group)
+    return emitter.pointwise(index, op)
+
+
+def _linears(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list[Task]:
+    """Row tile by row tile, the chains of all Linears of a group in one task, then their copies."""
+    ops = [(index, op) for index in group if isinstance(op := network.ops[index], Linear)]
+    tasks: list[Task] = []
+    for parts in zip(*(emitter.linear(index, op) for index, op in ops), strict=True):
+        tasks.append(join([chain for chains, _ in parts for chain in chains]))
+        tasks += [Task((step,)) for _, copies in parts for step in copies]
+    return tasks
 
 
 def order_operators(network: QuantNetwork) -> list[int]:

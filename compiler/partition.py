@@ -11,6 +11,7 @@ what became of it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from compiler.exported import Exported, dtype_name, is_getitem, module_path, source_line
-from compiler.frontend import IMPORTS, VIEWS, import_part, mask_operands
+from compiler.frontend import FUNCTIONS, IMPORTS, VIEWS, import_part, mask_operands
 from compiler.graph import Attention, CompileError, Constant, Graph, Input, Problem
 from compiler.legality import problem
 from compiler.passes import optimise
@@ -38,6 +39,19 @@ PRODUCTS = frozenset({
 })  # fmt: skip
 """Operators for which the accelerator exists."""
 
+SINGULAR = frozenset({
+    aten.log.default, aten.log2.default, aten.log10.default, aten.logit.default, aten.reciprocal.default, aten.rsqrt.default,
+    aten.div.Tensor,
+})  # fmt: skip
+"""Operators that are infinite at zero, the last one in its second operand."""
+
+ARITHMETIC = POINTWISE | frozenset(FUNCTIONS)
+"""Operators that compute each element by itself."""
+
+MOVES = VIEWS | {aten.cat.default, aten.stack.default, aten.flip.default, aten.pad.default, operator.getitem}
+"""Operators that only move elements, on whichever side."""
+
+NEAR_ZERO = "a logarithm or a quotient on the host needs it: rounding could make it zero"
 BEFORE_PRODUCT = "before the first product: cheaper than moving its operands"
 FOR_HOST = "a rearrangement that only the host reads"
 NO_PRODUCT = "no product with it: cheaper than moving its operands"
@@ -212,6 +226,8 @@ class _Partitioner:
         for number, nodes in stages.items():
             if number % 2:
                 found |= self.not_worthwhile(nodes)
+            else:
+                found |= self.near_zero(nodes)
         if not found:
             self.segments = {}
             for number, nodes in stages.items():
@@ -249,6 +265,21 @@ class _Partitioner:
             return found
         useful = {root(node) for node in nodes if node.target in PRODUCTS}
         return {node: NO_PRODUCT for node in nodes if root(node) not in useful}
+
+    def near_zero(self, nodes: list[fx.Node]) -> dict[fx.Node, str]:
+        """Functions on the accelerator that lead straight to what is infinite at zero on the host."""
+        found: dict[fx.Node, str] = {}
+        todo = [cast(Any, node.args)[node.target is aten.div.Tensor] for node in nodes if node.target in SINGULAR]
+        seen: set[Any] = set()
+        while todo:
+            node = todo.pop()
+            if node in seen or not isinstance(node, fx.Node) or node.target not in ARITHMETIC | MOVES:
+                continue
+            seen.add(node)
+            if node.target not in MOVES and node in self.live_now and self.place(node) is None:
+                found[node] = NEAR_ZERO
+            todo += node.all_input_nodes
+        return found
 
     def illegal(self, number: int, nodes: list[fx.Node], stages: Mapping[int, list[fx.Node]]) -> dict[fx.Node, str]:
         """What the passes blame when they go over a stage; if nothing, the stage is one of `segments`."""

@@ -53,6 +53,7 @@ class Operand(enum.IntEnum):
 
     MEMORY = 0  #: `k` columns at `a_addr`
     ROWS = 1  #: the `k` columns that an earlier TILE with out LANES sent (softmax probabilities)
+    HELD = 2  #: the `k` columns of the TILE with source ARRAY before this one: they are still in the lanes
 
 
 class Format(enum.IntEnum):
@@ -112,7 +113,7 @@ class ErrorCode(enum.IntEnum):
     OPCODE = 1  #: unknown opcode
     FIELD = 2  #: a field outside its range, fields that contradict each other, reserved bits set
     ALIGNMENT = 3  #: an address that is not aligned as its field asks
-    SEQUENCE = 4  #: operand ROWS or scale ROW without the earlier TILE that feeds it, or of another length
+    SEQUENCE = 4  #: operand ROWS or HELD or scale ROW without the earlier TILE that feeds it, or of another length
     BUS = 5  #: the memory answered with an error
     TIMEOUT = 6  #: no progress for the number of cycles in the WATCHDOG register
     END = 7  #: the program ended without HALT
@@ -131,7 +132,7 @@ class Field:
 FIELDS: tuple[Field, ...] = (
     Field("opcode", 3, "operation", Opcode),
     Field("source", 2, "where the int32 columns come from", Source),
-    Field("operand", 1, "where the lanes' activations come from", Operand),
+    Field("operand", 2, "where the lanes' activations come from", Operand),
     Field("a_unsigned", 1, "activations are 0..255 instead of -128..127"),
     Field("format", 2, "weight format", Format),
     Field("w_dep", 1, "the weights, too, wait for `dep` (they are activations: keys or values)"),
@@ -146,7 +147,7 @@ FIELDS: tuple[Field, ...] = (
     Field("out", 3, "destination", Out),
     Field("n", 6, "N of N:M"),
     Field("m", 6, "M of N:M"),
-    Field("dep", 16, "wait until the instruction `dep` places before this one has completed; 0: no wait"),
+    Field("dep", 15, "wait until the instruction `dep` places before this one has completed; 0: no wait"),
     Field("k", 16, "reduction length: columns of activations"),
     Field("cols", 16, "output columns"),
     Field("mult", 16, "scale CONST: multiplier, 0..32767"),

@@ -16,6 +16,7 @@ from models.maskformer import MaskFormer, MaskFormerConfig, MaskOutput, MaskTarg
 from models.mobilenet import MobileNetConfig, MobileNetV2
 from models.odconv import ODConv2d
 from models.pft import PFT, PFTConfig
+from models.points import PointTarget, pseudo_target, sample_points
 from models.registry import create_model, describe_models, list_models, model_info, register_model
 from models.regnet import RegNet, RegNetConfig
 from models.resnet import ResNet, ResNetConfig
@@ -58,6 +59,7 @@ __all__ = [
     "ModelInfo",
     "ODConv2d",
     "PFTConfig",
+    "PointTarget",
     "Published",
     "RegNet",
     "RegNetConfig",
@@ -82,5 +84,7 @@ __all__ = [
     "mean_pool",
     "model_info",
     "pad_images",
+    "pseudo_target",
     "register_model",
+    "sample_points",
 ]

@@ -9,7 +9,7 @@ Shapes: B images, C channels, H and W pixels.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import resnet
+from models.huggingface import rename_backbone
 
 __all__ = ["Backbone", "FrozenBatchNorm2d", "ResNetBackbone", "build_backbone", "freeze_batch_norm", "register_backbone"]
 
@@ -30,6 +31,10 @@ class Backbone(Protocol):
     strides: tuple[int, ...]
 
     def __call__(self, images: Tensor) -> list[Tensor]: ...
+
+    def of_classifier(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of the backbone out of that of the classifier of its family, for `models.vision.load_backbone`."""
+        ...
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -96,6 +101,14 @@ class ResNetBackbone(nn.Module):
     def stage(self, number: int) -> nn.Module:
         """The blocks of a stage, counted from 1."""
         return self.get_submodule(f"layer{number}")
+
+    def of_classifier(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Names of torchvision, timm and Hugging Face; without classes, later stages and what frozen norms do not have."""
+        own, last = self.state_dict(), self.stages[-1]
+        left = ("fc.", "classifier.", *(f"layer{stage}." for stage in range(last + 1, 5)))
+        renamed = {rename_backbone(name.removeprefix("resnet.")): value for name, value in state.items()}
+        counters = {name for name in renamed if name.endswith(".num_batches_tracked")} - own.keys()
+        return {name: value for name, value in renamed.items() if not name.startswith(left) and name not in counters}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x, maps = images, []

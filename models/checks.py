@@ -73,9 +73,11 @@ def check_tokens(tokens: Tensor, positions: int) -> None:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         Says what is expected and what came.
     """
+    if tokens.is_floating_point():
+        raise TypeError(f"token numbers must be integers, not {tokens.dtype}")
     if tokens.ndim != 2:
         raise ValueError(f"token numbers must be (B, S), not {tuple(tokens.shape)}")
     if tokens.shape[1] > positions:

@@ -222,7 +222,7 @@ describe_models(
     ModelInfo(family="FCOS", paper="1904.01355", inputs=image_input(3, 800, 1066)),
     {
         "fcos_r50": Published(
-            source="torchvision's fcos_resnet50_fpn, 32,269,600", parameters=32_297_370,
+            source="torchvision's fcos_resnet50_fpn, whose weights say 32,269,600", parameters=32_297_370,
             note="80 classes for 91 (-25,355), norms not frozen (+53,120), a scale a level (+5)",
         ),
     },

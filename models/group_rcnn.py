@@ -39,7 +39,17 @@ from models.retinanet import LevelOutput, RetinaNet, RetinaNetConfig
 from models.roi import nms, pyramid_roi_align
 from models.vision import build_vision_model
 
-__all__ = ["CONFIGS", "GroupRCNN", "GroupRCNNConfig", "Groups", "InstanceHead", "StageOutput", "group_proposals", "nearest_cells"]
+__all__ = [
+    "CONFIGS",
+    "GroupRCNN",
+    "GroupRCNNConfig",
+    "Groups",
+    "ImagePart",
+    "InstanceHead",
+    "StageOutput",
+    "group_proposals",
+    "nearest_cells",
+]
 
 Stage = tuple[float, float, float, float]
 
@@ -350,6 +360,10 @@ class GroupRCNN(RetinaNet):
         sizes = image_sizes(images, mask)
         return self._select(self.head(self.extract(images)), sizes, top=top, threshold=threshold)
 
+    def project(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """The maps that boxes are pooled from, of the finest levels; without gradient to these."""
+        return [F.relu(self.projection(x.detach())) for x in levels[: self.config.roi_levels]]
+
     def proposals(
         self, outputs: Sequence[LevelOutput], image: int, size: Tensor, points: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -374,8 +388,7 @@ class GroupRCNN(RetinaNet):
         self, levels: Sequence[Tensor], outputs: Sequence[LevelOutput], sizes: Tensor, points: Sequence[PointTarget]
     ) -> tuple[Groups, list[StageOutput]]:
         groups = self._groups(outputs, sizes, points)
-        maps = [F.relu(self.projection(x.detach())) for x in levels[: self.config.roi_levels]]
-        return groups, self.instances(maps, groups, sizes, self.strides)
+        return groups, self.instances(self.project(levels), groups, sizes, self.strides)
 
     @torch.no_grad()
     def _groups(self, outputs: Sequence[LevelOutput], sizes: Tensor, points: Sequence[PointTarget]) -> Groups:
@@ -453,7 +466,12 @@ def group_rcnn_small(*, pretrained: bool | str | Path = False, **overrides: Any)
 
 
 class ImagePart(nn.Module):
-    """What a Group R-CNN computes of images (B, 3, H, W) alone, before points come in: the outputs of the dense head."""
+    """What a Group R-CNN computes of images (B, 3, H, W) alone, before points come in: outputs of the dense head, and the maps
+    that boxes are pooled from.
+
+    It can be exported and pruned where the whole cannot (how many proposals there are depends on values): give it to
+    `algo.fisher.FisherPruner` and train the detector itself, whose modules these are.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -461,7 +479,8 @@ class ImagePart(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         detector = cast(GroupRCNN, self.model)
-        return detector.head(detector.extract(images))
+        levels = detector.extract(images)
+        return detector.head(levels), detector.project(levels)
 
 
 _BEFORE = "MACs and activations of the part before the points, which decide the rest"

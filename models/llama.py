@@ -400,6 +400,14 @@ def llama_key(key: str, value: Tensor, head_dim: int) -> tuple[str, Tensor] | No
     return key, value
 
 
+_SLICED = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0, "tok_embeddings": 1}
+"""Layers of which each of Meta's files has a part, and whether of the rows or of the columns of their weights."""
+
+
+def _slice_dimension(key: str) -> int | None:
+    return _SLICED.get(key.removesuffix(".weight").rpartition(".")[2])
+
+
 def build_llama(
     name: str, pretrained: bool | str | Path, dtype: torch.dtype | None, overrides: dict[str, Any]
 ) -> Llama:
@@ -418,7 +426,8 @@ def build_llama(
         return Llama(config) if dtype is None else Llama(config).to(dtype)
     with torch.device("meta"):
         model = Llama(config)
-    stream_weights(model, pretrained, name=name, translate=lambda key, value: llama_key(key, value, config.head_dim), dtype=dtype)
+    translate = lambda key, value: llama_key(key, value, config.head_dim)
+    stream_weights(model, pretrained, name=name, translate=translate, dtype=dtype, join=_slice_dimension)
     return model
 
 

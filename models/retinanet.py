@@ -183,7 +183,7 @@ describe_models(
     ModelInfo(family="RetinaNet", paper="1708.02002", inputs=image_input(3, 800, 1066)),
     {
         "retinanet_r50": Published(
-            source="torchvision's retinanet_resnet50_fpn, 34,014,999", parameters=37_968_692,
+            source="torchvision's retinanet_resnet50_fpn, whose weights say 34,014,999", parameters=37_968_692,
             note="P6 from C5 (+4,128,768), 80 classes for 91 (-228,195), norms not frozen (+53,120)",
         ),
     },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from models.checks import check_options
 from models.weights import load_weights, read_weights
 
-__all__ = ["DropPath", "build_vision_model", "initialise_convolutions"]
+__all__ = ["DropPath", "build_vision_model", "initialise_convolutions", "load_backbone"]
 
 Config = TypeVar("Config")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class DropPath(nn.Module):
@@ -49,26 +50,55 @@ def initialise_convolutions(model: nn.Module) -> None:
 
 def build_vision_model(
     name: str,
-    kind: Callable[[Config], nn.Module],
+    kind: Callable[[Config], Model],
     config: Config,
     pretrained: bool | str | Path,
     overrides: dict[str, Any],
     *,
     rename: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] = lambda state, own: dict(state),
-) -> nn.Module:
+    options: Collection[str] = (),
+) -> Model:
     """Build ``kind(config)`` with some fields changed, and load weights from a path.
 
-    ``rename`` gets the file's state dict and the model's own, and gives the file's under our names.
+    Parameters
+    ----------
+    pretrained, overrides
+        As `models.create_model`. A configuration with a ``backbone`` has the option ``backbone_weights``, too: a path to the
+        weights of its classifier (see `load_backbone`).
+    rename
+        Gets the file's state dict and the model's own, and gives the file's under our names.
+    options
+        Overrides that are no fields of the configuration and that the caller sees to.
 
     Raises
     ------
     ValueError
         Unknown override, weights that do not fit, or ``pretrained=True``: no package carries weights.
     """
-    check_options(name, overrides, (field.name for field in fields(config)))  # type: ignore[arg-type]
+    known = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    extra = [*options, *(["backbone_weights"] if "backbone" in known else [])]
+    check_options(name, overrides, [*extra, *known])
     if pretrained is True:
         raise ValueError(f"no installable package carries weights of {name}: give pretrained= a path")
-    model = kind(replace(config, **overrides))  # type: ignore[type-var]
+    backbone_weights = overrides.get("backbone_weights")
+    if pretrained is not False and backbone_weights is not None:
+        raise ValueError("give pretrained or backbone_weights, not both: the first has those of the backbone, too")
+    model = kind(replace(config, **{key: value for key, value in overrides.items() if key in known}))  # type: ignore[type-var]
     if pretrained is not False:
         load_weights(model, rename(read_weights(pretrained), model.state_dict()), name=name, where=pretrained)
+    if backbone_weights is not None:
+        load_backbone(model, backbone_weights, name=name)
     return model
+
+
+def load_backbone(model: nn.Module, path: str | Path, *, name: str) -> None:
+    """Load the weights of a classifier, trained on ImageNet for example, into ``model.backbone``; the rest stays as it is.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        See `read_weights` and `check_fit`.
+    """
+    backbone = model.backbone
+    state = backbone.of_classifier(read_weights(path))  # type: ignore[operator, union-attr]
+    load_weights(backbone, state, name=f"the backbone of {name}", where=path)  # type: ignore[arg-type]

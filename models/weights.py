@@ -19,6 +19,11 @@ __all__ = ["check_fit", "distribution_file", "load_weights", "read_weights", "st
 INDEX = "model.safetensors.index.json"
 Translate: TypeAlias = Callable[[str, Tensor], tuple[str, Tensor] | None]
 """(key in the file, tensor) -> (the model's key, tensor), or None for what the model does not have."""
+Join: TypeAlias = Callable[[str], int | None]
+"""Key -> the dimension along which a tensor was cut into slices; None: each file has the whole."""
+Entry: TypeAlias = tuple[str, Tensor, Callable[[], Tensor]]
+LARGE = 2**24
+"""Bytes from which a tensor of torch's file is mapped for itself."""
 
 
 def distribution_file(distribution: str, name: str) -> Path:
@@ -65,12 +70,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     ValueError
         Not a whole file of weights.
     """
-    return {name: read() for file in _files(Path(path)) for name, _, read in _entries(file)}
+    return {name: read() for name, _, read in _entries(Path(path), None)}
 
 
-def weight_shapes(path: str | Path) -> dict[str, Tensor]:
-    """What `read_weights` would give, as tensors without values (device meta); safetensors are not read for it."""
-    return {name: shape for file in _files(Path(path)) for name, shape, _ in _entries(file)}
+def weight_shapes(path: str | Path, *, join: Join | None = None) -> dict[str, Tensor]:
+    """What `read_weights` would give, as tensors without values (device meta); values are not read for it.
+
+    ``join``: as for `stream_weights`.
+    """
+    return {name: shape for name, shape, _ in _entries(Path(path), join)}
 
 
 def _files(path: Path) -> list[Path]:
@@ -94,15 +102,45 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
+def _entries(path: Path, join: Join | None) -> Iterator[Entry]:
+    """What a file or folder holds: of all shards, or of all slices if there are some and it is known how they are joined."""
+    slices = sorted(path.glob("consolidated.*.pth")) if join and path.is_dir() else []
+    if join and slices and not any((path / name).is_file() for name in ("model.safetensors", INDEX)):
+        return _joined(slices, join)
+    return (entry for file in _files(path) for entry in _entries_of(file))
+
+
+def _joined(files: list[Path], join: Join) -> Iterator[Entry]:
+    """What slices for several devices are slices of."""
+    for number, file in enumerate(files):
+        if file.name != (wanted := f"consolidated.{number:02}.pth"):
+            raise FileNotFoundError(f"{file.parent / wanted} is missing, though there is {files[-1].name}: slices are needed all")
+    first, *others = ({name: (shape, read) for name, shape, read in _entries_of(file)} for file in files)
+    for file, other in zip(files[1:], others):
+        stray = sorted(first.keys() ^ other.keys())
+        if stray:
+            raise ValueError(f"{stray[0]} is only in one of {files[0].name} and {file.name}: they are not slices of one model")
+    for name, (shape, read) in first.items():
+        dim, parts = join(name), [one[name] for one in (first, *others)]
+        if dim is None:
+            yield name, shape, read
+            continue
+        try:
+            whole = torch.cat([part for part, _ in parts], dim)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"the slices of {name} in {files[0].parent} do not fit each other: {error}") from None
+        yield name, whole, partial(_concatenate, [reader for _, reader in parts], dim)
+
+
+def _concatenate(readers: list[Callable[[], Tensor]], dim: int) -> Tensor:
+    return torch.cat([read() for read in readers], dim)
+
+
+def _entries_of(file: Path) -> Iterator[Entry]:
     """(key, shape as a meta tensor, reader of the values) of each tensor in a file."""
     if file.suffix in (".pth", ".pt", ".bin"):
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, UnpicklingError, EOFError) as error:
-            raise ValueError(f"{file} is not a whole file of tensors ({error})") from None
-        for name, value in state.items():
-            yield name, value.to("meta"), value.clone
+        for name, value in _mapped(file).items():
+            yield name, value.to("meta"), value.clone if value.nbytes < LARGE else partial(_read_mapped, file, name)
         return
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -119,6 +157,19 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+
+def _mapped(file: Path) -> dict[str, Tensor]:
+    """The tensors of torch's file, in pages of the file that come into memory when they are read."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        raise ValueError(f"{file} is not a whole file of tensors ({error})") from None
+
+
+def _read_mapped(file: Path, name: str) -> Tensor:
+    """A large tensor, in memory of its own: mapped for itself, so that its pages are let go at once."""
+    return _mapped(file)[name].clone()
 
 
 def _read(file: Path, name: str) -> Tensor:
@@ -156,11 +207,18 @@ def load_weights(
 
 
 def stream_weights(
-    model: nn.Module, path: str | Path, *, name: str, translate: Translate, dtype: torch.dtype | None = None
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str,
+    translate: Translate,
+    dtype: torch.dtype | None = None,
+    join: Join | None = None,
 ) -> None:
-    """Load weights tensor by tensor: memory holds the model and one tensor.
+    """Load weights tensor by tensor: memory holds the model and one tensor (and its slices).
 
     Parameters of a model on the meta device come into being, in ``dtype`` (None: the file's); others are filled in place.
+    With ``join`` the folder may hold slices for several devices, ``consolidated.00.pth``, ``consolidated.01.pth``, ...
 
     Raises
     ------
@@ -168,24 +226,23 @@ def stream_weights(
         As `read_weights` and `check_fit`; nothing is loaded then.
     """
     own = model.state_dict(keep_vars=True)
-    found = (translate(key, shape) for key, shape in weight_shapes(path).items())
+    found = (translate(key, shape) for key, shape in weight_shapes(path, join=join).items())
     check_fit(own, dict(item for item in found if item is not None), name=name, where=path)
     made: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    for file in _files(Path(path)):
-        for key, shape, read in _entries(file):
-            if translate(key, shape) is None:
-                continue
-            target, value = translate(key, read())  # type: ignore[misc]
-            old = own[target]
-            if not old.is_meta:
-                with torch.no_grad():
-                    old.copy_(value)
-                continue
-            module, _, leaf = target.rpartition(".")
-            value = value.to(dtype) if dtype is not None else value
-            if id(old) not in made:
-                made[id(old)] = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
-            setattr(model.get_submodule(module), leaf, made[id(old)])
+    for key, shape, read in _entries(Path(path), join):
+        if translate(key, shape) is None:
+            continue
+        target, value = translate(key, read())  # type: ignore[misc]
+        old = own[target]
+        if not old.is_meta:
+            with torch.no_grad():
+                old.copy_(value)
+            continue
+        module, _, leaf = target.rpartition(".")
+        value = value.to(dtype) if dtype is not None else value
+        if id(old) not in made:
+            made[id(old)] = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
+        setattr(model.get_submodule(module), leaf, made[id(old)])
 
 
 def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], *, name: str, where: str | Path) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from compiler.program import Program
     from hw.arch import PRESETS, Arch, get_arch
     from hw.verilog import verilog
-    from models import create_model, list_models, model_info
+    from models import MaskTarget, PointTarget, Target, create_model, generate, list_models, model_info, pad_images
     from nmforge.api import compile, verify
     from sim.compare import compare
     from sim.handle import Dut
@@ -51,10 +51,13 @@ __all__ = [
     "FisherPruner",
     "FlipTracker",
     "IDPConfig",
+    "MaskTarget",
     "MemoryModel",
     "PartitionedProgram",
+    "PointTarget",
     "Program",
     "Run",
+    "Target",
     "Trace",
     "UntraceableError",
     "advance",
@@ -66,12 +69,14 @@ __all__ = [
     "finalize",
     "freeze_masks",
     "from_semi_structured",
+    "generate",
     "get_arch",
     "list_models",
     "load",
     "load_compressed",
     "load_pruned",
     "model_info",
+    "pad_images",
     "permute_channels",
     "prune_channels",
     "run_idp",
@@ -92,12 +97,15 @@ _HOMES = {
     "FlipTracker": "algo.flips:FlipTracker",
     "IDPConfig": "algo.idp:IDPConfig",
     "METHODS": "algo.methods:METHODS",
+    "MaskTarget": "models:MaskTarget",
     "MemoryModel": "sim.memory:MemoryModel",
     "NM": "algo.nm:NM",
     "PRESETS": "hw.arch:PRESETS",
     "PartitionedProgram": "compiler.partitioned:PartitionedProgram",
+    "PointTarget": "models:PointTarget",
     "Program": "compiler.program:Program",
     "Run": "sim.simulate:Run",
+    "Target": "models:Target",
     "Trace": "sim.trace:Trace",
     "UntraceableError": "algo.capture:UntraceableError",
     "advance": "algo.sparsify:advance",
@@ -109,12 +117,14 @@ _HOMES = {
     "finalize": "algo.sparsify:finalize",
     "freeze_masks": "algo.sparsify:freeze_masks",
     "from_semi_structured": "algo.compressed:from_semi_structured",
+    "generate": "models:generate",
     "get_arch": "hw.arch:get_arch",
     "list_models": "models:list_models",
     "load": "compiler.partitioned:load",
     "load_compressed": "algo.compressed:load_compressed",
     "load_pruned": "algo.surgery:load_pruned",
     "model_info": "models:model_info",
+    "pad_images": "models:pad_images",
     "permute_channels": "algo.permute:permute_channels",
     "prune_channels": "algo.surgery:prune_channels",
     "run_idp": "algo.idp:run_idp",

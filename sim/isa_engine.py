@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,7 @@ class _Machine:
         self.total: Int = np.zeros(arch.rows, np.int64)
         self.sequence = SequenceState()
         self.rows: list[Bytes] = []  # sent to the lanes, not used yet
+        self.held: Bytes = np.zeros((0, arch.rows), np.uint8)  # the columns in the lanes
         self.scales: list[tuple[Int, Int]] = []
         self.decoded: OrderedDict[tuple[int, ...], tuple[Bytes, Bytes, NDArray[np.float32]]] = OrderedDict()
 
@@ -186,11 +187,11 @@ class _Machine:
             self.table = self.view(ins.p_addr, 256).view(np.int8).copy()
             return
         before = self.sequence
-        self.sequence = SequenceState(before.rows, before.scales)
+        self.sequence = replace(before)
         if self.sequence.step(ins) != ErrorCode.NONE:
             raise _Stop(
                 ErrorCode.SEQUENCE,
-                f"rows waiting {before.rows}, row scales waiting {before.scales}, operand "
+                f"rows waiting {before.rows}, row scales waiting {before.scales}, columns held {before.columns[0]}, operand "
                 f"{Operand(ins.operand).name}, k {ins.k}, scale {Scale(ins.scale).name}, "
                 f"out {Out(ins.out).name}",
             )
@@ -210,8 +211,11 @@ class _Machine:
             return np.zeros((ins.cols, self.arch.rows), np.int64)
         if ins.source == Source.STREAM:
             return self.window(ins, ins.cols).view(np.int8).astype(np.int64)
-        raw = self.rows.pop(0) if ins.operand == Operand.ROWS else self.window(ins, ins.k)
-        activations = raw if ins.a_unsigned else raw.view(np.int8)
+        if ins.operand == Operand.ROWS:
+            self.held = self.rows.pop(0)
+        elif ins.operand == Operand.MEMORY:
+            self.held = self.window(ins, ins.k).copy()  # memory may change before they are used again
+        activations = self.held if ins.a_unsigned else self.held.view(np.int8)
         weights = self.dense_weights(ins) if ins.format == Format.DENSE else self.sparse_weights(ins)
         kind = np.float32 if ins.k * 128 * (255 if ins.a_unsigned else 128) <= FLOAT32_EXACT else np.float64
         product = weights.astype(kind, copy=False) @ activations.astype(kind)

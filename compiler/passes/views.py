@@ -36,7 +36,7 @@ def drop_views(graph: Graph) -> Graph:
     renamed = {}
     for name in graph.outputs:
         node = graph.nodes[name]
-        if isinstance(node, View) and node.layout.is_contiguous():
+        if isinstance(node, View) and node.layout.is_contiguous() and prod(node.shape) == prod(graph.nodes[node.inputs[0]].shape):
             renamed[name] = node.inputs[0]
     return graph.rewrite(graph.nodes.values(), renamed=renamed)
 

@@ -11,6 +11,7 @@ from algo.instruct import (
     START,
     Example,
     TokenBatch,
+    answer_of,
     collate,
     encode,
     example_batches,
@@ -38,7 +39,7 @@ def test_only_the_answer_has_labels():
     prompt = labels.count(IGNORED)
     assert labels[:prompt] == [IGNORED] * prompt and labels[prompt:] == tokens[prompt:]
     assert TOKENIZER.decode(tokens[1:prompt]) == prompt_of(EXAMPLE) and tokens[0] == START
-    assert TOKENIZER.decode(tokens[prompt:-1]) == "no" and tokens[-1] == END
+    assert TOKENIZER.decode(tokens[prompt:-1]) == answer_of(EXAMPLE) == " no" and tokens[-1] == END
     assert "### Text" not in prompt_of(Example("Say hello.", "", "hello"))
 
 
@@ -47,8 +48,8 @@ def test_only_the_answer_has_labels():
 def test_long_texts_are_cut_and_answers_kept(words, length):
     tokens, labels = encode(TOKENIZER, Example("Did they like it?", " ".join(words), "yes"), length)
     assert len(tokens) == len(labels) <= length
-    assert TOKENIZER.decode(tokens[labels.count(IGNORED) : -1]) == "yes"
-    assert TOKENIZER.decode(tokens).endswith("### Answer\nyes")
+    assert TOKENIZER.decode(tokens[labels.count(IGNORED) : -1]) == " yes"
+    assert TOKENIZER.decode(tokens).endswith("### Answer: yes")
 
 
 def test_too_short_a_length():

@@ -31,6 +31,14 @@ def test_heads_are_dense_unless_named():
     assert dense_reasons(model, "2:4") == {"head": "excluded by 'head'", "classifier.0": "excluded by 'classifier.*'"}
 
 
+def test_an_output_at_the_top_is_a_head_and_that_of_an_attention_is_not():
+    block = nn.ModuleDict({"attention": nn.ModuleDict({"query": nn.Linear(8, 8), "output": nn.Linear(8, 8)})})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block]), "output": nn.Linear(8, 8)})
+    wanted = ["layers.0.attention.query", "layers.0.attention.output"]
+    assert list(match_patterns(model, "2:4")) == wanted
+    assert list(match_patterns(nn.ModuleDict({"base": model}), "2:4")) == [f"base.{name}" for name in wanted]
+
+
 def test_depthwise_convolutions_stay_dense_and_say_why():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2), nn.Conv1d(6, 4, 3))
     assert match_patterns(model, "2:4") == {"1": NM("2:4"), "2": NM("2:4")}

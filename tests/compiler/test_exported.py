@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from compiler.exported import export, is_getitem, module_path, source_line
+from compiler.graph import CompileError
 from tests.compiler.modules import Apply
 from tests.compiler.networks import retriever
 
@@ -32,6 +34,33 @@ def test_several_results_of_constants() -> None:
 def test_chance_is_no_constant() -> None:
     exported = export(Apply(lambda m, x: x + torch.rand(2)), torch.zeros(2, 2))
     assert exported.constant(exported.operators[0]) is None
+
+
+def test_attention_of_constants_is_constant() -> None:
+    module = Apply(lambda m, x: x + F.scaled_dot_product_attention(m.q, m.q, m.q), q=nn.Parameter(torch.randn(1, 3, 4)))
+    exported = export(module, torch.zeros(1, 3, 4))
+    assert exported.constant(exported.operators[0]) is not None
+    training = lambda m, x: x + F.scaled_dot_product_attention(m.q, m.q, m.q, dropout_p=0.5)
+    exported = export(Apply(training, q=nn.Parameter(torch.randn(1, 3, 4))), torch.zeros(1, 3, 4))
+    assert exported.constant(exported.operators[0]) is None
+
+
+def test_results_that_are_none_are_left_out() -> None:
+    exported = export(Apply(lambda m, x: (None, x + 1, {"a": None, "b": x * 2})), torch.zeros(2, 2))
+    assert [node.name for node in exported.outputs] == ["add", "mul"]
+    with pytest.raises(CompileError, match="a compiled module must return tensors, not int"):
+        _ = export(Apply(lambda m, x: (x + 1, 3)), torch.zeros(2, 2)).outputs
+
+
+@pytest.mark.parametrize("equation", ["bqc,bchw->bqhw", "bqc,bkc->bqk", "bqc,dc->bqd", "bqc->bc"])
+def test_einsum_is_written_in_products(equation: str) -> None:
+    shapes = {"b": 2, "q": 3, "c": 4, "h": 5, "w": 6, "k": 7, "d": 8}
+    operands = [torch.randn([shapes[axis] for axis in part]) for part in equation.split("->")[0].split(",")]
+    module = Apply(lambda m, *x: torch.einsum(equation, *x))
+    exported = export(module, tuple(operands))
+    assert not any("einsum" in str(node.target) for node in exported.operators)
+    (result,) = exported.program.module()(*operands),
+    torch.testing.assert_close(result, torch.einsum(equation, *operands))
 
 
 def test_where_an_operator_stands() -> None:

@@ -155,3 +155,13 @@ def test_a_line_about_an_operator() -> None:
 def test_segments_are_legal_programs() -> None:
     _, found = _parted(*retriever())
     assert all(stage.graph.stage == "fuse" for stage in found.stages if isinstance(stage, Segment))
+
+
+@pytest.mark.parametrize("last", [torch.log, torch.reciprocal, lambda x: 1 / x, lambda x: torch.ones_like(x) / x])
+def test_what_must_not_become_zero_stays_on_the_host(last) -> None:
+    """A probability of 1e-5 is 0 in 8 bits, and its logarithm infinite."""
+    module = Apply(lambda m, x: last(m.a(x).sigmoid().clamp(min=1e-5)[:, :2].flip(0)), a=nn.Linear(8, 4))
+    exported, found = _parted(module, torch.randn(3, 8))
+    assert kinds(found) == ["accelerator", "host"]
+    assert [node.target for node in found.segments[0].nodes] == [torch.ops.aten.linear.default]
+    assert found.reasons["clamp"].startswith("a logarithm or a quotient on the host needs it")

@@ -214,6 +214,14 @@ def test_grouped_queries():
         assert (node.heads, node.kv_heads) == (4, 2), name
 
 
+@pytest.mark.parametrize("cut", [lambda y: y[:, 0], lambda y: y[:, :3], lambda y: y.flatten(0, 1)[:5]])
+def test_a_first_part_is_not_the_whole(cut):
+    """The first rows of a tensor lie where the tensor lies, but are fewer."""
+    module = Apply(lambda m, x: cut(m.a(x)), a=nn.Linear(24, 24))
+    with pytest.raises(CompileError, match="this rearrangement of data is supported only around attention heads"):
+        optimise(trace(module, torch.randn(1, 7, 24)))
+
+
 def test_the_passes_are_one_visible_list():
     names = [transform.__name__ for transform in PASSES]
     assert names[0] == "match_norms" and names[-1] == "fuse"

@@ -78,6 +78,7 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     for opcode in (Opcode.TILE, Opcode.TABLE, Opcode.HALT):
         add("reserved bits are set", base=Instruction(opcode=opcode), reserved=1)
     add("source has no such value", source=3)
+    add("operand has no such value", operand=3)
     add("format has no such value", format=3)
     add("scale has no such value", scale=3)
     for value in (6, 7):
@@ -107,6 +108,7 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     if arch.row_groups < 32:
         add(text, a_rotate=arch.row_groups)
     add(text, a_rotate=1, operand=Operand.ROWS)
+    add(text, a_rotate=1, operand=Operand.HELD)
     add(text, a_rotate=1, source=Source.ZERO)
     add("w_dep with a sparse format", base=sparse, w_dep=1)
     text = "psum_out with post-processing or a destination"
@@ -162,6 +164,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
         add("o_stride", alignment, out=Out.STORE8T, o_stride=column)
     text = "operand ROWS without an earlier TILE"
     cases.append(Malformed(text, good_tile(operand=Operand.ROWS).encode(), ErrorCode.SEQUENCE, text))
+    text = "operand HELD without an earlier TILE"
+    cases.append(Malformed(text, good_tile(operand=Operand.HELD).encode(), ErrorCode.SEQUENCE, text))
     text = "scale ROW without an earlier TILE"
     cases.append(Malformed(text, good_tile(scale=Scale.ROW).encode(), ErrorCode.SEQUENCE, text))
     return cases

@@ -61,6 +61,8 @@ def test_images_of_any_size():
 
 def test_tokens():
     check_tokens(torch.zeros(2, 5, dtype=torch.int64), 5)
+    with pytest.raises(TypeError, match="token numbers must be integers, not torch.float32"):
+        check_tokens(torch.zeros(2, 5), 5)
     with pytest.raises(ValueError, match="6 tokens, but the model has 5 positions: truncate the input"):
         check_tokens(torch.zeros(2, 6, dtype=torch.int64), 5)
     with pytest.raises(ValueError, match=r"token numbers must be \(B, S\), not \(6,\)"):

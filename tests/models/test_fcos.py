@@ -13,6 +13,7 @@ from models.boxes import paired_iou
 from models.detection import Target
 from models.fcos import assign_cells
 from models.losses import sigmoid_focal_loss
+from tests.models.sparse_checks import check_fisher
 
 
 def tiny(**overrides):
@@ -145,6 +146,15 @@ def test_wrong_input():
     torch.nn.init.constant_(model.head.centre.bias, float("nan"))
     with pytest.raises(ValueError, match="the loss 'centre' is not finite"):
         model.losses(images, [target((4, 4, 40, 36))])
+
+
+def test_fisher_pruning_takes_channels_of_backbone_and_pyramid():
+    torch.manual_seed(0)
+    model, images = tiny(), torch.randn(2, 3, 64, 64)
+    targets = [target((4, 4, 40, 36)), target((10, 20, 30, 60), (0, 0, 20, 20))]
+    loss = lambda model: sum(model.losses(images, targets).values())
+    check_fisher(model, images, loss, target=0.8, parts=("backbone.layer1", "fpn.output"))
+    assert len(model.eval().predict(images, threshold=0.0, top=5)[0].boxes) == 5
 
 
 def test_sparsify_and_channels():

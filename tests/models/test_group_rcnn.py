@@ -12,6 +12,7 @@ from models.boxes import pairwise_iou
 from models.detection import Target
 from models.group_rcnn import (
     Groups,
+    ImagePart,
     StageOutput,
     assign_instances,
     group_proposals,
@@ -21,6 +22,7 @@ from models.group_rcnn import (
 )
 from models.points import PointTarget, sample_points
 from models.roi import pyramid_roi_align
+from tests.models.sparse_checks import check_fisher
 
 
 def tiny(**overrides):
@@ -307,19 +309,17 @@ def test_sparsify():
     assert len(model.predict(images, points)[0].boxes) == 2
 
 
-def test_channels_of_backbone_and_pyramid():
-    """The whole cannot be recorded (NMS depends on values), its RetinaNet part can."""
-
-    class Dense(torch.nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.backbone, self.fpn, self.head = model.backbone, model.fpn, model.head
-
-        def forward(self, images):
-            return self.head(self.fpn(self.backbone(images)))
-
-    model = tiny()
+def test_fisher_pruning_of_what_comes_before_the_points():
+    """The whole cannot be recorded (NMS depends on values), what it computes of images can; it is trained as a whole."""
+    torch.manual_seed(0)
+    model, (images, targets, points) = tiny().train(), scene(2, 1)
     assert isinstance(model, GroupRCNN)
-    graph = channel_groups(Dense(model), torch.randn(1, 3, 64, 64))
-    assert set(graph.group("fpn.lateral.0").producers) == {f"fpn.lateral.{level}" for level in range(3)}  # they are added
-    assert graph.group("fpn.output.0").consumers[:2] == ("head.class_tower.0.0", "head.box_tower.0.0")
+    graph = channel_groups(ImagePart(model), images)
+    assert set(graph.group("model.fpn.lateral.0").producers) == {f"model.fpn.lateral.{level}" for level in range(3)}  # are added
+    readers = graph.group("model.fpn.output.0").consumers
+    assert {"model.head.class_tower.0.0", "model.head.box_tower.0.0", "model.projection"} <= set(readers)
+    check_fisher(
+        ImagePart(model), images, lambda part: sum(part.model.losses(images, targets, points).values()), target=0.8,
+        parts=("model.backbone.layer2", "model.fpn.output", "model.head.box_tower"),
+    )  # fmt: skip
+    assert [len(found.boxes) for found in model.eval().predict(images, points)] == [2, 1]

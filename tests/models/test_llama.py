@@ -231,6 +231,52 @@ def test_weights_of_another_size(tmp_path):
         create_model("llama_tiny", pretrained=tmp_path / "w.safetensors", **deeper)
 
 
+def slices(folder, state, count):
+    """As Meta writes them for ``count`` devices: rows of what spreads channels, columns of what collects them, norms whole."""
+    for device in range(count):
+        part = {}
+        for key, value in state.items():
+            by_columns = key.split(".")[-2] in ("wo", "w2", "tok_embeddings")
+            whole = value.ndim == 1
+            part[key] = value if whole else value.chunk(count, 1 if by_columns else 0)[device].clone()
+        torch.save(part | {"rope.freqs": torch.ones(4)}, folder / f"consolidated.{device:02}.pth")
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_slices_of_meta_are_joined(tmp_path, count):
+    torch.manual_seed(0)
+    config = LlamaConfig(layers=2, hidden=32, heads=4, intermediate=48, vocabulary=64, positions=24)
+    model, ids = Llama(config).eval(), tokens(config)
+    slices(tmp_path, model.state_dict(), count)
+    (tmp_path / "params.json").write_text("{}")
+    again = create_model("llama_tiny", pretrained=tmp_path, **overrides(config))
+    assert torch.equal(again(ids), model(ids))
+    half = create_model("llama_tiny", pretrained=tmp_path, dtype=torch.float16, **overrides(config))
+    assert torch.equal(half.layers[1].attention.wo.weight, model.layers[1].attention.wo.weight.half())
+
+
+def test_slices_that_do_not_belong_together(tmp_path):
+    config = LlamaConfig(layers=2, hidden=32, heads=4, intermediate=48, vocabulary=64, positions=24)
+    slices(tmp_path, Llama(config).state_dict(), 4)
+    wide = overrides(config) | {"hidden": 64}
+    with pytest.raises(ValueError, match=r"tok_embeddings.weight is \(64, 32\), the model's \(64, 64\)"):
+        create_model("llama_tiny", pretrained=tmp_path, **wide)
+    last = tmp_path / "consolidated.03.pth"
+    state = torch.load(last)
+    last.unlink()
+    with pytest.raises(ValueError, match=r"tok_embeddings.weight is \(64, 24\), the model's \(64, 32\)"):
+        create_model("llama_tiny", pretrained=tmp_path, **overrides(config))
+    torch.save({key: value for key, value in state.items() if "layers.1" not in key}, last)
+    with pytest.raises(ValueError, match="is only in one of consolidated.00.pth and consolidated.03.pth: they are not slices of"):
+        create_model("llama_tiny", pretrained=tmp_path, **overrides(config))
+    torch.save(state | {"output.weight": torch.ones(16, 31)}, last)
+    with pytest.raises(ValueError, match="the slices of output.weight in .* do not fit each other"):
+        create_model("llama_tiny", pretrained=tmp_path, **overrides(config))
+    (tmp_path / "consolidated.01.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"consolidated.01.pth is missing, though there is consolidated.03.pth"):
+        create_model("llama_tiny", pretrained=tmp_path, **overrides(config))
+
+
 PEAK = """
 import resource, sys, torch
 from models import create_model
@@ -245,9 +291,10 @@ print(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20, (af
 """
 
 
-def test_loading_shards_does_not_double_memory(tmp_path):
+@pytest.mark.parametrize("write", [shards, slices])
+def test_loading_shards_and_slices_does_not_double_memory(tmp_path, write):
     sizes = {"layers": 8, "hidden": 512, "heads": 8, "intermediate": 2048, "vocabulary": 8000}
-    shards(tmp_path, create_model("llama_tiny", **sizes).state_dict(), count=2)
+    write(tmp_path, create_model("llama_tiny", **sizes).state_dict(), count=2)
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
     model, grown = map(float, done.stdout.split())
     assert model > 150 and grown < 1.2 * model, f"a model of {model:.0f} MiB took {grown:.0f} MiB"
@@ -306,7 +353,7 @@ def test_wrong_use():
 def test_made_sparse(name):
     torch.manual_seed(0)
     model, ids = create_model(name), tokens(CONFIGS["llama_tiny"])
-    sparsify(model, "2:4", method="magnitude", exclude=["*output"])  # a name that does not tell that it is a head
+    sparsify(model, "2:4", method="magnitude")
     finalize(model)
     verify(model, model_patterns(model))
     patterns = {layer: str(nm) for layer, nm in model_patterns(model).items()}
