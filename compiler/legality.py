@@ -53,11 +53,11 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "match_rotations": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_products": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
+        "match_elementwise": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
         "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
         "fold_biases": {*_PLAIN, *_ATTENTION, View, Constant},
-        "place_constants": {*_PLAIN, *_ATTENTION, View},
+        "fix_constants": {*_PLAIN, *_ATTENTION, View},
         "sink_views": {*_PLAIN, *_ATTENTION, View},
         "split_linears": {*_PLAIN, *_ATTENTION, View},
         "match_heads": {*_PLAIN, Attention, MatMul, View},
@@ -152,7 +152,7 @@ def _operands_first(graph: Graph) -> Iterator[Problem]:
 
 
 _EARLY = (
-    "trace", "match_norms", "match_rotations", "fold_functions", "match_products", "match_scores", "fold_masks", "fold_biases",
+    "trace", "match_norms", "match_rotations", "fold_functions", "match_elementwise", "match_scores", "fold_masks", "fold_biases",
 )  # fmt: skip
 """Stages at which constants and masks may still be broadcast."""
 

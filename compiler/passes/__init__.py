@@ -12,13 +12,13 @@ from dataclasses import replace
 from compiler.graph import Graph
 from compiler.legality import check
 from compiler.passes.attention import match_heads, match_scores
+from compiler.passes.elementwise import fix_constants, match_elementwise
 from compiler.passes.functions import fold_functions
 from compiler.passes.fuse import fuse
 from compiler.passes.images import place_images
 from compiler.passes.linears import fold_biases, fold_scales, split_linears
 from compiler.passes.masks import fold_masks
 from compiler.passes.norms import match_norms
-from compiler.passes.products import match_products, place_constants
 from compiler.passes.rotations import fold_gathers, match_rotations
 from compiler.passes.views import drop_views, sink_views
 
@@ -30,11 +30,11 @@ PASSES: tuple[Pass, ...] = (
     match_norms,  # x * rsqrt(mean(x^2) + eps) becomes one norm
     match_rotations,  # rotary positions become two products and a sum
     fold_functions,  # x * sigmoid(x) and the like become one function
-    match_products,  # a * b of activations, and of a constant
+    match_elementwise,  # a * b of activations, and of a constant
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask
     fold_biases,  # a constant vector added or multiplied after a Linear goes into it
-    place_constants,  # other constants that data is added to or multiplied with
+    fix_constants,  # other constants that data is added to or multiplied with
     sink_views,  # reshapes and transposes move behind the operators that do not care
     split_linears,  # a Linear whose result is cut into channel ranges becomes several
     sink_views,  # the ranges are whole tensors now, and their views can move

@@ -1,4 +1,4 @@
-"""match_products and place_constants: element-wise products, and constant tensors that data meets."""
+"""match_elementwise and fix_constants: element-wise products, and constant tensors that data meets."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from compiler.graph import Add, Aten, Constant, Fixed, Graph, Input, Linear, MatMul, Mul, Node, Softmax, View
 
-__all__ = ["match_products", "place_constants"]
+__all__ = ["fix_constants", "match_elementwise"]
 
 aten = torch.ops.aten
 
 
-def match_products(graph: Graph) -> Graph:
+def match_elementwise(graph: Graph) -> Graph:
     """``a * b`` of equal shapes, of a value per row (which a Linear of ones spreads over the channels), or with a constant
     tensor becomes a `Mul`, the constant second. A constant factor of probabilities goes behind their product with the values,
     or into values that are constant."""
@@ -71,7 +71,7 @@ def _gated(product: MatMul, nodes: dict[str, Node]) -> list[Node]:
     return [inner, whole]
 
 
-def place_constants(graph: Graph) -> Graph:
+def fix_constants(graph: Graph) -> Graph:
     """A constant operand of a sum or product becomes a `Fixed` of its shape, and the second operand."""
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
