@@ -278,7 +278,8 @@ def _segment_batches(stage: Segment, values: list[dict[str, Tensor]]) -> list[di
 
 def _by_rows(stage: Segment, name: str) -> bool:
     """Whether a graph's input is an exported tensor of heads, turned."""
-    return stage.graph.nodes[name].shape != tuple(stage.inputs[name].meta["val"].shape)
+    node = stage.graph.nodes[name]
+    return (getattr(node, "given", None) or node.shape) != tuple(stage.inputs[name].meta["val"].shape)
 
 
 def _turning(turned: Mapping[str, Any]) -> HostPart:
@@ -380,7 +381,7 @@ def _model_tensor(graph: Graph, network: QuantNetwork, name: str, outside: str =
         name=outside or node.name,
         tensor=tensor.name,
         image=image,
-        shape=tuple(node.shape),
+        shape=tuple(getattr(node, "given", None) or node.shape),
         dtype=str(getattr(node, "dtype", "torch.float32")),
         scale=tensor.scale,
         kind="keymask" if tensor.dtype == "keymask" else "activation",

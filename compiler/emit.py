@@ -91,7 +91,11 @@ class Emitter:
         """Column `channel` of a row tile (layouts "columns" and "keys")."""
         info = self.tensors[name]
         size = self.arch.rows * (2 if info.dtype == "int16" else 1)
-        return At(name, (tile * info.shape[2] + channel) * size)
+        return At(name, (tile * self.pitch(name) + channel) * size)
+
+    def pitch(self, name: str) -> int:
+        """Columns from one row tile to the next."""
+        return self.tensors[name].pitch or self.tensors[name].shape[2]
 
     def transposed(self, name: str, batch: int, head: int, row: int) -> At:
         """Row `row` of the first block of a head (layout "transposed")."""

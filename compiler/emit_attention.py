@@ -162,7 +162,7 @@ class _AttentionEmitter:
                         "k": k1 - k0,
                         "cols": stop - start,
                         "w_dep": 1,
-                        "w_stride": self.channels * rows,
+                        "w_stride": parent.pitch(self.keys) * rows,
                         "psum_in": int(place > 0),
                         **(fields if final else {"psum_out": 1}),
                     },

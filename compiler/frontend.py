@@ -33,6 +33,7 @@ from compiler.graph import (
     LayerNorm,
     Linear,
     MatMul,
+    Move,
     Node,
     Norm,
     Operand,
@@ -43,7 +44,7 @@ from compiler.graph import (
 )
 from compiler.layout import Layout, LayoutError
 
-__all__ = ["FUNCTIONS", "IMPORTS", "MASKED", "VIEWS", "by_rows", "import_part", "import_whole", "mask_operands", "trace"]
+__all__ = ["FUNCTIONS", "IMPORTS", "MASKED", "MOVES", "VIEWS", "by_rows", "import_part", "import_whole", "mask_operands", "trace"]
 
 aten = torch.ops.aten
 MASKED = -1000.0
@@ -125,6 +126,18 @@ VIEWS = frozenset({
 })  # fmt: skip
 """Operators of one tensor that move elements."""
 
+MOVES = VIEWS | {
+    aten.cat.default, aten.stack.default, aten.roll.default, aten.flip.default, aten.constant_pad_nd.default, aten.pad.default,
+    aten.repeat.default, aten.tile.default, aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default,
+    aten.upsample_nearest1d.vec, aten.upsample_nearest1d.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default,
+    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default, aten.replication_pad1d.default, aten.replication_pad2d.default, aten.channel_shuffle.default,
+    aten.unfold.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.narrow.default, aten.movedim.int,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.squeeze.default,
+    aten.squeeze.dims, aten.unflatten.int, aten.t.default,
+}  # fmt: skip
+"""Operators that move elements, of one tensor or several, or put zeros between them."""
+
 
 def _heads_from_outside(chosen: list[fx.Node]) -> set[fx.Node]:
     """Queries, keys and values (batch, heads, rows, channels) that attention takes from other stages."""
@@ -168,6 +181,14 @@ def _is_scores(exported: Exported, value: Any) -> bool:
     if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
         node = cast(fx.Node, node.args[0])
     return node.target in _PRODUCTS and all(exported.constant(item) is None for item in node.all_input_nodes[:2])
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """Whether an operator moves elements by constant indices, and pads with nothing but zeros."""
+    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
+        rest = [*node.args[2:], *node.kwargs.values()]
+        return all(item in ("constant", "reflect", "replicate", "circular", None, 0) for item in rest)
+    return node.target in MOVES
 
 
 class _Importer:
@@ -273,17 +294,18 @@ class _Importer:
             self.problems.append(f"{where}: {node.target} gives {dtype_name(value.dtype)} {tuple(value.shape)}")
 
     def _carry(self, node: fx.Node) -> Any:
-        """The operator as an `Aten` node."""
+        """The operator as an `Aten` node, or a `Move`."""
         operands = list(node.all_input_nodes)
+        kind = Move if _only_moves(node) and all(isinstance(self.value(item), Node) for item in operands) else Aten
         names = tuple(self.value(item).name for item in operands)
         args, kwargs = mapped(node, lambda item: Operand(operands.index(item)))
         value = node.meta["val"]
         fields: dict[str, Any] = {"target": cast(Any, node.target), "args": tuple(args), "kwargs": kwargs}
         if isinstance(value, Tensor):
-            return self.make(Aten, node, names, **fields)
+            return self.make(kind, node, names, **fields)
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else () for part in value]
         return [
-            self.make(Aten, node, names, name=f"{node.name}.{i}", shape=shape, result=i, **fields)
+            self.make(kind, node, names, name=f"{node.name}.{i}", shape=shape, result=i, **fields)
             for i, shape in enumerate(shapes)
         ]
 
@@ -396,6 +418,11 @@ def _reshape(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return importer.view(
         node, a["self"], Layout.contiguous(a["self"].shape).reshape(tuple(node.meta["val"].shape))
     )
+
+
+@_imports(aten.pad.default, aten.constant_pad_nd.default)
+def _pad(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    return a["self"] if tuple(node.meta["val"].shape) == a["self"].shape else None
 
 
 @_imports(aten.permute.default)
@@ -579,8 +606,14 @@ def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 @_imports(aten.softmax.int, aten._softmax.default)
 def _softmax(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    last = a["dim"] in (-1, len(a["self"].shape) - 1)
-    return importer.make(Softmax, node, (a["self"].name,)) if last else None
+    x, rank = a["self"], len(a["self"].shape)
+    order = list(range(rank))
+    order[a["dim"]], order[-1] = order[-1], order[a["dim"]]
+    if order == list(range(rank)):
+        return importer.make(Softmax, node, (x.name,))
+    turned = importer.view(node, x, Layout.contiguous(x.shape).permute(tuple(order)), f"{node.name}.turned")
+    shares = importer.make(Softmax, node, (turned.name,), name=f"{node.name}.shares", shape=turned.shape)
+    return importer.view(node, shares, Layout.contiguous(shares.shape).permute(tuple(order)))
 
 
 # -- element by element --------------------------------------------------------------------------------------
@@ -596,6 +629,18 @@ def _add(importer: _Importer, node: fx.Node, a: Bound) -> Any:
             Scale, node, (y.name,), name=f"{node.name}.alpha", shape=y.shape, factor=float(a["alpha"])
         )
     return importer.make(Add, node, (x.name, y.name))
+
+
+@_imports(aten.sub.Tensor)
+def _sub(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    x, y = a["self"], a["other"]
+    if not isinstance(x, Node) or not isinstance(y, Node) or isinstance(x, Constant) or isinstance(y, Constant):
+        return None
+    operands = [item.meta["val"] for item in node.all_input_nodes]
+    if len(operands) != 2 or any(not value.is_floating_point() or value.shape != node.meta["val"].shape for value in operands):
+        return None
+    other = importer.make(Scale, node, (y.name,), name=f"{node.name}.negative", shape=y.shape, factor=-float(a["alpha"]))
+    return importer.make(Add, node, (x.name, other.name))
 
 
 @_imports(aten.mul.Tensor, aten.mul.Scalar)
@@ -702,3 +747,4 @@ def _function(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 
 import compiler.image_imports  # noqa: E402, F401  registers its imports, and needs the functions above
+import compiler.resampling  # noqa: E402, F401  likewise

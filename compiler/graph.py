@@ -7,6 +7,7 @@ every pass can be checked against the module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,19 +38,25 @@ __all__ = [
     "Linear",
     "MatMul",
     "MaxPool",
+    "Move",
     "Mul",
     "Node",
     "Norm",
     "Operand",
+    "Part",
     "Pointwise",
     "Post",
     "Problem",
+    "Product",
+    "Rearrange",
     "Scale",
     "ScaledDotProduct",
     "Softmax",
+    "Transpose",
     "Unfold",
     "View",
     "named_inputs",
+    "windows",
 ]
 
 Shape = tuple[int, ...]
@@ -177,9 +184,11 @@ class Node:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Input(Node):
-    """An argument of the module: float32 data, or a mask of any integer type or bool."""
+    """An argument of the module: float32 data, or a mask of any integer type or bool. ``given``: its shape there, if that has one
+    dimension or more than three, of which the inner ones are joined."""
 
     dtype: torch.dtype
+    given: Shape | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -218,6 +227,17 @@ class Aten(Node):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Move(Aten):
+    """A torch operator that only moves elements, and perhaps puts zeros between them: it does the same to numbers of elements as
+    to their values, so that `compiler.passes.rows` learns what goes where by running it."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        if all(x.is_floating_point() for x in operands):
+            return super().evaluate(*operands)
+        return super().evaluate(*(x.double() for x in operands)).long()  # torch has some for floating point only
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class View(Node):
     """Reshape, transpose, select and slice in one."""
 
@@ -247,7 +267,59 @@ class Linear(Node):
         return F.linear(x, self.weight, self.bias)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part:
+    """Rows ``to`` of a `Rearrange`, columns [at, at + width), are rows ``rows`` of an operand, columns from ``start`` on; both
+    int64 (n,), counted over all dimensions but the last."""
+
+    operand: int
+    rows: Tensor
+    to: Tensor
+    start: int
+    at: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rearrange(Node):
+    """Rows and ranges of columns of the operands in other places: ``parts``, and ``fill`` float32 (rows, columns) where there is
+    none of them (None: zero). Without parts, a constant."""
+
+    parts: tuple[Part, ...] = ()
+    fill: Tensor | None = None
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        rows = math.prod(self.shape[:-1])
+        made = torch.zeros(rows, self.shape[-1]) if self.fill is None else self.fill.clone()
+        for part in self.parts:
+            x = operands[part.operand].reshape(-1, operands[part.operand].shape[-1])
+            made[part.to, part.at : part.at + part.width] = x[part.rows, part.start : part.start + part.width]
+        return made.reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Transpose(Node):
+    """Rows and channels change places: (batch, rows, channels) to (batch, channels, rows)."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0].transpose(-1, -2)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Product(Node):
+    """``x @ y.T`` of two activations (batch, rows, in) and (batch, columns, in)."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0] @ operands[1].transpose(-1, -2)
+
+
 Pair = tuple[int, int]
+
+
+def _around(size: Pair, out: Pair, kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, ...]:
+    """Pixels to the left, to the right, above and below an image that windows see; negative for those that they do not."""
+    ends = [(out[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] + 1 - padding[i] - size[i] for i in range(2)]
+    return padding[1], ends[1], padding[0], ends[0]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -255,7 +327,8 @@ class Convolution(Node):
     """``post(convolution of x + bias)`` of an image as rows of pixels (batch, pixels, channels); inputs x [, residual].
 
     weight float32 (out, in / groups, kernel height, kernel width), N:M along the second axis if ``pattern``; ``size`` and
-    ``out_size``: (height, width) of x and of the result.
+    ``out_size``: (height, width) of x and of the result. ``padding``: zeros above and to the left of the image, negative for
+    pixels that no window sees; below and to the right, as many as the output needs.
     """
 
     weight: Tensor
@@ -274,8 +347,9 @@ class Convolution(Node):
 
     def product(self, x: Tensor) -> Tensor:
         """Before the post-processing."""
-        image = x.transpose(1, 2).unflatten(2, self.size)
-        result = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        around = _around(self.size, self.out_size, self.weight.shape[2:], self.stride, self.padding, self.dilation)
+        image = F.pad(x.transpose(1, 2).unflatten(2, self.size), around)
+        result = F.conv2d(image, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
         return result.flatten(2).transpose(1, 2)
 
 
@@ -291,23 +365,17 @@ class MaxPool(Node):
     dilation: Pair
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        image = F.pad(operands[0].transpose(1, 2).unflatten(2, self.size), self._around(), value=-torch.inf)
+        around = _around(self.size, self.out_size, self.kernel, self.stride, self.padding, self.dilation)
+        image = F.pad(operands[0].transpose(1, 2).unflatten(2, self.size), around, value=-torch.inf)
         result = F.max_pool2d(image, self.kernel, self.stride, 0, self.dilation)
         return result.flatten(2).transpose(1, 2)
-
-    def _around(self) -> tuple[int, ...]:
-        """Pixels to the left, to the right, above and below the image that the windows see."""
-        ends = [
-            (self.out_size[i] - 1) * self.stride[i] + (self.kernel[i] - 1) * self.dilation[i] + 1 - self.padding[i] - self.size[i]
-            for i in range(2)
-        ]
-        return self.padding[1], ends[1], self.padding[0], ends[0]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unfold(Node):
-    """An input image (batch, channels, height, width) as rows (batch, pixels of ``out_size``, kernel height * kernel width *
-    channels), which the host writes: its pixels themselves, or the windows that a convolution sees."""
+    """An input image (batch, channels, height, width), or line (batch, channels, length), as rows (batch, pixels of ``out_size``,
+    kernel height * kernel width * channels), which the host writes: its pixels themselves, or the windows that a convolution
+    sees."""
 
     out_size: Pair
     kernel: Pair = (1, 1)
@@ -316,15 +384,14 @@ class Unfold(Node):
     dilation: Pair = (1, 1)
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        rows = F.unfold(operands[0], self.kernel, self.dilation, self.padding, self.stride)
-        return rows.unflatten(1, (operands[0].shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
+        return windows(operands[0], self.out_size, self.kernel, self.stride, self.padding, self.dilation)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Fold(Node):
-    """An output (batch, pixels, channels) as the image (batch, channels, height, width), which the host reads."""
+    """An output (batch, pixels, channels) as the image (batch, channels, height, width) or line, which the host reads."""
 
-    size: Pair
+    size: tuple[int, ...]
 
     def evaluate(self, *operands: Tensor) -> Tensor:
         return operands[0].transpose(1, 2).unflatten(2, self.size)
@@ -551,6 +618,8 @@ class Graph:
             value = inputs[node.name]
             if not isinstance(value, Tensor):
                 raise ValueError(f"input {node.name!r} must be a tensor, not {type(value).__name__}")
+            if node.given is not None and value.ndim == len(node.given):
+                inputs[node.name] = value = value.flatten(1, -2) if value.ndim > 3 else value[None]
             fits = value.ndim == len(node.shape)
             if fits and node.dtype == torch.float32 and node.name not in masks:
                 fits = value.dtype == torch.float32 and value.shape[-1] == node.shape[-1]
@@ -630,6 +699,15 @@ def _joined(keep: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if keep is None or bias is None:
         return keep if bias is None else bias
     return torch.where(keep, bias, torch.tensor(-torch.inf))
+
+
+def windows(image: Tensor, out: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """What each of ``out`` (height, width) windows sees of an image (batch, channels, height, width) or a line (batch, channels,
+    length): (batch, windows, kernel positions * channels)."""
+    image = image if image.ndim == 4 else image[:, :, None]
+    size = (image.shape[2], image.shape[3])
+    rows = F.unfold(F.pad(image, _around(size, out, kernel, stride, padding, dilation)), kernel, dilation, 0, stride)
+    return rows.unflatten(1, (image.shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
 
 
 def _fill(value: Any, operands: tuple[Tensor, ...]) -> Any:

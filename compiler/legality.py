@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import torch
-
 from compiler.graph import (
     Activation,
     Add,
@@ -29,13 +27,17 @@ from compiler.graph import (
     Linear,
     MatMul,
     MaxPool,
+    Move,
     Mul,
     Node,
     Pointwise,
     Problem,
+    Product,
+    Rearrange,
     Scale,
     ScaledDotProduct,
     Softmax,
+    Transpose,
     Unfold,
     View,
 )
@@ -45,27 +47,38 @@ __all__ = ["LEGAL", "check", "describe", "problem"]
 _PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, Mul, LayerNorm, Activation, Scale, Fixed, Gather}
 _HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
+_MOVING = {View, Move}
+_ROWS = {Rearrange, Product, Softmax}
 
 LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
-        "trace": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_norms": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_rotations": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "fold_functions": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_elementwise": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "match_scores": {*_PLAIN, *_ATTENTION, View, Constant, Aten} - {KeyMask},
-        "fold_masks": {*_PLAIN, *_ATTENTION, View, Constant},
-        "fold_biases": {*_PLAIN, *_ATTENTION, View, Constant},
-        "fix_constants": {*_PLAIN, *_ATTENTION, View},
-        "sink_views": {*_PLAIN, *_ATTENTION, View},
-        "split_linears": {*_PLAIN, *_ATTENTION, View},
-        "match_heads": {*_PLAIN, Attention, MatMul, View},
-        "drop_views": {*_PLAIN, Attention, MatMul, View},
-        "fold_gathers": {*_PLAIN, Attention, MatMul, View},
-        "place_images": {*_PLAIN, *_HOST, Attention, MatMul},
-        "fold_scales": {*_PLAIN, *_HOST, Attention, MatMul} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_HOST, Attention, MatMul, Pointwise, Fixed},
+        **dict.fromkeys(
+            (
+                "trace", "match_norms", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products",
+                "match_elementwise", "match_scores",
+            ),
+            {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
+        ),
+        "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "fold_biases": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "fix_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "split_linears": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
+        "match_heads": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "match_products": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "drop_views": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "flatten_images": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "fold_gathers": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
+        "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
+        "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
+        "fold_pads": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
+        "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose} - {Scale},
+        "fuse": {
+            Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, MatMul, Transpose, Pointwise, Fixed,
+        },
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -73,12 +86,9 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
 _REASONS: dict[type[Node], str] = {
     Aten: "this operator is not supported",
     Constant: "adding or comparing with a constant tensor is not supported here",
-    MatMul: "a product of two activations is supported only as softmax(q k^T) v attention, or of matrices (batch, rows, inputs) "
-    "and (batch, inputs, channels) as they lie in memory",
-    Softmax: "softmax is supported only over the keys of an attention",
-    ScaledDotProduct: "attention needs q, k and v of shape (batch, rows, heads * head_dim), batch first, "
-    "split into heads; k and v of equal shape, with as many heads as q or a divisor of that",
-    View: "this rearrangement of data is supported only around attention heads",
+    ScaledDotProduct: "attention needs q, k and v that are rows of channels, and a mask of the keys of each batch entry",
+    View: "the accelerator moves rows and ranges of columns: this rearrangement does more",
+    Move: "the accelerator moves rows and ranges of columns: this rearrangement does more",
     Scale: "scaling is supported only after a Linear layer or within attention",
 }
 
@@ -101,11 +111,7 @@ def check(graph: Graph, *, shown: int = 5) -> None:
 
 def _kinds(graph: Graph) -> Iterator[Problem]:
     legal = LEGAL[graph.stage]
-    late = Softmax not in legal
-    illegal = [
-        node for node in graph.nodes.values()
-        if type(node) not in legal or (late and isinstance(node, MatMul) and not _is_plain_product(graph, node))
-    ]  # fmt: skip
+    illegal = [node for node in graph.nodes.values() if type(node) not in legal]
     if any(isinstance(node, Aten) for node in illegal):
         illegal = [
             node for node in illegal if isinstance(node, Aten)
@@ -116,12 +122,6 @@ def _kinds(graph: Graph) -> Iterator[Problem]:
         if isinstance(node, Constant):  # whoever reads it is to blame
             origin = tuple(name for user in graph.nodes.values() if node.name in user.inputs for name in user.origin)
         yield Problem(describe(graph, node, reason), origin, "" if isinstance(node, Aten) else reason)
-
-
-def _is_plain_product(graph: Graph, node: MatMul) -> bool:
-    """Whether a product is one of matrices (batch, rows, inputs) and (batch, inputs, channels) as they lie in memory."""
-    x, y = (graph.nodes[name] for name in node.inputs[:2])
-    return len(node.shape) == len(x.shape) == len(y.shape) == 3 and x is not y and not any(isinstance(n, View) for n in (x, y))
 
 
 def describe(graph: Graph, node: Node, reason: str) -> str:
@@ -152,7 +152,8 @@ def _operands_first(graph: Graph) -> Iterator[Problem]:
 
 
 _EARLY = (
-    "trace", "match_norms", "match_rotations", "fold_functions", "match_elementwise", "match_scores", "fold_masks", "fold_biases",
+    "trace", "match_norms", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products", "match_elementwise",
+    "match_scores", "fold_masks", "fold_biases", "fix_constants",
 )  # fmt: skip
 """Stages at which constants and masks may still be broadcast."""
 
@@ -180,7 +181,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in _EARLY[:6]:
+    if Aten in LEGAL[graph.stage]:
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):
@@ -203,19 +204,6 @@ def _rows_of_channels(graph: Graph) -> Iterator[Problem]:
             yield problem(graph, node, "a residual is the second operand")
 
 
-def _pools_of_no_negatives(graph: Graph) -> Iterator[Problem]:
-    """Max pooling takes what is outside an image, or its patch, for 0."""
-    if graph.stage != "fuse":
-        return
-    for node in graph.nodes.values():
-        x = node
-        while isinstance(x, MaxPool):
-            x = graph.nodes[x.inputs[0]]
-        function = x.post.function if isinstance(x, Linear | Convolution | Pointwise) and x.post.norm is None else None
-        if isinstance(node, MaxPool) and (function is None or bool((function.apply(torch.linspace(-64, 64, 1025)) < 0).any())):
-            yield problem(graph, node, "max pooling needs values that are not negative, such as those after a ReLU")
-
-
 def _positive_scales(graph: Graph) -> Iterator[Problem]:
     """The hardware's multipliers are not negative."""
     for node in graph.nodes.values():
@@ -230,7 +218,6 @@ RULES: tuple[Callable[[Graph], Iterator[Problem]], ...] = (
     _masks_only_mask,
     _masks_are_no_data,
     _rows_of_channels,
-    _pools_of_no_negatives,
     _positive_scales,
 )
 """What must hold; the first rule that is broken is reported."""

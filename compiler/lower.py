@@ -17,9 +17,23 @@ from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
 from compiler.emit_matmul import emit_matmul
+from compiler.emit_rows import emit_product, emit_rearrange, emit_softmax, emit_transpose
 from compiler.hold import hold_columns, join, side_by_side
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MatMul, MaxPool, Op, Pointwise, QuantNetwork
+from compiler.ops import (
+    Attention,
+    Conv,
+    Linear,
+    MatMul,
+    MaxPool,
+    Op,
+    Pointwise,
+    Product,
+    QuantNetwork,
+    Rearrange,
+    Softmax,
+    Transpose,
+)  # fmt: skip
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -129,6 +143,14 @@ def _emit(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
         return emit_max_pool(emitter, index, op, network)
+    if isinstance(op, Rearrange):
+        return emit_rearrange(emitter, index, op)
+    if isinstance(op, Transpose):
+        return emit_transpose(emitter, index, op)
+    if isinstance(op, Product):
+        return emit_product(emitter, index, op)
+    if isinstance(op, Softmax):
+        return emit_softmax(emitter, index, op)
     if isinstance(op, Linear):
         return _linears(emitter, network, group)
     return emitter.pointwise(index, op)
@@ -170,7 +192,9 @@ def _operands(op: Op) -> list[str]:
     """Tensors an operator reads, in the order in which they are to be made."""
     if isinstance(op, Attention):
         return [op.v, op.k, op.q]
-    second = op.y if isinstance(op, MatMul) else None
+    if isinstance(op, Rearrange):
+        return list(dict.fromkeys(part.tensor for part in op.sources))
+    second = op.y if isinstance(op, Product | MatMul) else None
     return [name for name in (second, op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
@@ -186,6 +210,8 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             value_heads.setdefault(op.v, set()).add(op.groups)
             keys.add(op.k)
             plain.add(op.q)
+        elif isinstance(op, Rearrange | Transpose | Product | Softmax):
+            plain.update((op.out, *_operands(op)))
         elif op.x is not None:
             plain.add(op.x)
         if isinstance(op, MatMul):
@@ -218,6 +244,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             last_use=-1,
             kept=True,
             patches=patches.get(name),
+            pitch=align_up(tensor.shape[2], arch.rows) if isinstance(producers.get(name), Transpose) else 0,
         )
     return infos
 
@@ -331,6 +358,13 @@ def _operator_info(
     elif isinstance(op, MatMul):
         kind, shape = "matmul", (batch * rows, tensors[op.x].shape[2], channels)
         macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, Product):
+        kind, shape = "product", (batch * rows, tensors[op.x].shape[2], channels)
+        macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, Softmax):
+        kind, shape, macs = "softmax", (batch * rows, channels, channels), 0
+    elif isinstance(op, Rearrange | Transpose):
+        kind, shape, macs = "rearrangement", (batch * rows, channels, channels), 0
     elif isinstance(op, MaxPool):
         kind, shape, macs = "pooling", (batch * rows, channels, channels), 0
     elif isinstance(op, Attention):

@@ -17,11 +17,16 @@ from compiler.ops import (
     MatMul,
     MaxPool,
     Pointwise,
+    Product,
     QuantNetwork,
     QuantTensor,
+    Rearrange,
     Requant,
     ResidualInput,
+    RowSource,
     ScoreBias,
+    Softmax,
+    Transpose,
     Window,
 )
 
@@ -30,7 +35,8 @@ __all__ = ["network_from_bytes", "network_to_bytes"]
 _TYPES = {
     kind.__name__: kind
     for kind in (
-        Attention, Conv, LayerNorm, Linear, MatMul, MaxPool, Pointwise, QuantTensor, Requant, ResidualInput, ScoreBias, Window,
+        Attention, Conv, LayerNorm, Linear, MatMul, MaxPool, Pointwise, Product, QuantTensor, Rearrange, Requant, ResidualInput,
+        RowSource, ScoreBias, Softmax, Transpose, Window,
     )  # fmt: skip
 }
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from algo.nm import NM
 
 __all__ = [
-    "Attention", "Conv", "LayerNorm", "Linear", "MatMul", "MaxPool", "Op", "Pointwise", "QuantNetwork", "QuantTensor", "Requant",
-    "ResidualInput", "ScoreBias", "Window",
+    "Attention", "Conv", "LayerNorm", "Linear", "MatMul", "MaxPool", "Op", "Pointwise", "Product", "QuantNetwork", "QuantTensor",
+    "Rearrange", "Requant", "ResidualInput", "RowSource", "ScoreBias", "Softmax", "Transpose", "Window",
 ]
 
 TensorDtype = Literal["int8", "int16", "keymask"]
@@ -40,7 +40,7 @@ class QuantTensor:
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """Which pixels of an image a convolution or pooling sees, (vertical, horizontal). padding: lines above and columns to the
-    left of the image; below and to the right, as many as the output needs."""
+    left of the image, negative for those that no window sees; below and to the right, as many as the output needs."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
@@ -212,6 +212,88 @@ class MaxPool:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class RowSource:
+    """Rows ``to`` of a `Rearrange`, columns [at, at + width), are rows ``rows`` of an int8 tensor, columns from ``start`` on,
+    requantised; rows int64 (n,), counted over the batch."""
+
+    tensor: str
+    rows: NDArray[np.int64]
+    to: NDArray[np.int64]
+    start: int
+    at: int
+    width: int
+    mult: int
+    shift: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rearrange:
+    """Rows of other tensors in other places: windows, slices, joined tensors. Where no source has anything, ``fill`` (batch *
+    rows, channels) of the output's dtype, or zero. The output is int8, or without sources int16."""
+
+    name: str
+    out: str
+    sources: tuple[RowSource, ...] = ()
+    fill: NDArray[np.integer] | None = None
+    source: str = ""
+    x: ClassVar[None] = None
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Transpose:
+    """x int8 (batch, rows, channels) to out int8 (batch, channels, rows), of one scale."""
+
+    name: str
+    x: str
+    out: str
+    source: str = ""
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Product:
+    """``out = requantise(x @ y.T, mult, shift)`` for each batch entry: x int8 (batch, rows, in), y int8 (batch, columns, in)."""
+
+    name: str
+    x: str
+    y: str
+    out: str
+    mult: int
+    shift: int
+    source: str = ""
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Softmax:
+    """Softmax of each row of x, int8 or int16.
+
+    Exponents: int16 ``rshr(x * in_mult, in_shift)`` in units of 2^-8 in the log2 domain. Output: as that of `Attention` with
+    values of ``ONE`` on the diagonal.
+    """
+
+    ONE: ClassVar[int] = 127
+    name: str
+    x: str
+    out: str
+    in_mult: int
+    in_shift: int
+    out_mult: int
+    out_shift: int
+    source: str = ""
+    residual: ClassVar[None] = None
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class MatMul:
     """``out = post(x @ y)`` of two activations: x int8 (batch, rows, inputs), y int8 (batch, inputs, channels); one multiplier
     and shift for all, then the residual."""
@@ -228,7 +310,8 @@ class MatMul:
     norm: ClassVar[None] = None
 
 
-Op = Linear | Attention | Pointwise | Conv | MaxPool | MatMul
+Op = Linear | Attention | Pointwise | Conv | MaxPool | MatMul | Rearrange | Transpose | Product | Softmax
+"""One kind of operator or another."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

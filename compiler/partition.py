@@ -11,7 +11,6 @@ what became of it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -20,8 +19,21 @@ import torch
 from torch import Tensor, fx
 
 from compiler.exported import Exported, dtype_name, is_getitem, module_path, source_line
-from compiler.frontend import FUNCTIONS, IMPORTS, VIEWS, import_part, mask_operands
-from compiler.graph import Attention, CompileError, Constant, Graph, Input, Problem
+from compiler.frontend import FUNCTIONS, IMPORTS, MOVES, VIEWS, import_part, mask_operands
+from compiler.graph import (
+    Attention,
+    CompileError,
+    Constant,
+    Convolution,
+    Graph,
+    Input,
+    Linear,
+    Pointwise,
+    Problem,
+    Product,
+    Softmax,
+    Transpose,
+)
 from compiler.legality import problem
 from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
@@ -35,7 +47,8 @@ aten = torch.ops.aten
 
 PRODUCTS = frozenset({
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
-    aten.scaled_dot_product_attention.default, aten.conv2d.default,
+    aten.scaled_dot_product_attention.default, aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default,
+    aten.conv1d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
 })  # fmt: skip
 """Operators for which the accelerator exists."""
 
@@ -47,9 +60,6 @@ SINGULAR = frozenset({
 
 ARITHMETIC = POINTWISE | frozenset(FUNCTIONS)
 """Operators that compute each element by itself."""
-
-MOVES = VIEWS | {aten.cat.default, aten.stack.default, aten.flip.default, aten.pad.default, operator.getitem}
-"""Operators that only move elements, on whichever side."""
 
 NEAR_ZERO = "a logarithm or a quotient on the host needs it: rounding could make it zero"
 BEFORE_PRODUCT = "before the first product: cheaper than moving its operands"
@@ -67,7 +77,6 @@ _REASONS: dict[str, str] = {
     "sort": "a choice, no arithmetic",
     "conv2d": "convolutions are not lowered here",
     "mean": "no instruction reduces over rows",
-    "cat": "no instruction joins tensors",
     "mul": "no instruction multiplies two activations, or an activation by a constant tensor",
     "sub": "no instruction takes two activations from each other",
     "pow": "part of a sum of squares that is no norm",
@@ -148,9 +157,15 @@ def check_arch(graph: Graph, arch: Arch) -> None:
 
 def _arch_problems(graph: Graph, arch: Arch) -> Iterable[Problem]:
     for node in graph.nodes.values():
-        if isinstance(node, Attention) and not arch.attention:
+        depth = min(arch.row_depth, arch.lane_depth)
+        if isinstance(node, Softmax) and node.shape[-1] > depth:
+            yield problem(graph, node, f"a softmax over {node.shape[-1]} columns does not fit the {depth} of {arch.name}")
+        norm = node.post.norm if isinstance(node, Linear | Convolution | Pointwise) else None
+        if norm is not None and len(norm.gamma) > arch.row_depth:
+            yield problem(graph, node, _wide_norm(len(norm.gamma), arch))
+        if isinstance(node, Attention | Product | Softmax | Transpose) and not arch.attention:
             yield problem(
-                graph, node, f"attention needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
+                graph, node, f"{node.operator.lower()} needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
             )
 
 
@@ -165,7 +180,8 @@ class _Partitioner:
         )
         self.host: dict[fx.Node, str] = {}
         for node in self.order:
-            reason = _never(node, self.masks[node], arch)
+            known = [*self.masks[node], *(item for item in node.all_input_nodes if exported.constant(item) is not None)]
+            reason = _never(node, known, arch)
             if reason is not None:
                 self.host[node] = reason
         for mask in self.inlined:
@@ -252,7 +268,7 @@ class _Partitioner:
 
         for node in reversed(nodes):
             users = [user for user in node.users if user in self.live_now]
-            if node.target in VIEWS and users and all(self.place(user) is not None or user in found for user in users):
+            if node.target in MOVES and users and all(self.place(user) is not None or user in found for user in users):
                 found[node] = FOR_HOST
         for node in nodes:
             below = [item for item in self.needs(node) if item in inside]
@@ -273,10 +289,10 @@ class _Partitioner:
         seen: set[Any] = set()
         while todo:
             node = todo.pop()
-            if node in seen or not isinstance(node, fx.Node) or node.target not in ARITHMETIC | MOVES:
+            if node in seen or not isinstance(node, fx.Node) or not (node.target in ARITHMETIC | MOVES or is_getitem(node)):
                 continue
             seen.add(node)
-            if node.target not in MOVES and node in self.live_now and self.place(node) is None:
+            if node.target not in MOVES and not is_getitem(node) and node in self.live_now and self.place(node) is None:
                 found[node] = NEAR_ZERO
             todo += node.all_input_nodes
         return found
@@ -340,23 +356,28 @@ def _used(graph: Graph) -> Graph:
     return replace(graph, nodes=nodes)
 
 
-def _never(node: fx.Node, masks: list[fx.Node], arch: Arch) -> str | None:
-    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open."""
+def _never(node: fx.Node, aside: list[fx.Node], arch: Arch) -> str | None:
+    """Why an operator cannot run on the accelerator, whatever is around it; None if that is open. ``aside``: operands that are
+    masks or constants."""
     value = node.meta["val"]
     if is_getitem(node):
         return None
     target: Any = node.target
-    if target not in IMPORTS and target not in POINTWISE | NORM_PARTS | ROTATION_PARTS:
+    if target not in IMPORTS and target not in POINTWISE | NORM_PARTS | ROTATION_PARTS and target not in MOVES:
         return _no_instruction(node)
     results = [value] if isinstance(value, Tensor) else list(value)
     indices = list(node.args[2:3]) if target is aten.index_select.default else []
-    operands = [item.meta["val"] for item in node.all_input_nodes if item not in masks and item not in indices]
+    operands = [item.meta["val"] for item in node.all_input_nodes if item not in aside and item not in indices]
     for tensor in (*results, *operands):
         if isinstance(tensor, Tensor) and tensor.dtype not in (torch.float32, torch.complex64):
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"
     if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
-        return f"a norm over {results[0].shape[-1]} columns does not fit row_depth {arch.row_depth} of {arch.name}"
+        return _wide_norm(results[0].shape[-1], arch)
     return None
+
+
+def _wide_norm(columns: int, arch: Arch) -> str:
+    return f"a norm over {columns} columns does not fit row_depth {arch.row_depth} of {arch.name}"
 
 
 def _no_instruction(node: fx.Node) -> str:

@@ -60,7 +60,9 @@ _MEMBERS = ("code.bin", "weights.bin", "network.json", "network.bin")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 Layout = Literal["columns", "keys", "transposed", "keymask"]
-Kind = Literal["linear", "attention", "pointwise", "convolution", "pooling", "matmul"]
+Kind = Literal[
+    "linear", "attention", "pointwise", "convolution", "pooling", "matmul", "rearrangement", "product", "softmax",
+]
 
 
 class ProgramFileError(ValueError):
@@ -76,7 +78,8 @@ class TensorInfo:
     except for transposed tensors. `of` names the network's tensor: a copy in a second layout has a name of
     its own. The tensor is complete in memory after instruction `written` (-1: the host wrote it), and stays
     to the end if `kept`, else at least until instruction `last_use` has completed. `patches`: (height, width, patches from top
-    to bottom, from left to right) of an image in patches (`compiler.placement.PatchPlacement`).
+    to bottom, from left to right) of an image in patches (`compiler.placement.PatchPlacement`). `pitch`: columns from one row
+    tile to the next, if they are not the channels (layouts "columns" and "keys").
     """
 
     name: str
@@ -91,6 +94,7 @@ class TensorInfo:
     last_use: int
     kept: bool
     patches: tuple[int, int, int, int] | None = None
+    pitch: int = 0
 
     def placement(self, arch: Arch) -> RowPlacement:
         """Where its token rows lie; for images that are not stored in patches."""
@@ -109,7 +113,7 @@ class TensorInfo:
         place = self.placement(arch)
         if self.layout in ("columns", "keys"):
             tiles = self.stored(arch).tiles if self.layout == "columns" else batch * place.own_tiles
-            return tiles, channels, arch.rows
+            return tiles, self.pitch or channels, arch.rows
         if self.layout == "transposed":
             blocks = -(-channels // self.heads // arch.lanes)
             return batch, self.heads, blocks, place.own_tiles * arch.rows, arch.lanes
@@ -131,7 +135,8 @@ class TensorInfo:
             tiles, _, rows = grid
             padded = np.zeros((tiles * rows, channels), self._dtype)
             padded[self._rows(arch)] = values
-            stored = padded.reshape(tiles, rows, channels).transpose(0, 2, 1)
+            stored = np.zeros(grid, self._dtype)
+            stored[:, :channels] = padded.reshape(tiles, rows, channels).transpose(0, 2, 1)
         return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
 
     def from_memory(self, raw: NDArray[np.uint8], arch: Arch) -> NDArray[np.integer]:
@@ -142,7 +147,7 @@ class TensorInfo:
             batch, heads, blocks, rows, lanes = grid
             whole = stored.transpose(0, 3, 1, 2, 4).reshape(batch * rows, heads, blocks * lanes)
             return np.ascontiguousarray(whole[self._rows(arch), :, : channels // heads]).reshape(self.shape)
-        return np.ascontiguousarray(stored.transpose(0, 2, 1).reshape(-1, channels)[self._rows(arch)])
+        return np.ascontiguousarray(stored[:, :channels].transpose(0, 2, 1).reshape(-1, channels)[self._rows(arch)])
 
     @property
     def _dtype(self) -> np.dtype[Any]:
@@ -203,9 +208,10 @@ class ModelTensor:
     channels); of a keymask (kind), True or 1 marks a key that takes part, or with ``inverted`` one that does
     not (torch's key_padding_mask).
 
-    An activation with an `image` is (batch, channels, height, width) in the model, and rows of channels in the network. image: of
-    an output (height, width); of an input (height, width) of the windows that become rows, then kernel, stride, padding and
-    dilation, (vertical, horizontal) each; columns are in the order (kernel line, kernel column, channel).
+    An activation with an `image` is (batch, channels, height, width) or (batch, channels, length) in the model, and rows of
+    channels in the network. image: of an output (height, width) or (length,); of an input (height, width) of the windows that
+    become rows, then kernel, stride, padding and dilation, (vertical, horizontal) each; columns are in the order (kernel line,
+    kernel column, channel).
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The quantiser: a fused float `Graph` and calibration data become a `QuantNetwork`.
 
 `compiler.calibrate` runs the graph in float and watches every value that needs a scale; `compiler.scales` chooses the grid of
-each tensor; here `_Builder` writes integer operators, one for each node (and one to bring a 16-bit tensor to 8 bits where both
+each tensor; here `Builder` writes integer operators, one for each node (and one to bring a 16-bit tensor to 8 bits where both
 are needed), with the numbers of `compiler.parameters` and `compiler.tables`.
 
 Biases are free, so an 8-bit tensor that only Linear layers read need not be symmetric: 0 stands for the
@@ -38,10 +38,11 @@ from compiler.graph import (
 )
 from compiler.parameters import LOG2E_256, multiplier, norm_parameters, score_bias, weight_and_requant
 from compiler.passes import optimise
+from compiler.row_operators import row_operator
 from compiler.scales import WIDE_MARGIN, Grids
 from compiler.tables import activation_table, table_input
 
-__all__ = ["quantise", "resize"]
+__all__ = ["Builder", "quantise", "resize"]
 
 
 def quantise(
@@ -92,7 +93,7 @@ def quantise(
         raise ValueError(f"residual_bits must be 8 or 16, not {residual_bits!r}")
     if graph.stage != "fuse":
         graph = optimise(graph)
-    return _Builder(
+    return Builder(
         graph,
         calibrate(graph, calibration_batches, activation_observer, progress),
         residual_bits=residual_bits,
@@ -100,7 +101,7 @@ def quantise(
     ).network()
 
 
-class _Builder(Grids):
+class Builder(Grids):
     """Operators of one network."""
 
     def __init__(self, graph: Graph, calibration: Calibration, *, residual_bits: int, wide: bool) -> None:
@@ -133,6 +134,8 @@ class _Builder(Grids):
                 self.tensor(node, "int8", self.out_scale(node.name))
             elif isinstance(node, Pointwise):
                 self.pointwise(node)
+            else:
+                row_operator(self, node)
         given = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold)]
         inputs = [name for name in given if name in self.tensors]
         return ops.QuantNetwork(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,22 @@ from numpy.typing import NDArray
 
 from compiler import ops
 from compiler.calibrate import Calibration
-from compiler.graph import Attention, Convolution, Fixed, Fold, Graph, Input, Linear, MatMul, MaxPool, Node, Pointwise
+from compiler.graph import (
+    Attention,
+    Convolution,
+    Fixed,
+    Fold,
+    Graph,
+    Input,
+    Linear,
+    MatMul,
+    MaxPool,
+    Node,
+    Pointwise,
+    Product,
+    Rearrange,
+    Transpose,
+)
 from compiler.parameters import LOG2E_256
 
 __all__ = ["Grids", "stored_name"]
@@ -24,6 +40,15 @@ def stored_name(graph: Graph, name: str) -> str:
     """The node behind an output that the host only rearranges."""
     node = graph.nodes[name]
     return node.inputs[0] if isinstance(node, Fold) else name
+
+
+def moves_whole_rows(node: Node) -> bool:
+    """Whether a node's rows are all whole rows of one operand."""
+    if not isinstance(node, Rearrange) or len(node.inputs) != 1 or node.fill is not None:
+        return False
+    channels = node.shape[-1]
+    whole = all((part.start, part.at, part.width) == (0, 0, channels) for part in node.parts)
+    return whole and sum(len(part.to) for part in node.parts) * channels == math.prod(node.shape)
 
 
 class Grids:
@@ -66,7 +91,9 @@ class Grids:
 
     @staticmethod
     def multiplies(user: Node, name: str) -> bool:
-        """Whether an operator multiplies a tensor, rather than adding it to something."""
+        """Whether an operator multiplies or moves a tensor, rather than adding it to something."""
+        if isinstance(user, Rearrange | Transpose | Product):
+            return True
         if isinstance(user, MatMul):
             return name in user.inputs[:2]
         return isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name
@@ -123,8 +150,13 @@ class Grids:
         return (
             bool(read)
             and node.name not in self.outputs
-            and all(isinstance(user, Linear) and not (user.post.multiply and node.name in user.inputs[1:]) for user in read)
+            and all(self.shifts(user, node.name) or (moves_whole_rows(user) and self.may_shift(user)) for user in read)
         )
+
+    @staticmethod
+    def shifts(user: Node, name: str) -> bool:
+        """Whether a reader's bias makes up for what 0 stands for."""
+        return isinstance(user, Linear) and not (user.post.multiply and name in user.inputs[1:])
 
     def shift(self, name: str, offset: NDArray[np.float64]) -> None:
         """Let 0 of a tensor's channels stand for these values; rounded so that `meta` holds them exactly."""

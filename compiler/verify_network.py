@@ -8,7 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiler.graph import CompileError
-from compiler.ops import Attention, Conv, LayerNorm, Linear, MatMul, MaxPool, Op, Pointwise, QuantNetwork, QuantTensor
+from compiler.ops import (
+    Attention,
+    Conv,
+    LayerNorm,
+    Linear,
+    MatMul,
+    MaxPool,
+    Op,
+    Pointwise,
+    Product,
+    QuantNetwork,
+    QuantTensor,
+    Rearrange,
+    Softmax,
+    Transpose,
+)
 from hw.arch import Arch
 
 __all__ = ["LoweringError", "check_network", "describe"]
@@ -77,7 +92,11 @@ def _check_constant(name: str, values: NDArray[Any], network: QuantNetwork) -> N
 
 def _operands(op: Op) -> Iterator[tuple[str, str]]:
     """(role, tensor name) of what an operator reads."""
-    names = ("q", "k", "v", "mask") if isinstance(op, Attention) else ("x", "y") if isinstance(op, MatMul) else ("x",)
+    if isinstance(op, Rearrange):
+        yield from (("source", part.tensor) for part in op.sources)
+    if isinstance(op, Product | MatMul):
+        yield "y", op.y
+    names = ("q", "k", "v", "mask") if isinstance(op, Attention) else ("x",)
     for role in names:
         if getattr(op, role) is not None:
             yield role, getattr(op, role)
@@ -90,6 +109,12 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
     _require(op, out.dtype in ("int8", "int16"), f"output must be int8 or int16, not {out.dtype}")
     if isinstance(op, Attention):
         _check_attention(op, tensors)
+        return
+    if isinstance(op, Rearrange):
+        _check_rearrange(op, tensors)
+        return
+    if isinstance(op, Transpose | Product | Softmax):
+        _check_whole(op, tensors)
         return
     if op.x is not None:
         _dtype(op, "x", tensors[op.x], "int8")
@@ -175,8 +200,8 @@ def _check_window(op: Conv | MaxPool, tensors: dict[str, QuantTensor]) -> None:
         )  # fmt: skip
     _require(op, tensors[op.x].shape[0] == tensors[op.out].shape[0], "x and output must have the same batch")
     window = op.window
-    small = min(*window.kernel, *window.stride, *window.dilation) < 1 or min(window.padding) < 0
-    _require(op, not small, f"kernel, stride, dilation must be >= 1, padding >= 0: {window}")
+    small = min(*window.kernel, *window.stride, *window.dilation) < 1
+    _require(op, not small, f"kernel, stride and dilation must be >= 1: {window}")
 
 
 def _check_conv(op: Conv, tensors: dict[str, QuantTensor]) -> None:
@@ -191,6 +216,52 @@ def _check_conv(op: Conv, tensors: dict[str, QuantTensor]) -> None:
         f"weight must be int8 (out, kernel height, kernel width, in / groups) = {wanted}, not {weight.dtype} {weight.shape}",
     )  # fmt: skip
     _parameters(op, "requant", outputs, bias=op.requant.bias, mult=op.requant.mult, shift=op.requant.shift)
+
+
+def _check_rearrange(op: Rearrange, tensors: dict[str, QuantTensor]) -> None:
+    out = tensors[op.out]
+    rows, channels = out.shape[0] * out.shape[1], out.shape[2]
+    _require(op, out.dtype == "int8" or not op.sources, "an output with sources must be int8")
+    _require(op, bool(op.sources) or op.fill is not None, "neither sources nor a fill: the output would be zero")
+    if op.fill is not None:
+        _require(
+            op, op.fill.shape == (rows, channels) and op.fill.dtype == out.dtype,
+            f"fill must be {out.dtype} {(rows, channels)}, not {op.fill.dtype} {op.fill.shape}",
+        )  # fmt: skip
+    for part in op.sources:
+        x = tensors[part.tensor]
+        _dtype(op, "source", x, "int8")
+        inside = part.rows.shape == part.to.shape and len(part.rows) > 0 and min(part.rows.min(), part.to.min()) >= 0
+        inside = inside and part.rows.max() < x.shape[0] * x.shape[1] and part.to.max() < rows
+        inside = inside and len(np.unique(part.to)) == len(part.to)
+        _require(op, bool(inside), f"rows of source {part.tensor!r} are not distinct rows of it and of the output")
+        columns = part.width >= 1 and part.start >= 0 <= part.at
+        columns = columns and part.start + part.width <= x.shape[2] and part.at + part.width <= channels
+        _require(op, columns, f"columns of source {part.tensor!r} are not within it and the output")
+        _require(op, 0 <= part.mult < 1 << 15 and 1 <= part.shift <= 63, f"mult, shift out of range: {part.mult}, {part.shift}")
+
+
+def _check_whole(op: Transpose | Product | Softmax, tensors: dict[str, QuantTensor]) -> None:
+    """Operators of whole activations, without post-processing."""
+    x, out = tensors[op.x], tensors[op.out]
+    batch, rows, channels = x.shape
+    if isinstance(op, Softmax):
+        _require(op, x.dtype in ("int8", "int16") and out.dtype == "int8", "x must be int8 or int16, the output int8")
+        _shape(op, "output", out, x.shape)
+        inner, outer = (op.in_mult, op.in_shift), (op.out_mult, op.out_shift)
+        _require(op, 0 <= inner[0] < 1 << 15 and 1 <= inner[1] <= 63, f"in_mult, in_shift out of range: {inner}")
+        _require(op, 0 <= outer[0] < 1 << 16 and 1 <= outer[1] <= 40, f"out_mult, out_shift out of range: {outer}")
+        return
+    _dtype(op, "x", x, "int8")
+    if isinstance(op, Transpose):
+        _dtype(op, "output", out, "int8")
+        _shape(op, "output", out, (batch, channels, rows))
+        return
+    y = tensors[op.y]
+    _dtype(op, "y", y, "int8")
+    _require(op, y.shape[0] == batch and y.shape[2] == channels, f"x {x.shape} and y {y.shape} do not fit")
+    _shape(op, "output", out, (batch, rows, y.shape[1]))
+    _require(op, 0 <= op.mult < 1 << 15 and 1 <= op.shift <= 63, f"mult, shift out of range: {op.mult}, {op.shift}")
 
 
 def _check_norm(op: Linear | Pointwise | Conv, norm: LayerNorm, cols: int) -> None:
@@ -267,6 +338,15 @@ def _check_limits(op: Op, tensors: dict[str, QuantTensor], arch: Arch) -> None:
         raise LoweringError(
             f"{describe(op)}: attention needs as many rows as lanes, {arch.name} has {arch.rows} rows and {arch.lanes} lanes: "
             f"use a preset with a square array, such as sta1024"
+        )
+    if isinstance(op, Transpose | Product | Softmax) and not arch.attention:
+        raise LoweringError(
+            f"{describe(op)}: needs as many rows as lanes, {arch.name} has {arch.rows} rows and {arch.lanes} lanes"
+        )
+    if isinstance(op, Softmax) and channels > min(arch.row_depth, arch.lane_depth):
+        raise LoweringError(
+            f"{describe(op)}: rows of {channels} columns do not fit row_depth {arch.row_depth} or lane_depth {arch.lane_depth} "
+            f"of {arch.name}"
         )
     if not isinstance(op, Attention) and op.norm is not None and channels > arch.row_depth:
         raise LoweringError(

@@ -31,9 +31,13 @@ from compiler.ops import (
     MaxPool,
     Op,
     Pointwise,
+    Product,
     QuantNetwork,
     QuantTensor,
+    Rearrange,
     ResidualInput,
+    Softmax,
+    Transpose,
     Window,
 )
 from hw.numerics import MASK_BIAS, residual_multiplier
@@ -191,6 +195,10 @@ def _reads(op: Op) -> tuple[str, ...]:
     """Names of the tensors that an operator reads."""
     if isinstance(op, Attention):
         return tuple(name for name in (op.q, op.k, op.v, op.mask) if name is not None)
+    if isinstance(op, Rearrange):
+        return tuple(part.tensor for part in op.sources)
+    if isinstance(op, Product):
+        return op.x, op.y
     residual = op.residual.tensor if op.residual is not None else None
     second = op.y if isinstance(op, MatMul) else None
     return tuple(name for name in (op.x, second, residual) if name is not None)
@@ -206,6 +214,14 @@ def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) 
         return _image(op, values, network)
     if isinstance(op, MatMul):
         return _stored(_matmul(op, values), out)
+    if isinstance(op, Rearrange):
+        return _rearranged(op, values, out)
+    if isinstance(op, Transpose):
+        return np.ascontiguousarray(values[op.x].swapaxes(1, 2))
+    if isinstance(op, Product):
+        return _product(op, values, out)
+    if isinstance(op, Softmax):
+        return _softmax(op, values[op.x], out)
     reference = values[op.x] if op.x is not None else values[op.residual.tensor]  # type: ignore[union-attr]
     batch, rows, _ = reference.shape
     residual = values[op.residual.tensor] if op.residual is not None else None
@@ -261,6 +277,32 @@ def _finish(op: Linear | Pointwise | Conv | MatMul, q: Tensor, residual: Tensor 
     if op.table is not None:
         q = torch.from_numpy(op.table.astype(np.float64))[q.clamp(-128, 127).long() + 128]
     return _norm(q.numpy(), op.norm) if op.norm is not None else q.numpy()
+
+
+def _rearranged(op: Rearrange, values: Mapping[str, NDArray[Any]], out: QuantTensor) -> NDArray[Any]:
+    result = np.zeros((out.shape[0] * out.shape[1], out.shape[2]), np.int64) if op.fill is None else op.fill.astype(np.int64)
+    for part in op.sources:
+        x = values[part.tensor]
+        x = x.reshape(-1, x.shape[2])[part.rows, part.start : part.start + part.width]
+        taken = _requantise(_tensor(x).double(), np.zeros(1, np.int32), np.array([part.mult]), np.array([part.shift]), 128)
+        result[part.to, part.at : part.at + part.width] = taken.numpy()
+    return _stored(result.reshape(out.shape), out)
+
+
+def _product(op: Product, values: Mapping[str, NDArray[Any]], out: QuantTensor) -> NDArray[Any]:
+    x, y = _tensor(values[op.x]), _tensor(values[op.y])
+    exact = torch.float32 if x.shape[2] * 128 * 128 < 1 << 24 else torch.float64
+    acc = (x.to(exact) @ y.to(exact).transpose(1, 2)).double()
+    q = _requantise(acc, np.zeros(1, np.int32), np.array([op.mult]), np.array([op.shift]), x.shape[2] << 14)
+    return _stored(q.numpy(), out)
+
+
+def _softmax(op: Softmax, x: NDArray[Any], out: QuantTensor) -> NDArray[Any]:
+    rows = _tensor(x).reshape(-1, x.shape[2])
+    s = _add(torch.zeros(rows.shape, dtype=torch.float64), rows, ResidualInput("", op.in_mult, op.in_shift))
+    p, m, shift = softmax_rows(s.numpy().astype(np.int64), op.out_mult, op.out_shift)
+    shares = _requantise(torch.from_numpy(p).double() * op.ONE, np.zeros(1, np.int32), m[..., None], shift[..., None], 255 * 128)
+    return _stored(shares.numpy(), out).reshape(x.shape)
 
 
 def _image(op: Conv | MaxPool, values: Mapping[str, NDArray[Any]], network: QuantNetwork) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from sim.memory import MemoryModel
 from sim.simulate import simulate
 from tests.compiler.random_convolutions import random_convolutions
 from tests.compiler.random_networks import random_inputs, random_network
+from tests.compiler.random_rows import random_rows
 from tests.hw.malformed import malformed_instructions
 
 TINY = PRESETS["tiny"]
@@ -69,6 +70,17 @@ def test_random_convolutions(seed):
     arch = replace(TINY, packing=True) if seed % 4 == 3 else TINY
     network = random_convolutions(seed, arch)
     program = compile_network(network, arch)
+    memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
+    assert run.bit_exact, run.mismatches
+    assert simulate(program, engine="cycle", memory=memory).counters == run.counters
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_rows(seed):
+    """Rows and columns in other places, constants, rows and channels changed, products and softmaxes of activations."""
+    network = random_rows(seed, TINY)
+    program = compile_network(network, TINY, order=ORDERS[seed % len(ORDERS)])
     memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
     run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
     assert run.bit_exact, run.mismatches

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from compiler.graph import (
     Add,
@@ -21,12 +20,14 @@ from compiler.graph import (
 )
 from compiler.layout import Layout, LayoutError
 from compiler.passes.views import sink_views
+from compiler.passes.windows import common_bias, gathered_heads
 
 __all__ = ["match_heads", "match_scores"]
 
 
 def match_scores(graph: Graph) -> Graph:
     """``softmax(q @ kT [* scale] [+ mask]) @ v`` becomes one node."""
+    graph = sink_views(graph)  # those between a product and its softmax
     nodes: list[Node] = []
     data = _data_nodes(graph)
     for node in graph.nodes.values():
@@ -100,20 +101,23 @@ def match_heads(graph: Graph) -> Graph:
     """
     for name, node in list(graph.nodes.items()):
         node = graph.nodes.get(name, node)
-        found = _heads(graph, node) if isinstance(node, ScaledDotProduct) else None
-        if found is not None:
-            nodes, outputs = _replaced(graph, *found)
+        if not isinstance(node, ScaledDotProduct):
+            continue
+        whole = _heads(graph, node)
+        made = gathered_heads(graph, node) if whole is None else list(whole)
+        if made:
+            nodes, outputs = _replaced(graph, node.name, made)
             graph = sink_views(graph.rewrite(nodes, outputs=outputs))
     return graph
 
 
-def _replaced(graph: Graph, attention: Attention, split: View) -> tuple[list[Node], tuple[str, ...]]:
-    """The graph's nodes and outputs with the split wherever the node of the attention's name was read."""
-    renamed = {attention.name: split.name}
+def _replaced(graph: Graph, name: str, made: list[Node]) -> tuple[list[Node], tuple[str, ...]]:
+    """The graph's nodes and outputs with others in place of one: the last wherever it was read."""
+    renamed = {name: made[-1].name}
     nodes: list[Node] = []
     for node in graph.nodes.values():
-        inputs = tuple(renamed.get(name, name) for name in node.inputs)
-        nodes += [attention, split] if node.name == attention.name else [replace(node, inputs=inputs)]
+        inputs = tuple(renamed.get(item, item) for item in node.inputs)
+        nodes += made if node.name == name else [replace(node, inputs=inputs)]
     return nodes, tuple(renamed.get(name, name) for name in graph.outputs)
 
 
@@ -150,21 +154,12 @@ def _heads(graph: Graph, node: ScaledDotProduct) -> tuple[Attention, View] | Non
         heads=heads,
         kv_heads=None if groups == heads else groups,
         scale=node.scale,
-        bias=None if node.bias is None else _common(node.bias.reshape(batch, heads, rows, keys)),
+        bias=None if node.bias is None else common_bias(node.bias.reshape(batch, heads, rows, keys)),
     )
     layout = split.reshape(tuple(node.shape))
     return whole, View(
         name=f"{node.name}.heads", inputs=(whole.name,), shape=node.shape, source=node.source, layout=layout, origin=node.origin
     )
-
-
-def _common(bias: Tensor) -> Tensor:
-    """A bias (batch, heads, rows, keys) with one entry for all batch entries or heads where they are equal."""
-    for dim in (0, 1):
-        first = bias.narrow(dim, 0, 1)
-        if bool((bias == first).all()):
-            bias = first
-    return bias.clone()
 
 
 def _unsplit(graph: Graph, name: str) -> tuple[str, Layout]:

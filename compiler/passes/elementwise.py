@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from compiler.graph import Add, Aten, Constant, Fixed, Graph, Input, Linear, MatMul, Mul, Node, Softmax, View
+from compiler.graph import Aten, Constant, Fixed, Graph, Input, Linear, MatMul, Mul, Node, Softmax, View
 
 __all__ = ["fix_constants", "match_elementwise"]
 
@@ -72,10 +72,10 @@ def _gated(product: MatMul, nodes: dict[str, Node]) -> list[Node]:
 
 
 def fix_constants(graph: Graph) -> Graph:
-    """A constant operand of a sum or product becomes a `Fixed` of its shape, and the second operand."""
+    """A constant operand of a product becomes a `Fixed` of its shape, and the second operand."""
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
-        if isinstance(node, Add | Mul):
+        if isinstance(node, Mul):
             names = sorted(node.inputs, key=lambda name: isinstance(nodes[name], Constant | Fixed))
             last = nodes[names[-1]]
             if isinstance(last, Constant) and last.value.is_floating_point() and not isinstance(nodes[names[0]], Constant):

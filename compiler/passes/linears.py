@@ -3,13 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from compiler.graph import Add, Attention, Constant, Graph, Linear, Mul, Node, Scale, View
+from algo.nm import NM
+from compiler.graph import (
+    Activation,
+    Add,
+    Aten,
+    Attention,
+    Constant,
+    Convolution,
+    Function,
+    Graph,
+    LayerNorm,
+    Linear,
+    MatMul,
+    Mul,
+    Node,
+    Scale,
+    ScaledDotProduct,
+    View,
+)
 from compiler.layout import Layout
 
-__all__ = ["fold_biases", "fold_scales", "split_linears"]
+__all__ = ["fold_biases", "fold_scales", "fold_vectors", "split_linears"]
+
+DIAGONAL = NM("1:32")
+"""A product with a vector is a Linear of a diagonal matrix."""
+
+
+def fold_vectors(graph: Graph) -> Graph:
+    """Data times a constant vector of channels goes into the Linear or the norm before it, or becomes a Linear itself."""
+    users = graph.users()
+    nodes: dict[str, Node] = {}
+    data: set[str] = set()
+    for node in graph.nodes.values():
+        found = _vector(graph, node, data)
+        if found is not None:
+            x, vector = found
+            before = nodes[x]
+            alone = len(users[x]) == 1 and x not in graph.outputs
+            origin = (*before.origin, *node.origin)
+            if alone and isinstance(before, Linear):
+                bias = None if before.bias is None else before.bias * vector
+                node = replace(before, name=node.name, weight=before.weight * vector[:, None], bias=bias, origin=origin)
+            elif alone and isinstance(before, LayerNorm):
+                norm = replace(before.norm, gamma=before.norm.gamma * vector, beta=before.norm.beta * vector)
+                node = replace(before, name=node.name, norm=norm, origin=origin)
+            else:
+                pattern = DIAGONAL if len(vector) >= DIAGONAL.m else None
+                node = Linear(
+                    name=node.name, inputs=(x,), shape=node.shape, source=node.source, origin=node.origin,
+                    weight=torch.diag(vector), bias=None, pattern=pattern,
+                )  # fmt: skip
+        if isinstance(node, Linear | LayerNorm | MatMul | ScaledDotProduct) or data.intersection(node.inputs):
+            data.add(node.name)
+        nodes[node.name] = node
+    return graph.rewrite(nodes.values())
+
+
+def _vector(graph: Graph, node: Node, data: set[str]) -> tuple[str, Tensor] | None:
+    """The data and the constant vector of channels of a product of two such."""
+    if not isinstance(node, Aten) or node.target is not torch.ops.aten.mul.Tensor or len(node.inputs) != 2:
+        return None
+    for x, c in (node.inputs, node.inputs[::-1]):
+        constant = graph.nodes[c]
+        if x in data and isinstance(constant, Constant) and graph.nodes[x].shape == node.shape:
+            if constant.value.numel() == node.shape[-1] == constant.shape[-1]:
+                return x, constant.value.detach().float().reshape(-1)
+    return None
 
 
 def fold_biases(graph: Graph) -> Graph:
@@ -42,11 +107,11 @@ def _joined(linear: Linear, value: Tensor, *, multiply: bool) -> Linear:
 
 
 def split_linears(graph: Graph) -> Graph:
-    """A Linear read only as ranges of channels (packed q, k, v) becomes a Linear for each range."""
+    """A Linear or convolution read only as ranges of channels (packed q, k, v) becomes one for each range."""
     users = graph.users()
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
-        if isinstance(node, View) and isinstance(linear := graph.nodes[node.inputs[0]], Linear):
+        if isinstance(node, View) and (linear := _product(graph.nodes[node.inputs[0]])) is not None:
             ranges = [_channels(user, linear) for user in users[linear.name]]
             if (
                 linear.name not in graph.outputs
@@ -62,7 +127,12 @@ def split_linears(graph: Graph) -> Graph:
     return graph.rewrite(nodes.values())
 
 
-def _channels(user: Node, linear: Linear) -> tuple[int, int] | None:
+def _product(node: Node) -> Linear | Convolution | None:
+    """A node whose output channels all see the same inputs."""
+    return node if isinstance(node, Linear) or (isinstance(node, Convolution) and node.groups == 1) else None
+
+
+def _channels(user: Node, linear: Node) -> tuple[int, int] | None:
     """Range of channels that a view of a Linear shows; None if it is no range."""
     if not isinstance(user, View):
         return None
@@ -79,7 +149,7 @@ def _channels(user: Node, linear: Linear) -> tuple[int, int] | None:
     return (start, start + reach) if start + reach <= width else None
 
 
-def _part(linear: Linear, start: int, stop: int) -> Linear:
+def _part(linear: Linear | Convolution, start: int, stop: int) -> Node:
     if (start, stop) == (0, linear.shape[-1]):
         return linear
     suffix = f"[{start}:{stop}]"
@@ -124,7 +194,18 @@ def fold_scales(graph: Graph) -> Graph:
                 origin, weight=origin.weight * node.factor, bias=_times(origin.bias, node.factor)
             )
             renamed[node.name] = origin.name
-    return graph.rewrite((node for node in nodes.values() if node.name not in renamed), renamed=renamed)
+    left = [_as_function(node) for node in nodes.values() if node.name not in renamed]
+    return graph.rewrite(left, renamed=renamed)
+
+
+def _as_function(node: Node) -> Node:
+    """A scale that is left over as a table."""
+    if not isinstance(node, Scale):
+        return node
+    function = Function(f"times {node.factor:.4g}", partial(torch.mul, other=node.factor))
+    return Activation(
+        name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin, function=function
+    )
 
 
 def _absorb(nodes: dict[str, Node], attention: Attention) -> Attention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from compiler.graph import Activation, Add, Fixed, Graph, LayerNorm, Linear, Mul, Node, Scale, View
+from compiler.graph import Activation, Add, Fixed, Graph, LayerNorm, Linear, Mul, Node, Scale, Softmax, View
 from compiler.layout import Layout, LayoutError
 
 __all__ = ["drop_views", "regrouped", "sink_views"]
@@ -43,7 +43,7 @@ def drop_views(graph: Graph) -> Graph:
 
 def _lifted_view(node: Node, nodes: dict[str, Node]) -> View | None:
     """The view that all operands of a node share, if the node lets it pass."""
-    if not isinstance(node, Linear | LayerNorm | Activation | Scale | Add | Mul):
+    if not isinstance(node, Linear | LayerNorm | Activation | Scale | Softmax | Add | Mul):
         return None
     views = [nodes[name] for name in node.inputs if not isinstance(nodes[name], Fixed)]
     if not views:
@@ -61,7 +61,7 @@ def _lifted_view(node: Node, nodes: dict[str, Node]) -> View | None:
     if len(views) < len(node.inputs) and any(stride == 0 for dim in first.layout.dims for _, stride in dim):
         return None  # a constant of the view's shape is none of the base's
     if (
-        isinstance(node, Linear | LayerNorm)
+        isinstance(node, Linear | LayerNorm | Softmax)
         and regrouped(first.layout, base.shape[-1], base.shape[-1]) is None
     ):
         return None

@@ -27,9 +27,12 @@ from compiler.graph import (
     Operand,
     Pointwise,
     Post,
+    Product,
+    Rearrange,
     Scale,
     ScaledDotProduct,
     Softmax,
+    Transpose,
     Unfold,
     View,
 )
@@ -82,7 +85,9 @@ def test_the_table_decides(kind, stage):
 
 
 def test_the_last_stage_has_only_what_the_quantiser_takes():
-    assert LEGAL["fuse"] == {Input, KeyMask, Linear, Convolution, MaxPool, Unfold, Fold, Attention, Pointwise}
+    assert LEGAL["fuse"] == {
+        Input, KeyMask, Linear, Convolution, MaxPool, Unfold, Fold, Attention, Pointwise, Rearrange, Transpose, Product, Softmax,
+    }  # fmt: skip
 
 
 def test_message_names_path_operator_and_shapes():

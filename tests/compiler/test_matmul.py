@@ -50,7 +50,7 @@ def test_any_shape_equals_the_reference(seed: int) -> None:
 def test_from_torch() -> None:
     torch.manual_seed(0)
     layers = {"s": nn.Linear(12, 7), "g": nn.Linear(12, 12), "h": nn.Linear(12, 5)}
-    module = Apply(lambda m, x: m.h(torch.bmm(m.s(x), m.g(x)) + x), **layers).eval()
+    module = Apply(lambda m, x: m.h(torch.bmm(m.s(m.g(x)), m.g(x)) + x), **layers).eval()
     x = torch.randn(2, 7, 12)
     program = compile_model(module, x, arch="tiny", calibration=[x], host="forbid")
     assert isinstance(program, Program)
