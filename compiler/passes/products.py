@@ -24,7 +24,8 @@ def match_products(graph: Graph) -> Graph:
 
 def _joins_input(graph: Graph, node: MatMul, users: list[Node]) -> bool:
     x, y = (graph.nodes[name] for name in node.inputs)
-    plain = len(node.shape) == len(x.shape) == len(y.shape) == 3 and x is not y and not any(isinstance(item, View) for item in (x, y))
+    plain = len(node.shape) == len(x.shape) == len(y.shape) == 3 and x is not y
+    plain &= not any(isinstance(item, View) for item in (x, y))
     alone = len(users) == 1 and isinstance(users[0], Add) and node.name not in graph.outputs
     return plain and alone and any(isinstance(graph.nodes[name], Input) for name in users[0].inputs)
 
