@@ -1,6 +1,5 @@
 """Products of activations, of constants, and constant tensors that are added."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,7 +7,7 @@ from torch.nn import functional as F
 
 from compiler.compile import compile_model
 from compiler.frontend import trace
-from compiler.graph import CompileError, Linear, Pointwise
+from compiler.graph import Linear, Pointwise
 from compiler.passes import optimise
 from compiler.program import Program
 from sim.compare import compare
@@ -62,18 +61,3 @@ def test_products_and_constants(function) -> None:  # type: ignore[no-untyped-de
     assert isinstance(program, Program)
     assert simulate(program, X, engine="isa").bit_exact
     assert compare(program, module, X).layers[-1].sqnr > 24
-
-
-def test_equal_constants_are_stored_once() -> None:
-    module = Apply(lambda m, x: m.h(m.g(x) * ROWS) * ROWS, g=nn.Linear(24, 24), h=nn.Linear(24, 24)).eval()
-    program = compile_model(module, X, arch="tiny", calibration=[X], host="forbid")
-    assert isinstance(program, Program)
-    (values,) = program.network.constants.values()
-    assert values.shape == (1, 7, 24) and values.dtype == np.int16
-    assert Program.to_bytes(program) == Program.to_bytes(program)
-
-
-def test_broadcasts_over_rows_are_left() -> None:
-    module = Apply(lambda m, x: m.g(x) * m.g(x).mean(1, keepdim=True), g=nn.Linear(24, 24))
-    with pytest.raises(CompileError, match="aten"):
-        optimise(trace(module, X))
