@@ -16,10 +16,24 @@ from numpy.typing import NDArray
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
+from compiler.emit_matmul import emit_matmul
 from compiler.emit_rows import emit_product, emit_rearrange, emit_softmax, emit_transpose
 from compiler.hold import hold_columns, join, side_by_side
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MaxPool, Op, Product, QuantNetwork, Rearrange, Softmax, Transpose
+from compiler.ops import (
+    Attention,
+    Conv,
+    Linear,
+    MatMul,
+    MaxPool,
+    Op,
+    Pointwise,
+    Product,
+    QuantNetwork,
+    Rearrange,
+    Softmax,
+    Transpose,
+)  # fmt: skip
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -123,6 +137,8 @@ def _emit(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list
     index, op = group[0], network.ops[group[0]]
     if isinstance(op, Attention):
         return emit_attention(emitter, index, op)
+    if isinstance(op, MatMul):
+        return emit_matmul(emitter, index, op)
     if isinstance(op, Conv):
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
@@ -178,9 +194,8 @@ def _operands(op: Op) -> list[str]:
         return [op.v, op.k, op.q]
     if isinstance(op, Rearrange):
         return list(dict.fromkeys(part.tensor for part in op.sources))
-    if isinstance(op, Product):
-        return [op.y, op.x]
-    return [name for name in (op.x, op.residual.tensor if op.residual else None) if name is not None]
+    second = op.y if isinstance(op, Product | MatMul) else None
+    return [name for name in (second, op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
 def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
@@ -199,6 +214,8 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             plain.update((op.out, *_operands(op)))
         elif op.x is not None:
             plain.add(op.x)
+        if isinstance(op, MatMul):
+            value_heads.setdefault(op.y, set()).add(1)
         if not isinstance(op, Attention) and op.residual is not None:
             plain.add(op.residual.tensor)
     producers = {op.out: op for op in network.ops}
@@ -209,6 +226,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
         turned = len(heads) == 1 and name not in plain | keys
         if turned and name in producers:
             turned = _writes_transposed(producers[name], tensor.shape[2] // min(heads), arch)
+            turned &= not isinstance(producers[name], MatMul) or RowPlacement(*tensor.shape[:2], arch.rows).share == 1
         only_keys = name in keys - plain and not heads and RowPlacement(*tensor.shape[:2], arch.rows).share > 1
         layout: Layout = (
             "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "keys" if only_keys else "columns"
@@ -232,11 +250,12 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
 
 
 def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
-    if isinstance(op, Attention | Conv | MaxPool):
+    if isinstance(op, Attention | Conv | MaxPool) or (isinstance(op, Pointwise) and op.channels is not None):
         return False
     if head_dim % arch.lanes == 0:
         return True
-    return op.norm is None  # one instruction per head; a row normalisation needs the whole row in one
+    # one instruction per head; a row normalisation needs the whole row in one
+    return not isinstance(op, MatMul) and op.norm is None
 
 
 def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse: bool) -> Lowered:
@@ -249,7 +268,7 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     } | emitter.tails
     masks = _mask_tables(emitter)
     sizes |= {name: table.batch * table.stride for name, table in masks.items()}
-    pinned = frozenset({*network.inputs, *network.outputs, *masks})
+    pinned = frozenset({*network.inputs, *network.outputs, *network.constants, *masks})
     plan = plan_buffers(
         sizes,
         steps,
@@ -335,6 +354,9 @@ def _operator_info(
         weight_bytes, weight_format = emitter.weights[index]
         pattern = "dense" if op.pattern is None else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
+        macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, MatMul):
+        kind, shape = "matmul", (batch * rows, tensors[op.x].shape[2], channels)
         macs = shape[0] * shape[1] * shape[2]
     elif isinstance(op, Product):
         kind, shape = "product", (batch * rows, tensors[op.x].shape[2], channels)
