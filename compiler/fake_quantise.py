@@ -160,6 +160,9 @@ class _Run:
         return self.stored(value, node.name, half_up=False)
 
     def node(self, node: Node) -> Tensor:
+        known = not isinstance(node, Linear | Convolution | Pointwise) or not node.post.multiply
+        if not known or (isinstance(node, Pointwise) and node.channels is not None):
+            raise CompileError(f"{node.source or node.name}: fine-tuning does not know how a product of two activations rounds")
         if isinstance(node, Linear | Convolution):
             return self.post(node, self.product(node))
         if isinstance(node, Pointwise):

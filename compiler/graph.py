@@ -27,8 +27,10 @@ __all__ = [
     "CompileError",
     "Constant",
     "Convolution",
+    "Fixed",
     "Fold",
     "Function",
+    "Gather",
     "Graph",
     "Input",
     "KeyMask",
@@ -37,6 +39,7 @@ __all__ = [
     "MatMul",
     "MaxPool",
     "Move",
+    "Mul",
     "Node",
     "Norm",
     "Operand",
@@ -115,9 +118,10 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Post:
-    """What follows a sum, in this order: residual (the node's last operand), function, norm."""
+    """What follows a sum, in this order: residual (the node's last operand; ``multiply``: it multiplies), function, norm."""
 
     residual: bool = False
+    multiply: bool = False
     function: Function | None = None
     norm: Norm | None = None
 
@@ -133,7 +137,7 @@ class Post:
     def stages(self, x: Tensor, residual: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
         """The values that calibration has to see: "sum" (after the residual), then "function" and "norm"."""
         if residual is not None:
-            x = x + residual
+            x = x * residual if self.multiply else x + residual
         yield "sum", x
         if self.function is not None:
             x = self.function.apply(x)
@@ -395,20 +399,28 @@ class Fold(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pointwise(Node):
-    """``post(x)``: post-processing without a product; inputs x [, residual]."""
+    """``post(x)``: post-processing without a product; inputs x [, residual]. ``channels``: the channel of x that each of the
+    result's is (None: all in their order)."""
 
     post: Post
+    channels: tuple[int, ...] | None = None
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        return self.post.apply(*operands)
+        return self.post.apply(self.product(operands[0]), *operands[1:])
+
+    def product(self, x: Tensor) -> Tensor:
+        """Before the post-processing."""
+        return x if self.channels is None else x[..., self.channels]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MatMul(Node):
-    """``a @ b`` of two activations."""
+    """``a @ b`` of two activations; inputs a, b [, residual]."""
+
+    post: Post = Post()
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        return operands[0] @ operands[1]
+        return self.post.apply(operands[0] @ operands[1], *operands[2:])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -427,6 +439,34 @@ class Add(Node):
 
     def evaluate(self, *operands: Tensor) -> Tensor:
         return operands[0] + operands[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mul(Node):
+    """``a * b``."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0] * operands[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fixed(Node):
+    """A constant tensor that data is added to, multiplied or attended with."""
+
+    value: Tensor
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gather(Node):
+    """``x[..., channels]``."""
+
+    channels: tuple[int, ...]
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0][..., self.channels]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from math import prod
 
-from compiler.ops import Attention, Conv, Linear, MaxPool, Product, QuantNetwork, Rearrange, Transpose
+from compiler.ops import Attention, Conv, Linear, MatMul, MaxPool, Product, QuantNetwork, Rearrange, Transpose
 from compiler.placement import PatchPlacement, Placement, RowPlacement
 from compiler.windows import count_fetches, moves, row_moves
 from hw.arch import Arch
@@ -32,8 +32,8 @@ def choose_grids(network: QuantNetwork, arch: Arch) -> dict[str, tuple[int, int,
     attention reads lie like sequences, line by line; so do single pixels, for which it is the same."""
     classes = _classes(network)
     fixed = {classes[name] for op in network.ops if isinstance(op, Attention) for name in (op.q, op.k, op.v, op.out)}
-    fixed |= {classes[name] for op in network.ops if isinstance(op, Transpose | Product) for name in (op.x, op.out)}
-    fixed |= {classes[op.y] for op in network.ops if isinstance(op, Product)}
+    fixed |= {classes[name] for op in network.ops if isinstance(op, Transpose | Product | MatMul) for name in (op.x, op.out)}
+    fixed |= {classes[op.y] for op in network.ops if isinstance(op, Product | MatMul)}
     sizes: dict[str, tuple[int, int]] = {}
     for name, tensor in network.tensors.items():
         if tensor.image is not None and classes[name] not in fixed and tensor.image != (1, 1):
@@ -87,7 +87,7 @@ def _classes(network: QuantNetwork) -> dict[str, str]:
         return name
 
     for op in network.ops:
-        if isinstance(op, Attention | Rearrange | Transpose):
+        if isinstance(op, Attention | Rearrange | Transpose | MatMul):
             continue
         same = [] if isinstance(op, Conv | MaxPool) or op.x is None else [op.x]
         same += [] if op.residual is None else [op.residual.tensor]

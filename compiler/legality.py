@@ -17,7 +17,9 @@ from compiler.graph import (
     CompileError,
     Constant,
     Convolution,
+    Fixed,
     Fold,
+    Gather,
     Graph,
     Input,
     KeyMask,
@@ -26,6 +28,7 @@ from compiler.graph import (
     MatMul,
     MaxPool,
     Move,
+    Mul,
     Node,
     Pointwise,
     Problem,
@@ -41,7 +44,7 @@ from compiler.graph import (
 
 __all__ = ["LEGAL", "check", "describe", "problem"]
 
-_PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, LayerNorm, Activation, Scale}
+_PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, Mul, LayerNorm, Activation, Scale, Fixed, Gather}
 _HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
 _MOVING = {View, Move}
@@ -51,24 +54,31 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
         **dict.fromkeys(
-            ("trace", "match_norms", "fold_vectors", "fold_functions", "broadcast_products", "expand_gates", "match_scores"),
+            (
+                "trace", "match_norms", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products",
+                "match_elementwise", "match_scores",
+            ),
             {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
         ),
         "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
         "fold_biases": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "fix_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
         "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "split_linears": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "match_heads": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
-        "match_products": {*_PLAIN, *_ROWS, Attention, *_MOVING},
-        "drop_views": {*_PLAIN, *_ROWS, Attention, *_MOVING},
-        "flatten_images": {*_PLAIN, *_ROWS, Attention, *_MOVING},
-        "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
-        "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
-        "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
-        "fold_pads": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
-        "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, Transpose, Pointwise},
+        "match_products": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "drop_views": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "flatten_images": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "fold_gathers": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
+        "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
+        "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
+        "fold_pads": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
+        "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose} - {Scale},
+        "fuse": {
+            Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, MatMul, Transpose, Pointwise, Fixed,
+        },
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -141,20 +151,17 @@ def _operands_first(graph: Graph) -> Iterator[Problem]:
             yield Problem(f"output {output!r} is not computed by any node")
 
 
+_EARLY = (
+    "trace", "match_norms", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products", "match_elementwise",
+    "match_scores", "fold_masks", "fold_biases", "fix_constants",
+)  # fmt: skip
+"""Stages at which constants and masks may still be broadcast."""
+
+
 def _equal_shapes(graph: Graph) -> Iterator[Problem]:
     """No broadcasting of data: sums have operands of one shape (constants excepted while there are some)."""
     for node in graph.nodes.values():
-        if not isinstance(node, Add) or graph.stage in (
-            "trace",
-            "match_norms",
-            "fold_vectors",
-            "fold_functions",
-            "broadcast_products",
-            "expand_gates",
-            "match_scores",
-            "fold_masks",
-            "fold_biases",
-        ):
+        if not isinstance(node, Add | Mul) or graph.stage in _EARLY:
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):
             yield problem(graph, node, "operands must have equal shapes: broadcasting is not supported")

@@ -16,12 +16,26 @@ from numpy.typing import NDArray
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
+from compiler.emit_matmul import emit_matmul
 from compiler.emit_rows import emit_product, emit_rearrange, emit_softmax, emit_transpose
 from compiler.hold import hold_columns, join, side_by_side
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MaxPool, Op, Product, QuantNetwork, Rearrange, Softmax, Transpose
+from compiler.ops import (
+    Attention,
+    Conv,
+    Linear,
+    MatMul,
+    MaxPool,
+    Op,
+    Pointwise,
+    Product,
+    QuantNetwork,
+    Rearrange,
+    Softmax,
+    Transpose,
+)  # fmt: skip
 from compiler.placement import RowPlacement
-from compiler.plan import align_up
+from compiler.plan import ADDRESS_SPACE, align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
 from compiler.schedule import Order, Task, schedule
 from compiler.steps import (
@@ -90,10 +104,23 @@ def lower(
     if pipeline_depth not in (0, 1, 2):
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
-    emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
+    layouts = choose_layouts(network, arch)
+    _check_sizes(network, layouts, arch)
+    emitter = Emitter(arch, Constants(arch), layouts)
     tasks = emit_tasks(emitter, network)
     depth = _safe_depth(network, arch, pipeline_depth)
     return [_assemble(emitter, network, _finish(schedule(tasks, arch, depth=depth, order=order)), reuse) for order in orders]
+
+
+def _check_sizes(network: QuantNetwork, infos: Mapping[str, TensorInfo], arch: Arch) -> None:
+    """Refuse a tensor that memory has no room for, before its instructions are made."""
+    sources = {op.out: op.source for op in network.ops}
+    for name, info in infos.items():
+        if info.nbytes(arch) > ADDRESS_SPACE:
+            raise LoweringError(
+                f"{sources.get(name) or 'the module'}: tensor {name!r} {info.shape} takes {info.nbytes(arch):,} bytes, more than "
+                f"the {ADDRESS_SPACE:,} that addresses reach: compile for a smaller batch or length, or divide the module"
+            )
 
 
 def _finish(steps: list[Step]) -> list[Step]:
@@ -123,6 +150,8 @@ def _emit(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list
     index, op = group[0], network.ops[group[0]]
     if isinstance(op, Attention):
         return emit_attention(emitter, index, op)
+    if isinstance(op, MatMul):
+        return emit_matmul(emitter, index, op)
     if isinstance(op, Conv):
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
@@ -178,9 +207,8 @@ def _operands(op: Op) -> list[str]:
         return [op.v, op.k, op.q]
     if isinstance(op, Rearrange):
         return list(dict.fromkeys(part.tensor for part in op.sources))
-    if isinstance(op, Product):
-        return [op.y, op.x]
-    return [name for name in (op.x, op.residual.tensor if op.residual else None) if name is not None]
+    second = op.y if isinstance(op, Product | MatMul) else None
+    return [name for name in (second, op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
 def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
@@ -199,6 +227,8 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             plain.update((op.out, *_operands(op)))
         elif op.x is not None:
             plain.add(op.x)
+        if isinstance(op, MatMul):
+            value_heads.setdefault(op.y, set()).add(1)
         if not isinstance(op, Attention) and op.residual is not None:
             plain.add(op.residual.tensor)
     producers = {op.out: op for op in network.ops}
@@ -209,6 +239,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
         turned = len(heads) == 1 and name not in plain | keys
         if turned and name in producers:
             turned = _writes_transposed(producers[name], tensor.shape[2] // min(heads), arch)
+            turned &= not isinstance(producers[name], MatMul) or RowPlacement(*tensor.shape[:2], arch.rows).share == 1
         only_keys = name in keys - plain and not heads and RowPlacement(*tensor.shape[:2], arch.rows).share > 1
         layout: Layout = (
             "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "keys" if only_keys else "columns"
@@ -232,11 +263,12 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
 
 
 def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
-    if isinstance(op, Attention | Conv | MaxPool):
+    if isinstance(op, Attention | Conv | MaxPool) or (isinstance(op, Pointwise) and op.channels is not None):
         return False
     if head_dim % arch.lanes == 0:
         return True
-    return op.norm is None  # one instruction per head; a row normalisation needs the whole row in one
+    # one instruction per head; a row normalisation needs the whole row in one
+    return not isinstance(op, MatMul) and op.norm is None
 
 
 def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse: bool) -> Lowered:
@@ -249,11 +281,12 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     } | emitter.tails
     masks = _mask_tables(emitter)
     sizes |= {name: table.batch * table.stride for name, table in masks.items()}
-    pinned = frozenset({*network.inputs, *network.outputs, *masks})
     plan = plan_buffers(
         sizes,
         steps,
-        pinned=pinned,
+        pinned=frozenset({*network.constants, *masks}),
+        given=frozenset(network.inputs),
+        results=frozenset(network.outputs),
         base=align_up(constants_address + len(constants), align),
         align=align,
         reuse=reuse,
@@ -335,6 +368,9 @@ def _operator_info(
         weight_bytes, weight_format = emitter.weights[index]
         pattern = "dense" if op.pattern is None else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
+        macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, MatMul):
+        kind, shape = "matmul", (batch * rows, tensors[op.x].shape[2], channels)
         macs = shape[0] * shape[1] * shape[2]
     elif isinstance(op, Product):
         kind, shape = "product", (batch * rows, tensors[op.x].shape[2], channels)

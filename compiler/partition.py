@@ -38,6 +38,7 @@ from compiler.legality import problem
 from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
 from compiler.passes.norms import NORM_PARTS
+from compiler.passes.rotations import ROTATION_PARTS
 from hw.arch import Arch
 
 __all__ = ["HostStage", "Partition", "Segment", "check_arch", "describe_host", "partition"]
@@ -186,6 +187,7 @@ class _Partitioner:
         for mask in self.inlined:
             self.host.update((node, MASK) for node in _cone(exported, mask) if node not in self.host)
         self.segments: dict[int, Segment] = {}
+        self.legal: dict[tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]], Segment] = {}  # by operators and results
 
     # -- which operators there are ---------------------------------------------------------------------------
 
@@ -301,6 +303,10 @@ class _Partitioner:
         inside = set(nodes)
         read = {item for other, members in stages.items() if other != number for node in members for item in self.needs(node)}
         outputs = [node for node in nodes if node in read or node in self.exported.outputs]
+        known = self.legal.get((tuple(nodes), tuple(outputs)))
+        if known is not None:  # as in an earlier round
+            self.segments[number] = known
+            return {}
         by_name = {node.name: node for node in self.order}
         try:
             graph, inputs = import_part(self.exported, nodes, outputs, self.inlined)
@@ -327,7 +333,7 @@ class _Partitioner:
         graph = _used(graph)
         kept = {node.name for node in graph.inputs}
         taken = {name: node for name, node in inputs.items() if name in kept}
-        self.segments[number] = Segment(tuple(nodes), graph, taken, pairs)
+        self.segments[number] = self.legal[tuple(nodes), tuple(outputs)] = Segment(tuple(nodes), graph, taken, pairs)
         return {}
 
     def result(self) -> Partition:
@@ -362,12 +368,13 @@ def _never(node: fx.Node, aside: list[fx.Node], arch: Arch) -> str | None:
     if is_getitem(node):
         return None
     target: Any = node.target
-    if target not in IMPORTS and target not in POINTWISE and target not in NORM_PARTS and target not in MOVES:
+    if target not in IMPORTS and target not in POINTWISE | NORM_PARTS | ROTATION_PARTS and target not in MOVES:
         return _no_instruction(node)
     results = [value] if isinstance(value, Tensor) else list(value)
-    operands = [item.meta["val"] for item in node.all_input_nodes if item not in aside]
+    indices = list(node.args[2:3]) if target is aten.index_select.default else []
+    operands = [item.meta["val"] for item in node.all_input_nodes if item not in aside and item not in indices]
     for tensor in (*results, *operands):
-        if isinstance(tensor, Tensor) and tensor.dtype != torch.float32:
+        if isinstance(tensor, Tensor) and tensor.dtype not in (torch.float32, torch.complex64):
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"
     if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
         return _wide_norm(results[0].shape[-1], arch)

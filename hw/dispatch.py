@@ -246,7 +246,8 @@ class Dispatcher(wiring.Component):
         tiles, wait_seq = Signal(16), Signal(16)
         m.d.comb += [tiles.eq((raw.cols + (lanes - 1)) >> (lanes - 1).bit_length()), wait_seq.eq(index - raw.dep + 1)]
         by_column = tile & (raw.scale == Scale.COLUMN) & ~raw.psum_out
-        residual, wide = tile & (raw.residual != Residual.NONE), raw.residual == Residual.INT16
+        residual = tile & (raw.residual != Residual.NONE)
+        wide = (raw.residual == Residual.INT16) | (raw.residual == Residual.MUL16)
         norm = tile & ((raw.row_op == RowOp.LAYERNORM) | (raw.row_op == RowOp.RMSNORM))
         rows, rows_out = tile & (raw.row_op != RowOp.NONE), tile & (raw.out != Destination.NONE)
         stores = rows_out & (raw.out != Destination.LANES)

@@ -73,12 +73,14 @@ class Scale(enum.IntEnum):
 
 
 class Residual(enum.IntEnum):
-    """Second operand after requantisation, added or compared, columns at `r_addr`."""
+    """Second operand, columns at `r_addr`: added to the requantised value, compared with it, or multiplied by it."""
 
     NONE = 0
     INT8 = 1
     INT16 = 2
     MAX8 = 3  #: int8; the larger of the two values instead of their sum
+    MUL8 = 4  #: int8; the product: a part of the requantisation's multiplier, without `r_mult` and `r_shift`
+    MUL16 = 5  #: int16; the product
 
 
 class RowOp(enum.IntEnum):
@@ -128,7 +130,7 @@ class Field:
 
 
 FIELDS: tuple[Field, ...] = (
-    Field("opcode", 4, "operation", Opcode),
+    Field("opcode", 3, "operation", Opcode),
     Field("source", 2, "where the int32 columns come from", Source),
     Field("operand", 2, "where the lanes' activations come from", Operand),
     Field("a_unsigned", 1, "activations are 0..255 instead of -128..127"),
@@ -137,7 +139,7 @@ FIELDS: tuple[Field, ...] = (
     Field("psum_in", 1, "add the partial sums kept on chip"),
     Field("psum_out", 1, "keep the sums on chip instead of post-processing them; out must be NONE"),
     Field("scale", 2, "where multiplier and shift come from", Scale),
-    Field("residual", 2, "second operand", Residual),
+    Field("residual", 3, "second operand", Residual),
     Field("table", 1, "look the int8 value up in the activation table"),
     Field("row_op", 3, "row operation", RowOp),
     Field("row_first", 1, "MAX, EXP: first block of the row (reset maximum or sum)"),

@@ -96,6 +96,14 @@ def _norm(f: Any) -> Any:
     return (f.row_op == RowOp.LAYERNORM) | (f.row_op == RowOp.RMSNORM)
 
 
+def _times(f: Any) -> Any:
+    return (f.residual == Residual.MUL8) | (f.residual == Residual.MUL16)
+
+
+def _wide(f: Any) -> Any:
+    return (f.residual == Residual.INT16) | (f.residual == Residual.MUL16)
+
+
 def _off(address: Any, alignment: int) -> Any:
     return (address & (alignment - 1)) != 0
 
@@ -110,6 +118,7 @@ RULES: tuple[Rule, ...] = (
     Rule(_F, "format has no such value", lambda f, a, kl: f.format > Format.BITMAP),
     Rule(_F, "sparse format, but the hardware has none", lambda f, a, kl: _sparse(f) & (not a.sparse)),
     Rule(_F, "scale has no such value", lambda f, a, kl: f.scale > Scale.ROW),
+    Rule(_F, "residual has no such value", lambda f, a, kl: f.residual > Residual.MUL16),
     Rule(_F, "row_op has no such value", lambda f, a, kl: f.row_op > RowOp.RMSNORM),
     Rule(_F, "out has no such value", lambda f, a, kl: f.out > Out.LANES),
     # sizes
@@ -195,8 +204,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _F,
         "residual: r_mult or r_shift out of range",
-        lambda f, a, kl: (f.residual != Residual.NONE) & ((f.r_shift == 0) | (f.r_mult >= SIGN_BIT)),
+        lambda f, a, kl: (
+            (f.residual != Residual.NONE) & (f.residual < Residual.MUL8) & ((f.r_shift == 0) | (f.r_mult >= SIGN_BIT))
+        ),
     ),
+    Rule(_F, "residual MUL8 or MUL16 with scale ROW", lambda f, a, kl: _times(f) & (f.scale == Scale.ROW)),
     Rule(
         _F,
         "row operation: row_shift out of range",
@@ -222,7 +234,7 @@ RULES: tuple[Rule, ...] = (
         lambda f, a, kl: _post(f) & (f.scale == Scale.COLUMN) & _off(f.p_addr, constant_alignment(a)),
     ),
     Rule(_A, "r_addr", lambda f, a, kl: (f.residual != Residual.NONE) & _off(f.r_addr, a.rows)),
-    Rule(_A, "r_addr", lambda f, a, kl: (f.residual == Residual.INT16) & _off(f.r_addr, 2 * a.rows)),
+    Rule(_A, "r_addr", lambda f, a, kl: _wide(f) & _off(f.r_addr, 2 * a.rows)),
     Rule(_A, "g_addr", lambda f, a, kl: _norm(f) & _off(f.g_addr, constant_alignment(a))),
     Rule(_A, "o_addr", lambda f, a, kl: _stores(f) & _off(f.o_addr, a.rows)),
     Rule(_A, "o_addr", lambda f, a, kl: (f.out == Out.STORE16) & _off(f.o_addr, 2 * a.rows)),

@@ -13,7 +13,7 @@ from compiler.calibrate import unmasked
 from compiler.compile import float_boundary
 from compiler.exported import Exported, export
 from compiler.frontend import by_rows, import_whole
-from compiler.graph import Graph, Input, KeyMask
+from compiler.graph import Fixed, Graph, Input, KeyMask
 from compiler.partition import partition
 from compiler.partitioned import PartitionedProgram
 from compiler.passes import optimise
@@ -156,7 +156,7 @@ def _layers(graph: Graph, program: Program, floats: Mapping[str, Tensor], given:
     graph.run(dict(floats), observe=lambda node, operands, value: seen.__setitem__(node.name, value))
     rows = unmasked(graph, graph.bind(dict(floats)))
     for node in graph.nodes.values():
-        if isinstance(node, Input | KeyMask) or node.name not in network.tensors:
+        if isinstance(node, Input | KeyMask | Fixed) or node.name not in network.tensors:
             continue
         got = dequantise(network, node.name, integers[node.name]).reshape(seen[node.name].shape)
         wanted = rows(seen[node.name])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from hw.isa import (
     Source,
 )
 from hw.isa_check import SequenceState, check_raw, raw_fields
-from hw.numerics import PARAM_DTYPE, requantise, residual_add, residual_max, saturate, table_lookup
+from hw.numerics import PARAM_DTYPE, requantise, residual_add, residual_max, residual_multiplier, saturate, table_lookup
 from hw.row import exp_rows, layernorm_rows, max_rows, row_scale_softmax
 
 __all__ = ["IsaError", "IsaResult", "run_isa"]
@@ -232,18 +233,27 @@ class _Machine:
 
     def post(self, ins: Instruction, acc: Int) -> Int:
         """Steps 2 to 4: requantisation, residual, table."""
-        if ins.scale == Scale.CONST:
-            values = requantise(acc, 0, ins.mult, ins.shift)
-        elif ins.scale == Scale.COLUMN:
+        bias: Any = 0
+        mult, shift = (ins.mult, ins.shift) if ins.scale != Scale.ROW else self.scales.pop(0)
+        if ins.scale == Scale.COLUMN:
             params = self.params(ins.p_addr, ins.cols)
-            values = requantise(acc, params["bias"], params["mult"], params["shift"])
+            bias, mult, shift = params["bias"], params["mult"], params["shift"]
+        residual = self.residual(ins)
+        if ins.residual in (Residual.MUL8, Residual.MUL16):
+            values = requantise(acc, bias, residual_multiplier(residual, mult, 8 * residual.itemsize), shift)
         else:
-            values = requantise(acc, 0, *self.scales.pop(0))
-        if ins.residual != Residual.NONE:
-            residual = self.columns(ins.r_addr, ins.cols, "<i2" if ins.residual == Residual.INT16 else "i1")
-            join = residual_max if ins.residual == Residual.MAX8 else residual_add
-            values = join(values, residual, ins.r_mult, ins.r_shift)
+            values = requantise(acc, bias, mult, shift)
+            if ins.residual != Residual.NONE:
+                join = residual_max if ins.residual == Residual.MAX8 else residual_add
+                values = join(values, residual, ins.r_mult, ins.r_shift)
         return table_lookup(values, self.table) if ins.table else values
+
+    def residual(self, ins: Instruction) -> NDArray[np.integer]:
+        """The second operand (cols, rows); empty without one."""
+        if ins.residual == Residual.NONE:
+            return np.zeros(0, np.int8)
+        wide = ins.residual in (Residual.INT16, Residual.MUL16)
+        return self.columns(ins.r_addr, ins.cols, "<i2" if wide else "i1")
 
     def row_operation(self, ins: Instruction, values: Int) -> Int:
         """Step 5; values (cols, rows)."""

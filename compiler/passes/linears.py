@@ -21,6 +21,7 @@ from compiler.graph import (
     LayerNorm,
     Linear,
     MatMul,
+    Mul,
     Node,
     Scale,
     ScaledDotProduct,
@@ -77,12 +78,12 @@ def _vector(graph: Graph, node: Node, data: set[str]) -> tuple[str, Tensor] | No
 
 
 def fold_biases(graph: Graph) -> Graph:
-    """``Linear(x) + c`` with a constant vector c becomes one Linear."""
+    """``Linear(x) + c`` and ``Linear(x) * c`` with a constant vector c become one Linear."""
     users = graph.users()
     renamed: dict[str, str] = {}
     nodes = dict(graph.nodes)
     for node in graph.nodes.values():
-        if not isinstance(node, Add):
+        if not isinstance(node, Add | Mul):
             continue
         for x, c in (node.inputs, node.inputs[::-1]):
             linear, constant = nodes[renamed.get(x, x)], nodes[c]
@@ -93,11 +94,16 @@ def fold_biases(graph: Graph) -> Graph:
                 and isinstance(constant, Constant)
                 and constant.shape == node.shape[-1:]
             ):
-                bias = constant.value if linear.bias is None else linear.bias + constant.value
-                nodes[linear.name] = replace(linear, bias=bias)
+                nodes[linear.name] = _joined(linear, constant.value, multiply=isinstance(node, Mul))
                 renamed[node.name] = linear.name
                 break
     return graph.rewrite((node for node in nodes.values() if node.name not in renamed), renamed=renamed)
+
+
+def _joined(linear: Linear, value: Tensor, *, multiply: bool) -> Linear:
+    if not multiply:
+        return replace(linear, bias=value if linear.bias is None else linear.bias + value)
+    return replace(linear, weight=linear.weight * value[:, None], bias=None if linear.bias is None else linear.bias * value)
 
 
 def split_linears(graph: Graph) -> Graph:

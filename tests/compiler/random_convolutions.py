@@ -75,6 +75,8 @@ class _Builder:
         residual, table, dtype = None, None, "int8"
         if same and self.rng.random() < 0.5:
             residual = ResidualInput(str(self.rng.choice(same)), self.integer(1 << 12, (1 << 15) - 1), self.integer(13, 17))
+            if residual.mult % 3 == 0:
+                residual = ResidualInput(residual.tensor, multiply=True)
         if self.rng.random() < 0.5:
             table = np.sort(self.rng.integers(0, 128, 256)).astype(np.int8)
         elif self.rng.random() < 0.3:

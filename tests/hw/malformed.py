@@ -66,7 +66,7 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     if not arch.sparse:
         add("sparse format, but the hardware has none", base=sparse)
         return cases
-    for opcode in (0, *range(4, 16)):
+    for opcode in (0, *range(4, 8)):
         cases.append(
             Malformed(
                 f"opcode {opcode}",
@@ -81,6 +81,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("operand has no such value", operand=3)
     add("format has no such value", format=3)
     add("scale has no such value", scale=3)
+    for value in (6, 7):
+        add("residual has no such value", residual=value)
     for value in (6, 7):
         add("row_op has no such value", row_op=value)
     for value in (5, 6, 7):
@@ -136,6 +138,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
         add("scale CONST: mult or shift out of range", **changes)
     for changes in ({"r_shift": 0, "r_mult": 1}, {"r_shift": 1, "r_mult": 1 << 15}):
         add("residual: r_mult or r_shift out of range", residual=Residual.INT16, **changes)
+    for residual in (Residual.MUL8, Residual.MUL16):
+        add("residual MUL8 or MUL16 with scale ROW", residual=residual, scale=Scale.ROW)
     for shift in (0, 41):
         add("row operation: row_shift out of range", base=softmax, row_shift=shift)
         add("row operation: row_shift out of range", base=norm, row_shift=shift)
@@ -151,6 +155,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("p_addr", alignment, base=Instruction(opcode=Opcode.TABLE), p_addr=constant)
     add("r_addr", alignment, residual=Residual.INT8, r_mult=1, r_shift=1, r_addr=column)
     add("r_addr", alignment, residual=Residual.INT16, r_mult=1, r_shift=1, r_addr=arch.rows)
+    add("r_addr", alignment, residual=Residual.MUL8, r_addr=column)
+    add("r_addr", alignment, residual=Residual.MUL16, r_addr=arch.rows)
     add("g_addr", alignment, base=norm, g_addr=constant)
     add("o_addr", alignment, o_addr=column)
     add("o_addr", alignment, out=Out.STORE16, o_addr=arch.rows)

@@ -112,7 +112,7 @@ private:
 
     void decode_post(const uint8_t* raw, Commands& c, uint32_t source, uint32_t cols, bool psum_out) const {
         const uint32_t scale = get(raw, field::scale), residual = get(raw, field::residual);
-        const bool wide = residual == residual::INT16;
+        const bool wide = residual == residual::INT16 || residual == residual::MUL16;
         c.units |= 1u << unit::post;
         c.post = {source, cols, false, get(raw, field::psum_in) != 0, psum_out, scale == scale::COLUMN && !psum_out,
                   scale == scale::ROW && !psum_out, residual != residual::NONE, get(raw, field::row_op) != row_op::NONE};
