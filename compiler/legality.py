@@ -53,11 +53,10 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
         **dict.fromkeys(
-            ("trace", "match_norms", "fold_vectors", "fold_functions", "expand_gates", "match_scores"),
+            ("trace", "match_norms", "fold_biases", "fold_vectors", "fold_functions", "expand_gates", "match_scores"),
             {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
         ),
         "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
-        "fold_biases": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
         "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "split_linears": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
@@ -173,7 +172,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "match_norms", "fold_vectors", "fold_functions", "expand_gates", "match_scores"):
+    if graph.stage in ("trace", "match_norms", "fold_biases", "fold_vectors", "fold_functions", "expand_gates", "match_scores"):
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):

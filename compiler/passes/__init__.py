@@ -29,12 +29,12 @@ Pass = Callable[[Graph], Graph]
 
 PASSES: tuple[Pass, ...] = (
     match_norms,  # x * rsqrt(mean(x^2) + eps) becomes one norm
+    fold_biases,  # a constant vector added after a Linear becomes its bias
     fold_vectors,  # a product with a vector of channels goes into what was before it
     fold_functions,  # x * sigmoid(x) and the like become one function
     expand_gates,  # a * b becomes sums and squares
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask
-    fold_biases,  # a constant vector added after a Linear becomes its bias
     place_constants,  # other constants that are added or joined become tensors
     sink_views,  # reshapes and transposes move behind the operators that do not care
     split_linears,  # a Linear whose result is cut into channel ranges becomes several
