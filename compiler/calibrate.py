@@ -134,7 +134,7 @@ def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibra
 
     def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
         if isinstance(node, Linear | Convolution | Pointwise) and not node.post.is_empty:
-            x = node.product(operands[0]) if isinstance(node, Linear | Convolution) else operands[0]
+            x = node.product(operands[0])
             calibration.update(node.name, "product", seen(x), watched=False)
             for stage, result in node.post.stages(x, *operands[1:]):
                 watched = node.post.function is not None and stage in ("sum", "function")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algo.nm import NM
-from compiler.ops import Attention, Conv, LayerNorm, Linear, Pointwise, Requant
+from compiler.ops import Attention, Conv, LayerNorm, Linear, Pointwise, Requant, ResidualInput
 from compiler.pack import check_pattern, pack_weights
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
@@ -26,7 +26,7 @@ from hw.isa_check import constant_alignment, k_limits
 from hw.numerics import PARAM_DTYPE
 from hw.row import norm_constants
 
-__all__ = ["IDENTITY", "Emitter", "Segment", "Stream", "k_chunks", "mask_stride", "requant_params"]
+__all__ = ["IDENTITY", "MAX_COLS", "Emitter", "Segment", "Stream", "k_chunks", "mask_stride", "requant_params"]
 
 MAX_COLS = (1 << 16) - 1
 NOTHING = {"source": Source.ZERO, "mult": 0, "shift": 1}
@@ -175,12 +175,9 @@ class Emitter:
     ) -> tuple[dict[str, int], dict[str, At], tuple[Region, ...], Region]:
         """Residual, table, norm and store of a segment: fields, addresses, regions read, region written."""
         fields, addresses, written = self.store(op.out, tile, segment)
-        reads: tuple[Region, ...] = ()
-        if op.residual is not None:
-            kind = Residual.INT16 if self.tensors[op.residual.tensor].dtype == "int16" else Residual.INT8
-            fields |= {"residual": kind, "r_mult": op.residual.mult, "r_shift": op.residual.shift}
-            addresses["r_addr"] = self.column(op.residual.tensor, tile, segment.start)
-            reads = ((op.residual.tensor, tile),)
+        more, places, reads = self.residual(op.residual, tile, segment)
+        fields |= more
+        addresses |= places
         if op.table is not None:
             fields["table"] = 1
         if op.norm is not None:
@@ -188,6 +185,17 @@ class Emitter:
             fields |= norm_fields
             addresses["g_addr"] = gamma
         return fields, addresses, reads, written
+
+    def residual(
+        self, residual: ResidualInput | None, tile: int, segment: Segment
+    ) -> tuple[dict[str, int], dict[str, At], tuple[Region, ...]]:
+        """Second operand of a segment: fields, addresses, regions read."""
+        if residual is None:
+            return {}, {}, ()
+        wide = self.tensors[residual.tensor].dtype == "int16"
+        kind = (Residual.MUL16 if wide else Residual.MUL8) if residual.multiply else Residual.INT16 if wide else Residual.INT8
+        fields = {"residual": kind, "r_mult": residual.mult, "r_shift": residual.shift}
+        return fields, {"r_addr": self.column(residual.tensor, tile, segment.start)}, ((residual.tensor, tile),)
 
     def norm(self, norm: LayerNorm, cols: int) -> tuple[dict[str, int], At]:
         """Fields of a row normalisation over `cols` columns, and its parameters."""
@@ -255,8 +263,9 @@ class Emitter:
 
     # -- operators -------------------------------------------------------------------------------------------
 
-    def linear(self, index: int, op: Linear) -> list[Task]:
-        """One TILE for each row tile and segment of columns, or a chain of them over chunks of the inputs."""
+    def linear(self, index: int, op: Linear) -> list[tuple[list[list[Step]], list[Step]]]:
+        """For each row tile: one TILE for each segment of columns, or a chain of them over chunks of the inputs; and what
+        takes shared tails to their places."""
         check_pattern(op.weight, op.pattern, layer=describe(op))
         chunks = self.linear_chunks(op)
         limit = MAX_COLS if len(chunks) == 1 else self.arch.psum_depth
@@ -268,11 +277,10 @@ class Emitter:
             )
             for segment in self.segments(op.out, limit=limit)
         ]
-        tasks = []
-        for tile in range(self.tiles(op.x)):
-            tasks += [Task(tuple(self.linear_chain(index, op, tile, *segment))) for segment in segments]
-            tasks += [Task((step,)) for step in self.spread(index, op.out, tile)]
-        return tasks
+        return [
+            ([self.linear_chain(index, op, tile, *segment) for segment in segments], self.spread(index, op.out, tile))
+            for tile in range(self.tiles(op.x))
+        ]
 
     def linear_chunks(self, op: Linear) -> list[tuple[int, int]]:
         """How the inputs are cut; a row normalisation needs all columns of a row in one instruction."""
@@ -350,11 +358,12 @@ class Emitter:
         """One TILE for each row tile and segment of columns."""
         table, steps = self.table(op), []
         for tile in range(self.tiles(op.out)):
-            for segment in self.segments(op.out):
+            for segment in self.runs(op):
                 fields, addresses, reads, written = self.post(op, tile, segment)
                 fields |= {**NOTHING, "cols": segment.stop - segment.start}
                 if op.x is not None:
-                    column = self.column(op.x, tile, segment.start)
+                    first = segment.start if op.channels is None else int(op.channels[segment.start])
+                    column = self.column(op.x, tile, first)
                     reads += ((op.x, tile),)
                     if op.residual is None:
                         fields |= {"residual": Residual.INT8, "r_mult": op.mult, "r_shift": op.shift}
@@ -375,6 +384,15 @@ class Emitter:
                 )
             steps += self.spread(index, op.out, tile)
         return [Task((step,)) for step in steps]
+
+    def runs(self, op: Pointwise) -> list[Segment]:
+        """Segments of a tensor without matmul; channels that are neighbours in x and in the output stay together."""
+        segments = self.segments(op.out)
+        if op.channels is None:
+            return segments
+        breaks = np.flatnonzero(np.diff(op.channels) != 1) + 1
+        cuts = sorted({*breaks.tolist(), *(segment.start for segment in segments), len(op.channels)})
+        return [Segment(start=start, stop=stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
     def mask_table(self, op: Attention) -> str:
         """Name of the parameter tables that the host writes for a masked attention."""

@@ -222,46 +222,77 @@ def _matrix(op: Conv, block: Block, position: int) -> NDArray[np.int8]:
 # -- pooling -------------------------------------------------------------------------------------------------
 
 
-def emit_max_pool(emitter: Emitter, index: int, op: MaxPool, network: QuantNetwork) -> list[Task]:
-    """The output is written with the first fetch and compared with each of the others. All row tiles take a turn before
-    one takes the next: each waits for its own last result.
+@dataclass(frozen=True)
+class _Look:
+    """A fetch of a pooling and the row groups [start, stop) that it is for; ``first``: nothing is there to compare it with."""
 
-    Rows that a fetch blanks read as 0, so that x must not be negative where there are any.
+    fetch: Fetch
+    start: int
+    stop: int
+    first: bool
+
+
+def emit_max_pool(emitter: Emitter, index: int, op: MaxPool, network: QuantNetwork) -> list[Task]:
+    """What is seen first is written and compared with whatever comes after. All row tiles take a turn before one takes the next:
+    each waits for its own last result.
+
+    Rows that a fetch blanks read as 0. Where values may be negative they keep their bytes instead, in more instructions.
     """
     x, tasks = _source(emitter, index, op, network)
-    plan = _plan(emitter, op, x, network)
-    plan = [sorted(wanted, key=lambda fetch: fetch.zero.bit_count()) for wanted in plan]
-    if any(fetch.zero for fetch in _all(plan)) and not is_non_negative(network, op.x):
-        raise LoweringError(
-            f"{describe(op)}: max pooling at the edges of an image, or of one that does not fit the array, needs values that "
-            f"are not negative, such as those after a ReLU"
-        )
-    for turn in range(max(map(len, plan))):
-        for tile, wanted in enumerate(plan):
-            if turn < len(wanted):
-                tasks += [Task((_largest(emitter, index, op, x, tile, wanted[turn], turn, s),)) for s in emitter.segments(op.out)]
+    plan = [sorted(wanted, key=lambda fetch: fetch.zero.bit_count()) for wanted in _plan(emitter, op, x, network)]
+    groups = emitter.arch.row_groups
+    if is_non_negative(network, op.x):
+        looks = [[_Look(fetch, 0, groups, turn == 0) for turn, fetch in enumerate(wanted)] for wanted in plan]
+    else:
+        looks = [_looks(wanted, groups) for wanted in plan]
+    for turn in range(max(map(len, looks))):
+        for tile, mine in enumerate(looks):
+            if turn < len(mine):
+                tasks += [Task((_largest(emitter, index, op, x, tile, mine[turn], s),)) for s in emitter.segments(op.out)]
     return tasks
 
 
-def _all(plan: list[list[Fetch]]) -> Iterable[Fetch]:
-    return (fetch for wanted in plan for fetch in wanted)
+def _looks(wanted: list[Fetch], groups: int) -> list[_Look]:
+    """Only the row groups that a fetch does not blank, run by run; it does not matter what those without a pixel get."""
+    used, written, result = 0, 0, []
+    for fetch in wanted:
+        used |= fetch.seen | fetch.zero
+    for fetch in wanted:
+        for first, mask in ((True, fetch.seen & ~written), (False, fetch.seen & written)):
+            result += [_Look(fetch, start, stop, first) for start, stop in _runs(mask, used & ~mask, groups)]
+        written |= fetch.seen
+    return result
 
 
-def _largest(
-    emitter: Emitter, index: int, op: MaxPool, x: str, tile: int, fetch: Fetch, turn: int, segment: Segment
-) -> Step:
-    out, region = emitter.column(op.out, tile, segment.start), (op.out, tile)
-    compared = {"residual": Residual.MAX8, **IDENTITY} if turn else {}
+def _runs(mask: int, barred: int, groups: int) -> Iterable[tuple[int, int]]:
+    """Ranges [start, stop) that hold all bits of a mask and none that are barred."""
+    start = stop = -1
+    for group in range(groups):
+        if mask >> group & 1:
+            start, stop = (group if start < 0 else start), group + 1
+        elif barred >> group & 1 and start >= 0:
+            yield start, stop
+            start = -1
+    if start >= 0:
+        yield start, stop
+
+
+def _largest(emitter: Emitter, index: int, op: MaxPool, x: str, tile: int, look: _Look, segment: Segment) -> Step:
+    out, region, depth = emitter.column(op.out, tile, segment.start), (op.out, tile), emitter.arch.rows // emitter.arch.row_groups
+    compared = {} if look.first else {"residual": Residual.MAX8, **IDENTITY}
     return Step(
         op=index,
         fields={
             "source": Source.STREAM, "mult": 2, "shift": 1, "cols": segment.stop - segment.start, "out": Out.STORE8,
-            "row_op": RowOp.NONE, **compared, **_turned(fetch),
+            "row_op": RowOp.NONE, "o_skip": look.start * depth, "o_drop": emitter.arch.rows - look.stop * depth, **compared,
+            **_turned(look.fetch),
         },
-        addresses={"a_addr": emitter.column(x, fetch.tile, segment.start), "o_addr": out, **({"r_addr": out} if turn else {})},
-        reads=((x, fetch.tile), *((region,) if turn else ())),
+        addresses={
+            "a_addr": emitter.column(x, look.fetch.tile, segment.start), "o_addr": out, **({} if look.first else {"r_addr": out}),
+        },
+        reads=((x, look.fetch.tile), *(() if look.first else (region,))),
         writes=(region,),
-        note=f"{op.name} [{tile}] position {fetch.position}",
+        note=f"{op.name} [{tile}] position {look.fetch.position}",
     )  # fmt: skip
 
 

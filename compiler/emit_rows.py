@@ -19,46 +19,47 @@ from compiler.placement import Piece, Placement
 from compiler.schedule import Task
 from compiler.steps import At, Region, Step
 from compiler.verify_network import LoweringError, describe
-from compiler.windows import Move
+from compiler.windows import Move, row_moves
 from hw.arch import Arch
 from hw.isa import Format, Operand, Out, Residual, RowOp, Scale, Source
 
-__all__ = ["emit_product", "emit_rearrange", "emit_softmax", "emit_transpose", "row_moves"]
-
-
-def row_moves(
-    source: Placement, out: Placement, rows: NDArray[np.int64], to: NDArray[np.int64], arch: Arch
-) -> list[Move]:
-    """Copies that bring rows ``rows`` of one tensor to rows ``to`` of another, both counted over the batch: one for each run of
-    neighbours that comes from one tile, turned alike.
-
-    Raises
-    ------
-    ValueError
-        A row would have to change its place within a row group.
-    """
-    depth, groups = arch.rows // arch.row_groups, arch.row_groups
-    theirs, ours = source.packed_rows().reshape(-1)[rows], out.packed_rows().reshape(-1)[to]
-    if ((theirs - ours) % depth).any():
-        raise ValueError(f"rows would move by less than a group of {depth}")
-    order = np.argsort(ours)
-    theirs, ours = theirs[order], ours[order]
-    rotate = (theirs - ours) % arch.rows // depth % groups
-    keys = np.stack([ours // arch.rows, theirs // arch.rows, rotate])
-    starts = np.flatnonzero(np.concatenate([[True], (keys[:, 1:] != keys[:, :-1]).any(0) | (np.diff(ours) != 1)]))
-    stops = [*starts[1:].tolist(), len(ours)]
-    return [
-        Move(*(int(key) for key in keys[:, first]), int(ours[first] % arch.rows), int(ours[stop - 1] % arch.rows) + 1)
-        for first, stop in zip(starts.tolist(), stops, strict=True)
-    ]
+__all__ = ["emit_product", "emit_rearrange", "emit_softmax", "emit_transpose"]
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A move of a range of columns."""
+    """A move of a range of columns; ``own``: from a tile of the result itself."""
 
     part: RowSource
     move: Move
+    own: bool = False
+
+
+def _repeated(copies: list[_Copy], rows: int, known: dict[tuple[int, ...], int]) -> list[_Copy]:
+    """The copies into one tile. Where one row goes to many, and an earlier tile has the same (``known``), all come from there at
+    once. (Doubling what a tile has so far takes fewer copies, but each waits for the one before, about 110 cycles.)"""
+    runs: list[list[_Copy]] = []
+    for copy in copies:
+        if runs and _same_row(runs[-1][-1], copy, rows):
+            runs[-1].append(copy)
+        else:
+            runs.append([copy])
+    result: list[_Copy] = []
+    for run in runs:
+        move, stop = run[0].move, run[-1].move.stop
+        key = (id(run[0].part), move.source, (move.start + move.rotate) % rows, move.start, stop)
+        earlier = known.setdefault(key, move.tile) if len(run) > 1 else move.tile
+        again = _Copy(run[0].part, Move(move.tile, earlier, 0, move.start, stop), own=True)
+        result += run if earlier == move.tile else [again]
+    return result
+
+
+def _same_row(last: _Copy, copy: _Copy, rows: int) -> bool:
+    """Whether a row comes from where the one before it comes from."""
+    before, move = last.move, copy.move
+    single = before.stop - before.start == 1 == move.stop - move.start
+    same = last.part is copy.part and before.source == move.source and before.stop == move.start
+    return single and same and (before.start + before.rotate) % rows == (move.start + move.rotate) % rows
 
 
 def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
@@ -73,7 +74,9 @@ def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
             raise LoweringError(f"{describe(op)}: {error}; use an array of at most 32 rows") from error
         for move in found:
             copies[move.tile].append(_Copy(part, move))
-    fills = _fills(emitter, index, op, out)
+    fills, known = _fills(emitter, index, op, out), dict[tuple[int, ...], int]()
+    if emitter.arch.row_groups == emitter.arch.rows:
+        copies = [_repeated(mine, emitter.arch.rows, known) for mine in copies]
     return [
         Task((*fills.get(tile, ()), *(step for copy in copies[tile] for step in _steps(emitter, index, op, copy))))
         for tile in range(out.tiles)
@@ -82,21 +85,23 @@ def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
 
 def _steps(emitter: Emitter, index: int, op: Rearrange, copy: _Copy) -> Iterator[Step]:
     part, move, rows = copy.part, copy.move, emitter.arch.rows
+    tensor, start = (op.out, part.at) if copy.own else (part.tensor, part.start)
     for first in range(0, part.width, MAX_COLS):
         width = min(MAX_COLS, part.width - first)
         yield Step(
             op=index,
             fields={
-                "source": Source.STREAM, "mult": part.mult, "shift": part.shift, "cols": width, "out": Out.STORE8,
+                "source": Source.STREAM, "cols": width, "out": Out.STORE8,
+                **({"mult": 2, "shift": 1} if copy.own else {"mult": part.mult, "shift": part.shift}),
                 "a_rotate": move.rotate, "o_skip": move.start, "o_drop": rows - move.stop,
             },
             addresses={
-                "a_addr": emitter.column(part.tensor, move.source, part.start + first),
+                "a_addr": emitter.column(tensor, move.source, start + first),
                 "o_addr": emitter.column(op.out, move.tile, part.at + first),
             },
-            reads=((part.tensor, move.source),),
+            reads=((tensor, move.source),),
             writes=((op.out, move.tile),),
-            note=f"{op.name} [{move.tile}] rows {move.start}..{move.stop - 1} of {part.tensor} [{move.source}]",
+            note=f"{op.name} [{move.tile}] rows {move.start}..{move.stop - 1} of {tensor} [{move.source}]",
         )  # fmt: skip
 
 

@@ -25,7 +25,9 @@ from compiler.graph import (
     Aten,
     CompileError,
     Constant,
+    Fixed,
     Function,
+    Gather,
     Graph,
     Input,
     LayerNorm,
@@ -120,13 +122,16 @@ def by_rows(value: Tensor) -> Tensor:
 VIEWS = frozenset({
     aten.clone.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
     aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
-    aten.flatten.using_ints, aten.alias.default,
+    aten.flatten.using_ints, aten.alias.default, aten.repeat_interleave.self_int,
 })  # fmt: skip
 """Operators of one tensor that move elements."""
 
 MOVES = VIEWS | {
     aten.cat.default, aten.stack.default, aten.roll.default, aten.flip.default, aten.constant_pad_nd.default, aten.pad.default,
     aten.repeat.default, aten.tile.default, aten.repeat_interleave.self_int, aten.index.Tensor, aten.index_select.default,
+    aten.upsample_nearest1d.vec, aten.upsample_nearest1d.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default,
+    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten.reflection_pad1d.default,
+    aten.reflection_pad2d.default, aten.replication_pad1d.default, aten.replication_pad2d.default, aten.channel_shuffle.default,
     aten.unfold.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.narrow.default, aten.movedim.int,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.squeeze.default,
     aten.squeeze.dims, aten.unflatten.int, aten.t.default,
@@ -182,7 +187,7 @@ def _only_moves(node: fx.Node) -> bool:
     """Whether an operator moves elements by constant indices, and pads with nothing but zeros."""
     if node.target in (aten.constant_pad_nd.default, aten.pad.default):
         rest = [*node.args[2:], *node.kwargs.values()]
-        return all(item in ("constant", None, 0) for item in rest)
+        return all(item in ("constant", "reflect", "replicate", "circular", None, 0) for item in rest)
     return node.target in MOVES
 
 
@@ -284,7 +289,7 @@ class _Importer:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not (value.is_complex() or value.is_floating_point()):
             return
-        if value.dtype != torch.float32:
+        if value.dtype not in (torch.float32, torch.complex64):  # complex numbers may be rotations
             where = self.path(node) or "the module"
             self.problems.append(f"{where}: {node.target} gives {dtype_name(value.dtype)} {tuple(value.shape)}")
 
@@ -460,6 +465,22 @@ def _slice(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return importer.view(node, a["self"], Layout.contiguous(shape).narrow(dim, start, stop - start))
 
 
+@_imports(aten.repeat_interleave.self_int)
+def _repeat_interleave(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    x, repeats = a["self"], a["repeats"]
+    if isinstance(x, Constant) or a["dim"] is None or not isinstance(repeats, int):
+        return None
+    return x if repeats == 1 else importer.view(node, x, Layout.contiguous(x.shape).repeat(a["dim"] % len(x.shape), repeats))
+
+
+@_imports(aten.index_select.default)
+def _index_select(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    x, index = a["self"], a["index"]
+    if isinstance(x, Constant) or not isinstance(index, Constant) or a["dim"] not in (-1, len(x.shape) - 1):
+        return None
+    return importer.make(Gather, node, (x.name,), channels=tuple(index.value.tolist()))
+
+
 @_imports(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 def _split(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     x, start, parts = a["self"], 0, []
@@ -526,11 +547,25 @@ def _matmul(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 
 def _product(importer: _Importer, node: fx.Node, x: Node, y: Node) -> Any:
-    if isinstance(y, Constant):
+    if isinstance(y, Constant) and y.value.ndim == 2:
         return _make_linear(importer, node, x, _transposed(y), None)
+    if isinstance(y, Constant) and not isinstance(x, Constant) and y.value.ndim == len(x.shape) == 4:
+        weights = isinstance(x, Softmax) or any(isinstance(importer.nodes[name], Softmax) for name in x.inputs)
+        y = _fixed_heads(importer, node, y.value, x.shape[0], "values", turned=not weights)
     if isinstance(x, Constant) or len(x.shape) != len(y.shape) or x.shape[:-2] != y.shape[:-2]:
         return None
     return importer.make(MatMul, node, (x.name, y.name))
+
+
+def _fixed_heads(importer: _Importer, node: fx.Node, value: Tensor, batch: int, name: str, *, turned: bool = False) -> Node:
+    """A constant (1 or batch, heads, rows, channels) as a view of rows (batch, rows, heads * channels); ``turned``: keys that
+    queries are multiplied with, (1 or batch, heads, channels, rows)."""
+    value = value.transpose(-1, -2) if turned else value
+    _, heads, rows, width = value.shape
+    flat = by_rows(value).expand(batch, -1, -1)
+    fixed = importer.make(Fixed, node, (), name=f"{node.name}.{name}", shape=tuple(flat.shape), value=flat)
+    split = Layout.contiguous((batch, rows, heads, width)).permute((0, 2, 3, 1) if turned else (0, 2, 1, 3))
+    return importer.view(node, fixed, split, f"{node.name}.{name}.heads")
 
 
 @_imports(aten.baddbmm.default)
@@ -544,8 +579,13 @@ def _baddbmm(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 @_imports(aten.scaled_dot_product_attention.default)
 def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    if a["dropout_p"] or any(isinstance(a[name], Constant) for name in ("query", "key", "value")):
+    if a["dropout_p"] or isinstance(a["query"], Constant):
         return None
+    for name in ("key", "value"):
+        if isinstance(a[name], Constant):
+            if len(a[name].shape) != 4:
+                return None
+            a[name] = _fixed_heads(importer, node, a[name].value, a["query"].shape[0], name)
     heads, kv_heads = (a[name].shape[-3] if len(a[name].shape) == 4 else 1 for name in ("query", "key"))
     if heads != kv_heads:
         if not a["enable_gqa"] or heads % kv_heads:
@@ -707,3 +747,4 @@ def _function(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 
 import compiler.image_imports  # noqa: E402, F401  registers its imports, and needs the functions above
+import compiler.resampling  # noqa: E402, F401  likewise

@@ -27,8 +27,10 @@ __all__ = [
     "CompileError",
     "Constant",
     "Convolution",
+    "Fixed",
     "Fold",
     "Function",
+    "Gather",
     "Graph",
     "Input",
     "KeyMask",
@@ -37,6 +39,7 @@ __all__ = [
     "MatMul",
     "MaxPool",
     "Move",
+    "Mul",
     "Node",
     "Norm",
     "Operand",
@@ -53,6 +56,7 @@ __all__ = [
     "Unfold",
     "View",
     "named_inputs",
+    "windows",
 ]
 
 Shape = tuple[int, ...]
@@ -114,9 +118,10 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Post:
-    """What follows a sum, in this order: residual (the node's last operand), function, norm."""
+    """What follows a sum, in this order: residual (the node's last operand; ``multiply``: it multiplies), function, norm."""
 
     residual: bool = False
+    multiply: bool = False
     function: Function | None = None
     norm: Norm | None = None
 
@@ -132,7 +137,7 @@ class Post:
     def stages(self, x: Tensor, residual: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
         """The values that calibration has to see: "sum" (after the residual), then "function" and "norm"."""
         if residual is not None:
-            x = x + residual
+            x = x * residual if self.multiply else x + residual
         yield "sum", x
         if self.function is not None:
             x = self.function.apply(x)
@@ -226,6 +231,11 @@ class Move(Aten):
     """A torch operator that only moves elements, and perhaps puts zeros between them: it does the same to numbers of elements as
     to their values, so that `compiler.passes.rows` learns what goes where by running it."""
 
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        if all(x.is_floating_point() for x in operands):
+            return super().evaluate(*operands)
+        return super().evaluate(*(x.double() for x in operands)).long()  # torch has some for floating point only
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class View(Node):
@@ -306,12 +316,19 @@ class Product(Node):
 Pair = tuple[int, int]
 
 
+def _around(size: Pair, out: Pair, kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, ...]:
+    """Pixels to the left, to the right, above and below an image that windows see; negative for those that they do not."""
+    ends = [(out[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] + 1 - padding[i] - size[i] for i in range(2)]
+    return padding[1], ends[1], padding[0], ends[0]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Convolution(Node):
     """``post(convolution of x + bias)`` of an image as rows of pixels (batch, pixels, channels); inputs x [, residual].
 
     weight float32 (out, in / groups, kernel height, kernel width), N:M along the second axis if ``pattern``; ``size`` and
-    ``out_size``: (height, width) of x and of the result.
+    ``out_size``: (height, width) of x and of the result. ``padding``: zeros above and to the left of the image, negative for
+    pixels that no window sees; below and to the right, as many as the output needs.
     """
 
     weight: Tensor
@@ -330,8 +347,9 @@ class Convolution(Node):
 
     def product(self, x: Tensor) -> Tensor:
         """Before the post-processing."""
-        image = x.transpose(1, 2).unflatten(2, self.size)
-        result = F.conv2d(image, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        around = _around(self.size, self.out_size, self.weight.shape[2:], self.stride, self.padding, self.dilation)
+        image = F.pad(x.transpose(1, 2).unflatten(2, self.size), around)
+        result = F.conv2d(image, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
         return result.flatten(2).transpose(1, 2)
 
 
@@ -347,23 +365,17 @@ class MaxPool(Node):
     dilation: Pair
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        image = F.pad(operands[0].transpose(1, 2).unflatten(2, self.size), self._around(), value=-torch.inf)
+        around = _around(self.size, self.out_size, self.kernel, self.stride, self.padding, self.dilation)
+        image = F.pad(operands[0].transpose(1, 2).unflatten(2, self.size), around, value=-torch.inf)
         result = F.max_pool2d(image, self.kernel, self.stride, 0, self.dilation)
         return result.flatten(2).transpose(1, 2)
-
-    def _around(self) -> tuple[int, ...]:
-        """Pixels to the left, to the right, above and below the image that the windows see."""
-        ends = [
-            (self.out_size[i] - 1) * self.stride[i] + (self.kernel[i] - 1) * self.dilation[i] + 1 - self.padding[i] - self.size[i]
-            for i in range(2)
-        ]
-        return self.padding[1], ends[1], self.padding[0], ends[0]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unfold(Node):
-    """An input image (batch, channels, height, width) as rows (batch, pixels of ``out_size``, kernel height * kernel width *
-    channels), which the host writes: its pixels themselves, or the windows that a convolution sees."""
+    """An input image (batch, channels, height, width), or line (batch, channels, length), as rows (batch, pixels of ``out_size``,
+    kernel height * kernel width * channels), which the host writes: its pixels themselves, or the windows that a convolution
+    sees."""
 
     out_size: Pair
     kernel: Pair = (1, 1)
@@ -372,15 +384,14 @@ class Unfold(Node):
     dilation: Pair = (1, 1)
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        rows = F.unfold(operands[0], self.kernel, self.dilation, self.padding, self.stride)
-        return rows.unflatten(1, (operands[0].shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
+        return windows(operands[0], self.out_size, self.kernel, self.stride, self.padding, self.dilation)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Fold(Node):
-    """An output (batch, pixels, channels) as the image (batch, channels, height, width), which the host reads."""
+    """An output (batch, pixels, channels) as the image (batch, channels, height, width) or line, which the host reads."""
 
-    size: Pair
+    size: tuple[int, ...]
 
     def evaluate(self, *operands: Tensor) -> Tensor:
         return operands[0].transpose(1, 2).unflatten(2, self.size)
@@ -388,20 +399,28 @@ class Fold(Node):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pointwise(Node):
-    """``post(x)``: post-processing without a product; inputs x [, residual]."""
+    """``post(x)``: post-processing without a product; inputs x [, residual]. ``channels``: the channel of x that each of the
+    result's is (None: all in their order)."""
 
     post: Post
+    channels: tuple[int, ...] | None = None
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        return self.post.apply(*operands)
+        return self.post.apply(self.product(operands[0]), *operands[1:])
+
+    def product(self, x: Tensor) -> Tensor:
+        """Before the post-processing."""
+        return x if self.channels is None else x[..., self.channels]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MatMul(Node):
-    """``a @ b`` of two activations."""
+    """``a @ b`` of two activations; inputs a, b [, residual]."""
+
+    post: Post = Post()
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        return operands[0] @ operands[1]
+        return self.post.apply(operands[0] @ operands[1], *operands[2:])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -420,6 +439,34 @@ class Add(Node):
 
     def evaluate(self, *operands: Tensor) -> Tensor:
         return operands[0] + operands[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Mul(Node):
+    """``a * b``."""
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0] * operands[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fixed(Node):
+    """A constant tensor that data is added to, multiplied or attended with."""
+
+    value: Tensor
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gather(Node):
+    """``x[..., channels]``."""
+
+    channels: tuple[int, ...]
+
+    def evaluate(self, *operands: Tensor) -> Tensor:
+        return operands[0][..., self.channels]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -652,6 +699,15 @@ def _joined(keep: Tensor | None, bias: Tensor | None) -> Tensor | None:
     if keep is None or bias is None:
         return keep if bias is None else bias
     return torch.where(keep, bias, torch.tensor(-torch.inf))
+
+
+def windows(image: Tensor, out: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """What each of ``out`` (height, width) windows sees of an image (batch, channels, height, width) or a line (batch, channels,
+    length): (batch, windows, kernel positions * channels)."""
+    image = image if image.ndim == 4 else image[:, :, None]
+    size = (image.shape[2], image.shape[3])
+    rows = F.unfold(F.pad(image, _around(size, out, kernel, stride, padding, dilation)), kernel, dilation, 0, stride)
+    return rows.unflatten(1, (image.shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
 
 
 def _fill(value: Any, operands: tuple[Tensor, ...]) -> Any:

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from functools import cache, partial
 from math import prod
 
-from compiler.ops import Attention, Conv, Linear, MaxPool, Product, QuantNetwork, Rearrange, Transpose
+from compiler.ops import Attention, Conv, Linear, MatMul, MaxPool, Product, QuantNetwork, Rearrange, Transpose
 from compiler.placement import PatchPlacement, Placement, RowPlacement
-from compiler.windows import count_fetches, moves
+from compiler.windows import count_fetches, moves, row_moves
 from hw.arch import Arch
 
 __all__ = ["choose_grids", "copy_placement"]
 
 Grid = tuple[int, int]
 SWEEPS = 4
+COPY = 48
+"""Cycles that a copy of a few columns takes, about."""
 CANDIDATES = 6
 """Grids with the fewest tiles that a class considers, besides those that others have."""
 
@@ -30,8 +32,8 @@ def choose_grids(network: QuantNetwork, arch: Arch) -> dict[str, tuple[int, int,
     attention reads lie like sequences, line by line; so do single pixels, for which it is the same."""
     classes = _classes(network)
     fixed = {classes[name] for op in network.ops if isinstance(op, Attention) for name in (op.q, op.k, op.v, op.out)}
-    fixed |= {classes[name] for op in network.ops if isinstance(op, Transpose | Product) for name in (op.x, op.out)}
-    fixed |= {classes[op.y] for op in network.ops if isinstance(op, Product)}
+    fixed |= {classes[name] for op in network.ops if isinstance(op, Transpose | Product | MatMul) for name in (op.x, op.out)}
+    fixed |= {classes[op.y] for op in network.ops if isinstance(op, Product | MatMul)}
     sizes: dict[str, tuple[int, int]] = {}
     for name, tensor in network.tensors.items():
         if tensor.image is not None and classes[name] not in fixed and tensor.image != (1, 1):
@@ -85,7 +87,7 @@ def _classes(network: QuantNetwork) -> dict[str, str]:
         return name
 
     for op in network.ops:
-        if isinstance(op, Attention | Rearrange | Transpose):
+        if isinstance(op, Attention | Rearrange | Transpose | MatMul):
             continue
         same = [] if isinstance(op, Conv | MaxPool) or op.x is None else [op.x]
         same += [] if op.residual is None else [op.residual.tensor]
@@ -119,7 +121,10 @@ class _Cost:
                     self.at[name].append(partial(self.windowed, op))
             elif isinstance(op, Linear):
                 self.at[classes[op.out]].append(partial(self.linear, op))
-        self.count, self.moved = cache(self._count), cache(self._moved)
+            elif isinstance(op, Rearrange):
+                for name in {classes[op.out], *(classes[part.tensor] for part in op.sources)}:
+                    self.at[name].append(partial(self.rearranged, op))
+        self.count, self.moved, self.copies = cache(self._count), cache(self._moved), cache(self._copies)
 
     def around(self, name: str, grids: dict[str, Grid]) -> float:
         """Of the operators that read or write a class."""
@@ -148,6 +153,12 @@ class _Cost:
         again = self.moved(source, copied) * inputs + single * out.tiles / one[1].tiles * each
         return min(fetched * each, again)
 
+    def rearranged(self, op: Rearrange, grids: dict[str, Grid]) -> float:
+        out = self.stored(op.out, grids)
+        sources = [self.stored(part.tensor, grids) for part in op.sources]
+        copies = (self.copies(op, i, source, out) * max(COPY, op.sources[i].width) for i, source in enumerate(sources))
+        return sum(copies)
+
     def linear(self, op: Linear, grids: dict[str, Grid]) -> float:
         outputs, inputs = op.weight.shape
         return self.stored(op.out, grids).tiles * self.product(inputs, inputs, outputs, op.pattern)
@@ -161,6 +172,14 @@ class _Cost:
     def _moved(self, source: Placement, out: Placement) -> int:
         try:
             return len(moves(source, out, self.arch))
+        except ValueError:
+            return 1 << 30
+
+    def _copies(self, op: Rearrange, number: int, source: Placement, out: Placement) -> int:
+        """Of one source of a rearrangement."""
+        part = op.sources[number]
+        try:
+            return len(row_moves(source, out, part.rows, part.to, self.arch))
         except ValueError:
             return 1 << 30
 

@@ -129,6 +129,20 @@ class Layout:
         sizes, strides = [size for size, _ in atoms], [stride for _, stride in atoms]
         return torch.as_strided(flat, sizes, strides, flat.storage_offset() + self.offset).reshape(self.shape)
 
+    def inverse(self, view: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The base of ``shape`` whose view a tensor is.
+
+        Raises
+        ------
+        LayoutError
+            The view does not show each element of the base once.
+        """
+        size = prod(shape)
+        index = self.apply(torch.arange(size).reshape(shape)).flatten()
+        if len(index) != size or len(index.unique()) != size:
+            raise LayoutError(f"{self.shape} does not show each element of {shape} once")
+        return torch.empty(size, dtype=view.dtype).index_copy_(0, index, view.flatten()).reshape(shape)
+
 
 def _joined(atoms: list[Atom]) -> Dim:
     """Drop atoms of size 1 and join neighbours that run on: the one canonical form of a dimension."""

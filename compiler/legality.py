@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import torch
-
 from compiler.graph import (
     Activation,
     Add,
@@ -19,7 +17,9 @@ from compiler.graph import (
     CompileError,
     Constant,
     Convolution,
+    Fixed,
     Fold,
+    Gather,
     Graph,
     Input,
     KeyMask,
@@ -28,6 +28,7 @@ from compiler.graph import (
     MatMul,
     MaxPool,
     Move,
+    Mul,
     Node,
     Pointwise,
     Problem,
@@ -43,7 +44,7 @@ from compiler.graph import (
 
 __all__ = ["LEGAL", "check", "describe", "problem"]
 
-_PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, LayerNorm, Activation, Scale}
+_PLAIN = {Input, KeyMask, Linear, Convolution, MaxPool, Add, Mul, LayerNorm, Activation, Scale, Fixed, Gather}
 _HOST = {Unfold, Fold}
 _ATTENTION = {MatMul, Softmax, ScaledDotProduct}
 _MOVING = {View, Move}
@@ -53,21 +54,30 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     stage: frozenset(kinds)
     for stage, kinds in {
         **dict.fromkeys(
-            ("trace", "match_norms", "fold_biases", "fold_vectors", "fold_functions", "expand_gates", "match_scores"),
+            (
+                "trace", "match_norms", "fold_biases", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products",
+                "match_elementwise", "match_scores",
+            ),
             {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
         ),
         "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
+        "fix_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
         "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "split_linears": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "match_heads": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
-        "match_products": {*_PLAIN, *_ROWS, Attention, *_MOVING},
-        "drop_views": {*_PLAIN, *_ROWS, Attention, *_MOVING},
-        "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
-        "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, *_MOVING},
-        "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose},
-        "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, Transpose} - {Scale},
-        "fuse": {Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, Transpose, Pointwise},
+        "match_products": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "drop_views": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "flatten_images": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "fold_gathers": {*_PLAIN, *_ROWS, Attention, MatMul, *_MOVING},
+        "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
+        "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
+        "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
+        "fold_pads": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
+        "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose} - {Scale},
+        "fuse": {
+            Input, KeyMask, Linear, Convolution, MaxPool, *_ROWS, *_HOST, Attention, MatMul, Transpose, Pointwise, Fixed,
+        },
     }.items()
 }
 """Kinds of node that are legal after each pass."""
@@ -140,19 +150,17 @@ def _operands_first(graph: Graph) -> Iterator[Problem]:
             yield Problem(f"output {output!r} is not computed by any node")
 
 
+_EARLY = (
+    "trace", "match_norms", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products", "match_elementwise",
+    "match_scores", "fold_masks", "fold_biases", "fix_constants",
+)  # fmt: skip
+"""Stages at which constants and masks may still be broadcast."""
+
+
 def _equal_shapes(graph: Graph) -> Iterator[Problem]:
     """No broadcasting of data: sums have operands of one shape (constants excepted while there are some)."""
     for node in graph.nodes.values():
-        if not isinstance(node, Add) or graph.stage in (
-            "trace",
-            "match_norms",
-            "fold_vectors",
-            "fold_functions",
-            "expand_gates",
-            "match_scores",
-            "fold_masks",
-            "fold_biases",
-        ):
+        if not isinstance(node, Add | Mul) or graph.stage in _EARLY:
             continue
         if any(graph.nodes[name].shape != node.shape for name in node.inputs):
             yield problem(graph, node, "operands must have equal shapes: broadcasting is not supported")
@@ -172,7 +180,7 @@ def _masks_only_mask(graph: Graph) -> Iterator[Problem]:
 
 def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
     """Data is float32; an input of another type is a mask."""
-    if graph.stage in ("trace", "match_norms", "fold_biases", "fold_vectors", "fold_functions", "expand_gates", "match_scores"):
+    if Aten in LEGAL[graph.stage]:
         return
     for node in graph.nodes.values():
         if isinstance(node, KeyMask):
@@ -195,19 +203,6 @@ def _rows_of_channels(graph: Graph) -> Iterator[Problem]:
             yield problem(graph, node, "a residual is the second operand")
 
 
-def _pools_of_no_negatives(graph: Graph) -> Iterator[Problem]:
-    """Max pooling takes what is outside an image, or its patch, for 0."""
-    if graph.stage != "fuse":
-        return
-    for node in graph.nodes.values():
-        x = node
-        while isinstance(x, MaxPool):
-            x = graph.nodes[x.inputs[0]]
-        function = x.post.function if isinstance(x, Linear | Convolution | Pointwise) and x.post.norm is None else None
-        if isinstance(node, MaxPool) and (function is None or bool((function.apply(torch.linspace(-64, 64, 1025)) < 0).any())):
-            yield problem(graph, node, "max pooling needs values that are not negative, such as those after a ReLU")
-
-
 def _positive_scales(graph: Graph) -> Iterator[Problem]:
     """The hardware's multipliers are not negative."""
     for node in graph.nodes.values():
@@ -222,7 +217,6 @@ RULES: tuple[Callable[[Graph], Iterator[Problem]], ...] = (
     _masks_only_mask,
     _masks_are_no_data,
     _rows_of_channels,
-    _pools_of_no_negatives,
     _positive_scales,
 )
 """What must hold; the first rule that is broken is reported."""

@@ -74,10 +74,10 @@ def bound(instruction: Instruction, arch: Arch) -> Bound:
         sparse = i.format != Format.DENSE
         steps = -(-i.k // i.m) * i.n if sparse else i.k
         words = position_words(Format(i.format), n=i.n, m=i.m, k=i.k) if sparse else 0
-    load = i.k if in_array else i.cols if i.source == Source.STREAM else 0
+    load = (0 if i.operand == Operand.HELD else i.k) if in_array else i.cols if i.source == Source.STREAM else 0
     stored = {Out.STORE8: i.cols, Out.STORE16: i.cols, Out.STORE8T: tiles * rows}.get(Out(i.out), 0)
     written = rows * stored * (2 if i.out == Out.STORE16 else 1)
-    columns = {Residual.INT8: i.cols, Residual.MAX8: i.cols, Residual.INT16: 2 * i.cols}.get(Residual(i.residual), 0)
+    columns = 0 if i.residual == Residual.NONE else i.cols * (2 if i.residual in (Residual.INT16, Residual.MUL16) else 1)
     from_memory = 0 if in_array and i.operand == Operand.ROWS else load
     params = (
         8

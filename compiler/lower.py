@@ -16,9 +16,24 @@ from numpy.typing import NDArray
 from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
+from compiler.emit_matmul import emit_matmul
 from compiler.emit_rows import emit_product, emit_rearrange, emit_softmax, emit_transpose
+from compiler.hold import hold_columns, join, side_by_side
 from compiler.images import choose_grids
-from compiler.ops import Attention, Conv, Linear, MaxPool, Op, Product, QuantNetwork, Rearrange, Softmax, Transpose
+from compiler.ops import (
+    Attention,
+    Conv,
+    Linear,
+    MatMul,
+    MaxPool,
+    Op,
+    Pointwise,
+    Product,
+    QuantNetwork,
+    Rearrange,
+    Softmax,
+    Transpose,
+)  # fmt: skip
 from compiler.placement import RowPlacement
 from compiler.plan import align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
@@ -37,7 +52,7 @@ from compiler.verify_network import LoweringError, check_network
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Format, Opcode
 
-__all__ = ["Lowered", "LoweringError", "choose_layouts", "lower", "order_operators"]
+__all__ = ["Lowered", "LoweringError", "choose_layouts", "emit_tasks", "lower", "order_operators"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,14 +105,14 @@ def lower(
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
     emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
-    tasks = [task for index in order_operators(network) for task in _emit(emitter, network, index)]
+    tasks = emit_tasks(emitter, network)
     depth = _safe_depth(network, arch, pipeline_depth)
     return [_assemble(emitter, network, _finish(schedule(tasks, arch, depth=depth, order=order)), reuse) for order in orders]
 
 
 def _finish(steps: list[Step]) -> list[Step]:
     """With tables, dependences and the end."""
-    return [*assign_dependences(insert_tables(steps)), Step(op=-1, opcode=Opcode.HALT, note="end")]
+    return [*assign_dependences(insert_tables(hold_columns(steps))), Step(op=-1, opcode=Opcode.HALT, note="end")]
 
 
 def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
@@ -111,11 +126,19 @@ def _safe_depth(network: QuantNetwork, arch: Arch, depth: int) -> int:
     return depth
 
 
-def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
-    """Tasks of one operator, over all its row tiles."""
-    op = network.ops[index]
+def emit_tasks(emitter: Emitter, network: QuantNetwork) -> list[Task]:
+    """Tasks of all operators, in the order of their dependences."""
+    groups = side_by_side(network, order_operators(network))
+    return [task for group in groups for task in _emit(emitter, network, group)]
+
+
+def _emit(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list[Task]:
+    """Tasks of one operator, or of several side by side, over all row tiles."""
+    index, op = group[0], network.ops[group[0]]
     if isinstance(op, Attention):
         return emit_attention(emitter, index, op)
+    if isinstance(op, MatMul):
+        return emit_matmul(emitter, index, op)
     if isinstance(op, Conv):
         return emit_convolution(emitter, index, op, network)
     if isinstance(op, MaxPool):
@@ -128,7 +151,19 @@ def _emit(emitter: Emitter, network: QuantNetwork, index: int) -> list[Task]:
         return emit_product(emitter, index, op)
     if isinstance(op, Softmax):
         return emit_softmax(emitter, index, op)
-    return emitter.linear(index, op) if isinstance(op, Linear) else emitter.pointwise(index, op)
+    if isinstance(op, Linear):
+        return _linears(emitter, network, group)
+    return emitter.pointwise(index, op)
+
+
+def _linears(emitter: Emitter, network: QuantNetwork, group: Sequence[int]) -> list[Task]:
+    """Row tile by row tile, the chains of all Linears of a group in one task, then their copies."""
+    ops = [(index, op) for index in group if isinstance(op := network.ops[index], Linear)]
+    tasks: list[Task] = []
+    for parts in zip(*(emitter.linear(index, op) for index, op in ops), strict=True):
+        tasks.append(join([chain for chains, _ in parts for chain in chains]))
+        tasks += [Task((step,)) for _, copies in parts for step in copies]
+    return tasks
 
 
 def order_operators(network: QuantNetwork) -> list[int]:
@@ -159,9 +194,8 @@ def _operands(op: Op) -> list[str]:
         return [op.v, op.k, op.q]
     if isinstance(op, Rearrange):
         return list(dict.fromkeys(part.tensor for part in op.sources))
-    if isinstance(op, Product):
-        return [op.y, op.x]
-    return [name for name in (op.x, op.residual.tensor if op.residual else None) if name is not None]
+    second = op.y if isinstance(op, Product | MatMul) else None
+    return [name for name in (second, op.x, op.residual.tensor if op.residual else None) if name is not None]
 
 
 def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
@@ -180,6 +214,8 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
             plain.update((op.out, *_operands(op)))
         elif op.x is not None:
             plain.add(op.x)
+        if isinstance(op, MatMul):
+            value_heads.setdefault(op.y, set()).add(1)
         if not isinstance(op, Attention) and op.residual is not None:
             plain.add(op.residual.tensor)
     producers = {op.out: op for op in network.ops}
@@ -190,6 +226,7 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
         turned = len(heads) == 1 and name not in plain | keys
         if turned and name in producers:
             turned = _writes_transposed(producers[name], tensor.shape[2] // min(heads), arch)
+            turned &= not isinstance(producers[name], MatMul) or RowPlacement(*tensor.shape[:2], arch.rows).share == 1
         only_keys = name in keys - plain and not heads and RowPlacement(*tensor.shape[:2], arch.rows).share > 1
         layout: Layout = (
             "keymask" if tensor.dtype == "keymask" else "transposed" if turned else "keys" if only_keys else "columns"
@@ -213,11 +250,12 @@ def choose_layouts(network: QuantNetwork, arch: Arch) -> dict[str, TensorInfo]:
 
 
 def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
-    if isinstance(op, Attention | Conv | MaxPool):
+    if isinstance(op, Attention | Conv | MaxPool) or (isinstance(op, Pointwise) and op.channels is not None):
         return False
     if head_dim % arch.lanes == 0:
         return True
-    return op.norm is None  # one instruction per head; a row normalisation needs the whole row in one
+    # one instruction per head; a row normalisation needs the whole row in one
+    return not isinstance(op, MatMul) and op.norm is None
 
 
 def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse: bool) -> Lowered:
@@ -230,7 +268,7 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     } | emitter.tails
     masks = _mask_tables(emitter)
     sizes |= {name: table.batch * table.stride for name, table in masks.items()}
-    pinned = frozenset({*network.inputs, *network.outputs, *masks})
+    pinned = frozenset({*network.inputs, *network.outputs, *network.constants, *masks})
     plan = plan_buffers(
         sizes,
         steps,
@@ -316,6 +354,9 @@ def _operator_info(
         weight_bytes, weight_format = emitter.weights[index]
         pattern = "dense" if op.pattern is None else str(op.pattern)
         density = op.pattern.n / op.pattern.m if op.pattern is not None else 1.0
+        macs = shape[0] * shape[1] * shape[2]
+    elif isinstance(op, MatMul):
+        kind, shape = "matmul", (batch * rows, tensors[op.x].shape[2], channels)
         macs = shape[0] * shape[1] * shape[2]
     elif isinstance(op, Product):
         kind, shape = "product", (batch * rows, tensors[op.x].shape[2], channels)

@@ -14,6 +14,7 @@ from compiler.ops import (
     Conv,
     LayerNorm,
     Linear,
+    MatMul,
     MaxPool,
     Pointwise,
     Product,
@@ -34,7 +35,7 @@ __all__ = ["network_from_bytes", "network_to_bytes"]
 _TYPES = {
     kind.__name__: kind
     for kind in (
-        Attention, Conv, LayerNorm, Linear, MaxPool, Pointwise, Product, QuantTensor, Rearrange, Requant, ResidualInput,
+        Attention, Conv, LayerNorm, Linear, MatMul, MaxPool, Pointwise, Product, QuantTensor, Rearrange, Requant, ResidualInput,
         RowSource, ScoreBias, Softmax, Transpose, Window,
     )  # fmt: skip
 }
@@ -49,6 +50,7 @@ def network_to_bytes(network: QuantNetwork) -> tuple[bytes, bytes]:
         "ops": [_plain(op, blob) for op in network.ops],
         "inputs": list(network.inputs),
         "outputs": list(network.outputs),
+        "constants": [[name, _plain(values, blob)] for name, values in network.constants.items()],
         "meta": dict(network.meta),
     }
     return json.dumps(body, indent=1, sort_keys=True).encode(), bytes(blob)
@@ -69,6 +71,7 @@ def network_from_bytes(structure: bytes, arrays: bytes) -> QuantNetwork:
         ops=tuple(_value(item, arrays) for item in body["ops"]),
         inputs=tuple(body["inputs"]),
         outputs=tuple(body["outputs"]),
+        constants={name: _value(item, arrays) for name, item in body["constants"]},
         meta=dict(body["meta"]),
     )
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from algo.nm import NM
 
 __all__ = [
-    "Attention", "Conv", "LayerNorm", "Linear", "MaxPool", "Op", "Pointwise", "Product", "QuantNetwork", "QuantTensor",
+    "Attention", "Conv", "LayerNorm", "Linear", "MatMul", "MaxPool", "Op", "Pointwise", "Product", "QuantNetwork", "QuantTensor",
     "Rearrange", "Requant", "ResidualInput", "RowSource", "ScoreBias", "Softmax", "Transpose", "Window",
 ]
 
@@ -40,7 +40,7 @@ class QuantTensor:
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """Which pixels of an image a convolution or pooling sees, (vertical, horizontal). padding: lines above and columns to the
-    left of the image; below and to the right, as many as the output needs."""
+    left of the image, negative for those that no window sees; below and to the right, as many as the output needs."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
@@ -69,11 +69,15 @@ class Requant:
 
 @dataclass(frozen=True)
 class ResidualInput:
-    """Second operand: ``q + rshr(r * mult, shift)``; tensor of the output's shape, int8 or int16."""
+    """Second operand r, a tensor of the output's shape, int8 or int16: ``q + rshr(r * mult, shift)``.
+
+    multiply: a product, ``requantise`` with ``(r * its mult) >> bits of r`` for its mult; the mult and shift here are 0.
+    """
 
     tensor: str
-    mult: int
-    shift: int
+    mult: int = 0
+    shift: int = 0
+    multiply: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +157,10 @@ class Attention:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Pointwise:
-    """``out = post(x)`` without weights: x int8 or None (zero), one multiplier and shift for all, then residual, table, norm."""
+    """``out = post(x)`` without weights: x int8 or None (zero), one multiplier and shift for all, then residual, table, norm.
+
+    channels: int32 (C,), the channel of x that each channel of out is made of; None: its own.
+    """
 
     name: str
     x: str | None
@@ -163,6 +170,7 @@ class Pointwise:
     residual: ResidualInput | None = None
     table: NDArray[np.int8] | None = None
     norm: LayerNorm | None = None
+    channels: NDArray[np.int32] | None = None
     source: str = ""
 
 
@@ -285,16 +293,37 @@ class Softmax:
     norm: ClassVar[None] = None
 
 
-Op = Linear | Attention | Pointwise | Conv | MaxPool | Rearrange | Transpose | Product | Softmax
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MatMul:
+    """``out = post(x @ y)`` of two activations: x int8 (batch, rows, inputs), y int8 (batch, inputs, channels); one multiplier
+    and shift for all, then the residual."""
+
+    name: str
+    x: str
+    y: str
+    out: str
+    mult: int
+    shift: int
+    residual: ResidualInput | None = None
+    source: str = ""
+    table: ClassVar[None] = None
+    norm: ClassVar[None] = None
+
+
+Op = Linear | Attention | Pointwise | Conv | MaxPool | MatMul | Rearrange | Transpose | Product | Softmax
 """One kind of operator or another."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QuantNetwork:
-    """Operators in execution order over named tensors. inputs and outputs name tensors; each tensor is written once."""
+    """Operators in execution order over named tensors. inputs and outputs name tensors; each tensor is written once.
+
+    constants: values, int8 or int16 (1 or batch, rows, channels), of tensors that no operator writes.
+    """
 
     tensors: dict[str, QuantTensor]
     ops: tuple[Op, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    constants: dict[str, NDArray[np.integer]] = field(default_factory=dict)
     meta: dict[str, str] = field(default_factory=dict)

@@ -38,6 +38,7 @@ from compiler.legality import problem
 from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
 from compiler.passes.norms import NORM_PARTS
+from compiler.passes.rotations import ROTATION_PARTS
 from hw.arch import Arch
 
 __all__ = ["HostStage", "Partition", "Segment", "check_arch", "describe_host", "partition"]
@@ -46,7 +47,8 @@ aten = torch.ops.aten
 
 PRODUCTS = frozenset({
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default, aten.baddbmm.default,
-    aten.scaled_dot_product_attention.default, aten.conv2d.default,
+    aten.scaled_dot_product_attention.default, aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default,
+    aten.conv1d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
 })  # fmt: skip
 """Operators for which the accelerator exists."""
 
@@ -378,12 +380,13 @@ def _never(node: fx.Node, aside: list[fx.Node], arch: Arch) -> str | None:
     if is_getitem(node):
         return None
     target: Any = node.target
-    if target not in IMPORTS and target not in POINTWISE and target not in NORM_PARTS and target not in MOVES:
+    if target not in IMPORTS and target not in POINTWISE | NORM_PARTS | ROTATION_PARTS and target not in MOVES:
         return _no_instruction(node)
     results = [value] if isinstance(value, Tensor) else list(value)
-    operands = [item.meta["val"] for item in node.all_input_nodes if item not in aside]
+    indices = list(node.args[2:3]) if target is aten.index_select.default else []
+    operands = [item.meta["val"] for item in node.all_input_nodes if item not in aside and item not in indices]
     for tensor in (*results, *operands):
-        if isinstance(tensor, Tensor) and tensor.dtype != torch.float32:
+        if isinstance(tensor, Tensor) and tensor.dtype not in (torch.float32, torch.complex64):
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"
     if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
         return _wide_norm(results[0].shape[-1], arch)

@@ -52,15 +52,17 @@ __all__ = [
     "zip_bytes",
 ]
 
-FORMAT_VERSION = 3
-"""Of the file: 3 has convolutions. A reader refuses other versions."""
+FORMAT_VERSION = 4
+"""Of the file: 4 has products of activations. A reader refuses other versions."""
 
 KIND = "nmforge program"
 _MEMBERS = ("code.bin", "weights.bin", "network.json", "network.bin")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 Layout = Literal["columns", "keys", "transposed", "keymask"]
-Kind = Literal["linear", "attention", "pointwise", "convolution", "pooling", "rearrangement", "product", "softmax"]
+Kind = Literal[
+    "linear", "attention", "pointwise", "convolution", "pooling", "matmul", "rearrangement", "product", "softmax",
+]
 
 
 class ProgramFileError(ValueError):
@@ -206,9 +208,10 @@ class ModelTensor:
     channels); of a keymask (kind), True or 1 marks a key that takes part, or with ``inverted`` one that does
     not (torch's key_padding_mask).
 
-    An activation with an `image` is (batch, channels, height, width) in the model, and rows of channels in the network. image: of
-    an output (height, width); of an input (height, width) of the windows that become rows, then kernel, stride, padding and
-    dilation, (vertical, horizontal) each; columns are in the order (kernel line, kernel column, channel).
+    An activation with an `image` is (batch, channels, height, width) or (batch, channels, length) in the model, and rows of
+    channels in the network. image: of an output (height, width) or (length,); of an input (height, width) of the windows that
+    become rows, then kernel, stride, padding and dilation, (vertical, horizontal) each; columns are in the order (kernel line,
+    kernel column, channel).
     """
 
     name: str
@@ -329,6 +332,10 @@ class Program:
             else:
                 raw = info.to_memory(values, self.arch)
                 image[info.address : info.address + len(raw)] = raw
+        for name, values in self.network.constants.items():
+            info = self.tensor(name)
+            raw = info.to_memory(np.broadcast_to(values, info.shape), self.arch)
+            image[info.address : info.address + len(raw)] = raw
         return image
 
     def read_tensor(self, image: NDArray[np.uint8], name: str) -> NDArray[np.integer]:

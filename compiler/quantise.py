@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from algo.quantize import Method, Observer
 from compiler import ops
@@ -25,12 +26,13 @@ from compiler.graph import (
     Attention,
     CompileError,
     Convolution,
+    Fixed,
     Graph,
     Input,
     KeyMask,
     Linear,
+    MatMul,
     MaxPool,
-    Node,
     Pointwise,
     Unfold,
 )
@@ -105,6 +107,7 @@ class Builder(Grids):
     def __init__(self, graph: Graph, calibration: Calibration, *, residual_bits: int, wide: bool) -> None:
         super().__init__(graph, calibration, residual_bits=residual_bits, wide=wide)
         self.ops: list[ops.Op] = []
+        self.constants: dict[str, NDArray[np.integer]] = {}
         self.narrow: dict[str, str] = {}  # 16-bit tensor -> its 8-bit version
 
     def network(self) -> ops.QuantNetwork:
@@ -115,10 +118,14 @@ class Builder(Grids):
                 self.input(node)
             elif isinstance(node, KeyMask):
                 self.mask(node)
+            elif isinstance(node, Fixed):
+                self.constants[node.name] = self.fixed(node)
             elif isinstance(node, Attention):
                 self.attention(node)
             elif isinstance(node, Linear):
                 self.linear(node)
+            elif isinstance(node, MatMul):
+                self.matmul(node)
             elif isinstance(node, Convolution):
                 self.convolution(node)
             elif isinstance(node, MaxPool):
@@ -136,6 +143,7 @@ class Builder(Grids):
             ops=tuple(self.ops),
             inputs=tuple(inputs),
             outputs=self.outputs,
+            constants=self.constants,
             meta=self.meta,
         )
 
@@ -180,7 +188,7 @@ class Builder(Grids):
                 if last
                 else (self.calibration.scale(node.name, "function"), 0.0)
             )
-            sample, symmetric = self.calibration.sample(node.name, "sum"), isinstance(node, Pointwise)
+            sample, symmetric = self.calibration.sample(node.name, "sum"), isinstance(node, Pointwise) or post.multiply
             grid, zero = table_input(
                 post.function, sample, out_scale=result, out_offset=at, symmetric=symmetric
             )
@@ -202,21 +210,44 @@ class Builder(Grids):
         fields["residual"] = None if residual is None else self.residual(residual, grid, node)
         return grid, zero, fields
 
-    def residual(self, name: str, grid: float, node: Node) -> ops.ResidualInput:
+    def residual(self, name: str, grid: float, node: Linear | Convolution | Pointwise) -> ops.ResidualInput:
+        if node.post.multiply:
+            return ops.ResidualInput(name, multiply=True)
         mult, shift = multiplier(
             self.tensors[name].scale / grid, f"{node.source or node.name}, residual {name!r}"
         )
         return ops.ResidualInput(name, mult, shift)
 
+    def factor(self, residual: ops.ResidualInput | None) -> float:
+        """What a product's residual makes of a multiplier: its scale, for 2^-bits of the product."""
+        if residual is None or not residual.multiply:
+            return 1.0
+        tensor = self.tensors[residual.tensor]
+        return tensor.scale * (1 << (16 if tensor.dtype == "int16" else 8))
+
     def linear(self, node: Linear) -> None:
         x = self.operand8(node.inputs[0])
         grid, zero, fields = self.post(node, node.inputs[1] if node.post.residual else None)
         added = self.offsets.get(node.inputs[1], 0.0) if node.post.residual else 0.0
+        scale = grid / self.factor(fields["residual"])
         weight, requant = weight_and_requant(
-            node, in_scale=self.tensors[x].scale, out_scale=grid, in_offset=self.offsets.get(x, 0.0),
+            node, in_scale=self.tensors[x].scale, out_scale=scale, in_offset=self.offsets.get(x, 0.0),
             mean=self.calibration.mean(node.inputs[0], "out"), added=added - zero,
         )  # fmt: skip
         self.ops.append(ops.Linear(x=x, weight=weight, pattern=node.pattern, requant=requant, **fields))
+
+    def matmul(self, node: MatMul) -> None:
+        """A residual that is an input with 8 bits gives its scale: a cache keeps its bytes, whatever is added to it."""
+        x, y = (self.operand8(name) for name in node.inputs[:2])
+        residual = self.tensors[node.inputs[2]] if node.post.residual else None
+        kept = residual is not None and residual.dtype == "int8" and isinstance(self.graph.nodes[residual.name], Input)
+        out = self.tensor(node, "int8", residual.scale if residual is not None and kept else self.out_scale(node.name))
+        what = node.source or node.name
+        mult, shift = multiplier(self.tensors[x].scale * self.tensors[y].scale / out.scale, what)
+        added = None if residual is None else ops.ResidualInput(residual.name, *multiplier(residual.scale / out.scale, what))
+        self.ops.append(
+            ops.MatMul(name=node.name, x=x, y=y, out=out.name, mult=mult, shift=shift, residual=added, source=node.source)
+        )
 
     def convolution(self, node: Convolution) -> None:
         """As a Linear layer of each window; the weight with the channels last, as it is stored."""
@@ -225,13 +256,14 @@ class Builder(Grids):
             raise CompileError(f"{node.source or node.name}: the input of a convolution has an offset")
         grid, zero, fields = self.post(node, node.inputs[1] if node.post.residual else None)
         added = self.offsets.get(node.inputs[1], 0.0) if node.post.residual else 0.0
+        scale = grid / self.factor(fields["residual"])
         outputs, inputs, *kernel = node.weight.shape
         flat = node.weight.permute(0, 2, 3, 1).flatten(1)
         group = np.arange(outputs) // (outputs // node.groups)
         mean = self.calibration.mean(node.inputs[0], "out").reshape(node.groups, inputs)[group]
         weight, requant = weight_and_requant(
             Linear(name=node.name, shape=node.shape, source=node.source, weight=flat, bias=node.bias),
-            in_scale=self.tensors[x].scale, out_scale=grid, in_offset=0.0, mean=np.tile(mean, kernel[0] * kernel[1]),
+            in_scale=self.tensors[x].scale, out_scale=scale, in_offset=0.0, mean=np.tile(mean, kernel[0] * kernel[1]),
             added=added - zero,
         )  # fmt: skip
         self.image(x, node.size)
@@ -254,17 +286,19 @@ class Builder(Grids):
 
     def pointwise(self, node: Pointwise) -> None:
         """One operand: by the residual path if it has 16 bits. Two: the one with 16 bits is the residual."""
-        operands = sorted(node.inputs, key=lambda name: self.tensors[name].dtype == "int16")
+        operands = list(node.inputs)
+        if node.channels is None:
+            operands.sort(key=lambda name: (name in self.constants, self.tensors[name].dtype == "int16"))
         x: str | None = (
             self.operand8(operands[0])
-            if len(operands) == 2 or self.tensors[operands[0]].dtype == "int8"
+            if len(operands) == 2 or node.channels is not None or self.tensors[operands[0]].dtype == "int8"
             else None
         )
         grid, _, fields = self.post(node, operands[-1] if len(operands) == 2 or x is None else None)
-        mult, shift = (
-            (0, 1) if x is None else multiplier(self.tensors[x].scale / grid, node.source or node.name)
-        )
-        self.ops.append(ops.Pointwise(x=x, mult=mult, shift=shift, **fields))
+        factor = self.factor(fields["residual"]) / grid
+        mult, shift = (0, 1) if x is None else multiplier(self.tensors[x].scale * factor, node.source or node.name)
+        channels = None if node.channels is None else np.array(node.channels, np.int32)
+        self.ops.append(ops.Pointwise(x=x, mult=mult, shift=shift, channels=channels, **fields))
 
     def attention(self, node: Attention) -> None:
         q, k, v = (self.operand8(name) for name in node.inputs[:3])
@@ -293,8 +327,8 @@ def resize(network: ops.QuantNetwork, *, batch: int, rows: int) -> ops.QuantNetw
     """
     if batch < 1 or rows < 1:
         raise ValueError(f"batch and rows must be >= 1, not {batch} and {rows}")
-    if any(isinstance(op, ops.Attention) and op.bias is not None for op in network.ops):
-        raise ValueError("a network with causal or other constant masks cannot be resized")
+    if network.constants or any(isinstance(op, ops.Attention) and op.bias is not None for op in network.ops):
+        raise ValueError("a network with constant masks or tensors cannot be resized")
     lengths = {tensor.shape[2 if tensor.dtype == "keymask" else 1] for tensor in network.tensors.values()}
     if len(lengths) > 1:
         raise ValueError(f"a network with sequences of several lengths {sorted(lengths)} cannot be resized")

@@ -13,10 +13,12 @@ from compiler.calibrate import Calibration
 from compiler.graph import (
     Attention,
     Convolution,
+    Fixed,
     Fold,
     Graph,
     Input,
     Linear,
+    MatMul,
     MaxPool,
     Node,
     Pointwise,
@@ -71,26 +73,43 @@ class Grids:
 
     def input(self, node: Input) -> None:
         read = self.users[node.name]
-        added = any(not isinstance(user, Attention) and not self.multiplies(user, node.name) for user in read)
+        added = any(not isinstance(user, Attention | MatMul) and not self.multiplies(user, node.name) for user in read)
         if self.wide and added:
             self.tensor(node, "int16", max(self.calibration.peak(node.name, "out"), 1e-30) / WIDE_MARGIN)
         else:
             self.tensor(node, "int8", self.out_scale(node.name))
+
+    def fixed(self, node: Fixed) -> NDArray[np.integer]:
+        """Integers of a constant tensor: 8 bits for attention, else 16."""
+        value = node.value.detach().double().reshape((-1, *node.shape[-2:]))
+        value = value[:1] if bool((value == value[:1]).all()) else value
+        peak = max(self.calibration.peak(node.name, "out"), 1e-30)
+        attended = any(isinstance(user, Attention) for user in self.users[node.name])
+        tensor = self.tensor(node, "int8" if attended else "int16", self.out_scale(node.name) if attended else peak / 32767)
+        limit = 127 if attended else 32767
+        return np.rint(value.numpy() / tensor.scale).clip(-limit, limit).astype(tensor.dtype)
 
     @staticmethod
     def multiplies(user: Node, name: str) -> bool:
         """Whether an operator multiplies or moves a tensor, rather than adding it to something."""
         if isinstance(user, Rearrange | Transpose | Product):
             return True
+        if isinstance(user, MatMul):
+            return name in user.inputs[:2]
         return isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name
 
     def needs8(self, name: str) -> bool:
-        """Whether some operator multiplies the tensor."""
+        """Whether some operator takes 8 bits of the tensor: those that multiply it, or all of which it is the first operand."""
+        read = self.users[name]
         return any(
-            self.multiplies(user, name)
-            or (isinstance(user, Attention) and name in user.inputs[:3])
-            for user in self.users[name]
-        )
+            self.multiplies(user, name) or (isinstance(user, Attention) and name in user.inputs[:3]) for user in read
+        ) or (bool(read) and all(self.streams(user, name) for user in read))
+
+    @staticmethod
+    def streams(user: Node, name: str) -> bool:
+        """Whether a tensor is the operand of a Pointwise that comes with 8 bits."""
+        first = isinstance(user, Pointwise) and user.inputs[0] == name and user.inputs.count(name) == 1
+        return first and isinstance(user, Pointwise) and (user.post.residual or user.channels is not None)
 
     def is_wide(self, node: Node) -> bool:
         """Whether a result is kept in 16 bits."""
@@ -104,7 +123,7 @@ class Grids:
                 isinstance(user, Linear | Convolution | Pointwise) and node.name in user.inputs[1:] for user in read
             )
             return self.residual_bits == 16 and added
-        if node.post.residual:
+        if node.post.residual and not node.post.multiply:
             return True
         return bool(read) and not self.needs8(node.name) and node.name not in self.outputs
 
@@ -131,8 +150,13 @@ class Grids:
         return (
             bool(read)
             and node.name not in self.outputs
-            and all(isinstance(user, Linear) or (moves_whole_rows(user) and self.may_shift(user)) for user in read)
+            and all(self.shifts(user, node.name) or (moves_whole_rows(user) and self.may_shift(user)) for user in read)
         )
+
+    @staticmethod
+    def shifts(user: Node, name: str) -> bool:
+        """Whether a reader's bias makes up for what 0 stands for."""
+        return isinstance(user, Linear) and not (user.post.multiply and name in user.inputs[1:])
 
     def shift(self, name: str, offset: NDArray[np.float64]) -> None:
         """Let 0 of a tensor's channels stand for these values; rounded so that `meta` holds them exactly."""
@@ -153,6 +177,8 @@ class Grids:
     def peak(self, node: Linear | Convolution | Pointwise, stage: str) -> float:
         """Largest magnitude of a value, and of what is added up to it."""
         found = [self.calibration.peak(node.name, stage)]
+        if node.post.multiply:
+            return found[0]
         if stage == "sum" or node.post.norm is None:
             offsets = [
                 float(np.abs(self.offsets[name]).max()) for name in node.inputs[1:] if name in self.offsets

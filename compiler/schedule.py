@@ -28,8 +28,9 @@ Order = Literal["cost", "operator", "tight", "loose"]
 ORDERS: tuple[Order, ...] = ("operator", "tight", "loose")
 """The orders among which "cost" chooses."""
 
-READ_LATENCY = 90
-"""Cycles from the completion of what an instruction waits for to its first column, at the default memory latency."""
+READ_LATENCY = 450
+"""Cycles from the completion of what an instruction waits for to its first column: the memory's latency, and the bursts of
+other streams that have been requested before (up to 32 of 16 beats)."""
 WRITE_LATENCY = 90
 """Cycles from a tile's last column to its completion."""
 NORM_LATENCY = 25
@@ -37,6 +38,8 @@ AHEAD = 128
 """Cycles by which the readers run ahead of the array."""
 SLACK = {"tight": 4, "loose": 10}
 """How long, in drains of a column tile, the array may wait for a task that is put before a product."""
+RANK = {"tight": 2, "loose": 6}
+"""How long the post unit may wait for a task rather than for the one that is next less urgent."""
 WIDTH = 12
 """Tasks that `by_cost` compares at each step."""
 
@@ -85,7 +88,7 @@ def schedule(tasks: Sequence[Task], arch: Arch, *, depth: int, order: Order = "c
         return min(found, key=lambda steps: estimate(steps, arch))
     if order == "operator":
         return by_operator(tasks, depth=depth)
-    return by_cost(tasks, arch, depth=depth, slack=SLACK[order])
+    return by_cost(tasks, arch, depth=depth, slack=SLACK[order], rank=RANK[order])
 
 
 def by_operator(tasks: Sequence[Task], *, depth: int) -> list[Step]:
@@ -122,14 +125,15 @@ class _Machine:
         self.pending: deque[int] = deque()  # softmax rows: when the first column can go to the lanes
         self.resident: deque[tuple[int, int]] = deque()  # columns in the lanes' ring, and when they are free
 
-    def stall(self, steps: Sequence[Step]) -> int:
-        """Cycles for which the array would stand still if the steps came next."""
+    def stalls(self, steps: Sequence[Step]) -> tuple[int, int]:
+        """Cycles for which array and post unit would stand still if the steps came next."""
         units = self.load, self.array, self.post, self.row, self.stored, self.bus, self.completed
         pending, resident = self.pending.copy(), self.resident.copy()
         stall = sum(self.run(step, keep=False) for step in steps)
+        idle = self.post - units[2] - sum(self.bound(step).post for step in steps)
         self.load, self.array, self.post, self.row, self.stored, self.bus, self.completed = units
         self.pending, self.resident = pending, resident
-        return stall
+        return stall, idle
 
     def bound(self, step: Step) -> Bound:
         """Least busy cycles of a step's units."""
@@ -143,20 +147,19 @@ class _Machine:
         """Cycles in which its columns pass the post unit."""
         return cost.post if step.fields.get("row_op") else max(cost.post, cost.store)
 
-    def excess(self, steps: Sequence[Step]) -> int:
-        """Cycles for which the array would stand still if the steps came next, beyond those in which it waits for their own
-        post-processing."""
+    def excess(self, steps: Sequence[Step]) -> tuple[int, int]:
+        """`stalls`, of the array those beyond the cycles in which it waits for the steps' own post-processing."""
         own = 0
         for step in steps:
             cost = self.bound(step)
             own += max(0, self.columns(step, cost) - self._waiting - cost.array) if cost.array else 0
-        return self.stall(steps) - own
+        stall, idle = self.stalls(steps)
+        return stall - own, idle
 
     def run(self, step: Step, *, keep: bool = True) -> int:
         """Run a step; cycles for which the array stood still because of it. `keep`: others may wait for what it writes."""
         f, cost = step.fields, self.bound(step)
-        known = [self.regions[region] for region in step.reads if region in self.regions]
-        ready = max(known, default=-READ_LATENCY) + READ_LATENCY
+        ready, joined = self._ready(step)
         before, first, last = self.array, ready, ready
         source = f.get("source", Source.ARRAY)
         if source == Source.ARRAY:
@@ -167,7 +170,7 @@ class _Machine:
             if source == Source.STREAM:  # through the loader, at the pace of the post unit
                 first = max(first, self.load)
                 self.load = max(self.post, first) + cost.load
-        columns = self.columns(step, cost)
+        first, last, columns = max(first, joined), max(last, joined), self.columns(step, cost)
         stores = f.get("out", Out.NONE) in (Out.STORE8, Out.STORE16, Out.STORE8T)
         if stores and not f.get("row_op"):  # results leave in order
             first = max(first, self.stored)
@@ -181,6 +184,16 @@ class _Machine:
         if keep:
             self.regions.update(dict.fromkeys(step.writes, self.completed))
         return self.array - before - cost.array
+
+    def _ready(self, step: Step) -> tuple[int, int]:
+        """When what a step reads is there: for the array, and, the residual, for the post unit."""
+        residual = step.addresses["r_addr"].buffer if "r_addr" in step.addresses else None
+        times = [0, 0]
+        for region in step.reads:
+            if region in self.regions:
+                late = region[0] == residual
+                times[late] = max(times[late], self.regions[region] + READ_LATENCY)
+        return times[0], times[1]
 
     def _matmul(self, step: Step, cost: Bound, ready: int) -> tuple[int, int]:
         """Load and multiply: when the first and the last column tile are done."""
@@ -214,16 +227,17 @@ class _Machine:
         return self.post
 
 
-def by_cost(tasks: Sequence[Task], arch: Arch, *, depth: int, slack: int) -> list[Step]:
+def by_cost(tasks: Sequence[Task], arch: Arch, *, depth: int, slack: int, rank: int) -> list[Step]:
     """List scheduling: softmaxes as early as they can, and all else between a softmax and its product, where the array has
     work while rows pass through post-processing: first what the softmaxes of this sequence and the next wait for, then what
-    is furthest."""
-    return _Scheduler(tasks, arch, depth, slack).run()
+    is furthest; among those for which the array need not wait, one for which the post unit need not wait either."""
+    return _Scheduler(tasks, arch, depth, slack, rank).run()
 
 
 class _Scheduler:
-    def __init__(self, tasks: Sequence[Task], arch: Arch, depth: int, slack: int) -> None:
-        self._tasks, self._arch, self._depth, self._slack = tasks, arch, depth, slack * arch.lanes
+    def __init__(self, tasks: Sequence[Task], arch: Arch, depth: int, slack: int, rank: int) -> None:
+        self._tasks, self._arch, self._depth = tasks, arch, depth
+        self._slack, self._rank = slack * arch.lanes, rank * arch.lanes
         self._machine = _Machine(arch)
         self._followers: list[list[int]] = [[] for _ in tasks]
         self._missing = [0] * len(tasks)
@@ -248,7 +262,7 @@ class _Scheduler:
                 self._fill()
                 self._close()
             else:
-                best = min(self._candidates(), key=lambda number: self._machine.excess(self._tasks[number].steps))
+                best = min(self._candidates(), key=lambda number: self._machine.excess(self._tasks[number].steps)[0])
                 self._issue(best)
         return self._steps
 
@@ -295,18 +309,19 @@ class _Scheduler:
         self._share += self._plain / max(1, self._attentions)
         filled = False
         while self._share >= 1:
-            stalls = [(self._machine.excess(self._tasks[n].steps), n) for n in self._candidates(softmax=False)]
-            free = [number for stall, number in stalls if stall <= self._slack]
+            stalls = [(*self._machine.excess(self._tasks[n].steps), n) for n in self._candidates(softmax=False)]
+            free = [(idle, number) for stall, idle, number in stalls if stall <= self._slack]
             if not free:
                 break
-            self._issue(free[0])
+            best = min((idle + place * self._rank, number) for place, (idle, number) in enumerate(free))[1]
+            self._issue(best)
             self._share -= 1
-            filled |= any(self._machine.bound(step).array for step in self._tasks[free[0]].steps)
+            filled |= any(self._machine.bound(step).array for step in self._tasks[best].steps)
         self._share = min(self._share, 4.0)
         if not filled:
             following = next(iter(self._candidates(softmax=True)), None)
-            product = self._machine.stall(self._open[0].close)
-            if following is not None and self._machine.stall(self._tasks[following].steps) <= product:
+            product, _ = self._machine.stalls(self._open[0].close)
+            if following is not None and self._machine.stalls(self._tasks[following].steps)[0] <= product:
                 self._issue(following)
 
     def _issue(self, number: int) -> None:

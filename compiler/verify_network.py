@@ -13,6 +13,7 @@ from compiler.ops import (
     Conv,
     LayerNorm,
     Linear,
+    MatMul,
     MaxPool,
     Op,
     Pointwise,
@@ -57,6 +58,9 @@ def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
         if name not in network.tensors:
             raise LoweringError(f"input {name!r} is no tensor of the network")
         known.add(name)
+    for name, values in network.constants.items():
+        _check_constant(name, values, network)
+        known.add(name)
     for op in network.ops:
         for role, name in _operands(op):
             if name not in network.tensors or name not in known:
@@ -69,17 +73,28 @@ def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
         known.add(op.out)
     for name in network.tensors:
         if name not in known:
-            raise LoweringError(f"tensor {name!r} is neither an input nor written by any operator")
+            raise LoweringError(f"tensor {name!r} is neither an input nor a constant nor written by any operator")
     for name in network.outputs:
         if name not in known or network.tensors[name].dtype == "keymask":
             raise LoweringError(f"output {name!r} is not written by any operator")
+
+
+def _check_constant(name: str, values: NDArray[Any], network: QuantNetwork) -> None:
+    tensor = network.tensors.get(name)
+    if tensor is None or name in network.inputs:
+        raise LoweringError(f"constant {name!r} is no tensor of the network, or an input")
+    fits = values.shape in (tensor.shape, (1, *tensor.shape[1:])) and values.dtype.name == tensor.dtype in ("int8", "int16")
+    if not fits:
+        raise LoweringError(
+            f"constant {name!r} must be {tensor.dtype} of shape {tensor.shape} or (1, ...), not {values.dtype} {values.shape}"
+        )
 
 
 def _operands(op: Op) -> Iterator[tuple[str, str]]:
     """(role, tensor name) of what an operator reads."""
     if isinstance(op, Rearrange):
         yield from (("source", part.tensor) for part in op.sources)
-    if isinstance(op, Product):
+    if isinstance(op, Product | MatMul):
         yield "y", op.y
     names = ("q", "k", "v", "mask") if isinstance(op, Attention) else ("x",)
     for role in names:
@@ -112,14 +127,22 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
         _require(op, tensors[op.x].shape[2] == out.shape[2], "x and output must have the same channels")
     elif isinstance(op, Linear):
         _check_linear(op, tensors)
+    elif isinstance(op, MatMul):
+        x, y = tensors[op.x], tensors[op.y]
+        _dtype(op, "y", y, "int8")
+        _shape(op, "y", y, (x.shape[0], x.shape[2], out.shape[2]))
+        _shape(op, "output", out, (x.shape[0], x.shape[1], y.shape[2]))
+        _require(op, 0 <= op.mult < 1 << 15 and 1 <= op.shift <= 63, f"mult, shift out of range: {op.mult}, {op.shift}")
     else:
         _require(
             op,
             op.x is not None or op.residual is not None,
             "neither x nor a residual: the output would be constant",
         )
-        if op.x is not None:
+        if op.x is not None and op.channels is None:
             _shape(op, "x", tensors[op.x], out.shape)
+        if op.x is not None and op.channels is not None:
+            _check_channels(op, op.channels, tensors[op.x], out)
         _require(
             op,
             0 <= op.mult < 1 << 15 and 1 <= op.shift <= 63,
@@ -134,13 +157,21 @@ def _check_op(op: Op, tensors: dict[str, QuantTensor]) -> None:
         mult, shift = op.residual.mult, op.residual.shift
         _require(
             op,
-            0 <= mult < 1 << 15 and 1 <= shift <= 63,
+            op.residual.multiply or (0 <= mult < 1 << 15 and 1 <= shift <= 63),
             f"residual mult, shift out of range: {mult}, {shift}",
         )
+        _require(op, op.x is not None or not op.residual.multiply, "a product needs x and a residual")
     if op.table is not None:
         _require(op, op.table.dtype == np.int8 and op.table.shape == (256,), "table must be 256 int8 entries")
     if op.norm is not None:
         _check_norm(op, op.norm, out.shape[2])
+
+
+def _check_channels(op: Pointwise, channels: NDArray[Any], x: QuantTensor, out: QuantTensor) -> None:
+    _require(op, x.shape[:2] == out.shape[:2], f"x {x.shape} must have the batch and rows of the output {out.shape}")
+    fits = channels.dtype == np.int32 and channels.shape == out.shape[2:]
+    _require(op, fits, f"channels must be int32 of shape {out.shape[2:]}, not {channels.dtype} {channels.shape}")
+    _require(op, bool(((channels >= 0) & (channels < x.shape[2])).all()), f"channels must be in 0..{x.shape[2] - 1}")
 
 
 def _check_linear(op: Linear, tensors: dict[str, QuantTensor]) -> None:
@@ -169,8 +200,8 @@ def _check_window(op: Conv | MaxPool, tensors: dict[str, QuantTensor]) -> None:
         )  # fmt: skip
     _require(op, tensors[op.x].shape[0] == tensors[op.out].shape[0], "x and output must have the same batch")
     window = op.window
-    small = min(*window.kernel, *window.stride, *window.dilation) < 1 or min(window.padding) < 0
-    _require(op, not small, f"kernel, stride, dilation must be >= 1, padding >= 0: {window}")
+    small = min(*window.kernel, *window.stride, *window.dilation) < 1
+    _require(op, not small, f"kernel, stride and dilation must be >= 1: {window}")
 
 
 def _check_conv(op: Conv, tensors: dict[str, QuantTensor]) -> None:
@@ -303,7 +334,7 @@ def _check_attention(op: Attention, tensors: dict[str, QuantTensor]) -> None:
 
 def _check_limits(op: Op, tensors: dict[str, QuantTensor], arch: Arch) -> None:
     channels = tensors[op.out].shape[2]
-    if isinstance(op, Attention) and not arch.attention:
+    if isinstance(op, Attention | MatMul) and not arch.attention:
         raise LoweringError(
             f"{describe(op)}: attention needs as many rows as lanes, {arch.name} has {arch.rows} rows and {arch.lanes} lanes: "
             f"use a preset with a square array, such as sta1024"

@@ -11,18 +11,19 @@ from compiler.ops import Window
 from compiler.placement import Placement
 from hw.arch import Arch
 
-__all__ = ["Fetch", "Move", "count_fetches", "fetches", "moves"]
+__all__ = ["Fetch", "Move", "count_fetches", "fetches", "moves", "row_moves"]
 
 
 @dataclass(frozen=True)
 class Fetch:
     """Row tile `tile` of the input for kernel position `position`: row group g has what lies in group (g + rotate), or zero if
-    bit g of `zero` is set."""
+    bit g of `zero` is set; bits of `seen` are the groups that have a pixel of it."""
 
     position: int
     tile: int
     rotate: int
     zero: int
+    seen: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,33 @@ def moves(source: Placement, out: Placement, arch: Arch) -> list[Move]:
     return result
 
 
+def row_moves(
+    source: Placement, out: Placement, rows: NDArray[np.int64], to: NDArray[np.int64], arch: Arch
+) -> list[Move]:
+    """Copies that bring rows ``rows`` of one tensor to rows ``to`` of another, both counted over the batch: one for each run of
+    neighbours that comes from one tile, turned alike.
+
+    Raises
+    ------
+    ValueError
+        A row would have to change its place within a row group.
+    """
+    depth, groups = arch.rows // arch.row_groups, arch.row_groups
+    theirs, ours = source.packed_rows().reshape(-1)[rows], out.packed_rows().reshape(-1)[to]
+    if ((theirs - ours) % depth).any():
+        raise ValueError(f"rows would move by less than a group of {depth}")
+    order = np.argsort(ours)
+    theirs, ours = theirs[order], ours[order]
+    rotate = (theirs - ours) % arch.rows // depth % groups
+    keys = np.stack([ours // arch.rows, theirs // arch.rows, rotate])
+    starts = np.flatnonzero(np.concatenate([[True], (keys[:, 1:] != keys[:, :-1]).any(0) | (np.diff(ours) != 1)]))
+    stops = [*starts[1:].tolist(), len(ours)]
+    return [
+        Move(int(tile), int(origin), int(turn), int(ours[first] % arch.rows), int(ours[stop - 1] % arch.rows) + 1)
+        for first, stop, (tile, origin, turn) in zip(starts.tolist(), stops, keys[:, starts].T.tolist(), strict=True)
+    ]
+
+
 def fetches(source: Placement, out: Placement, pixels: NDArray[np.int64], arch: Arch) -> list[list[Fetch]]:
     """What each row tile of the output takes from the input.
 
@@ -86,7 +114,7 @@ def fetches(source: Placement, out: Placement, pixels: NDArray[np.int64], arch: 
     taken = np.zeros(len(found), np.int64)
     np.bitwise_or.at(taken, inverse.reshape(-1), np.int64(1) << where)
     for (tile, position, origin, rotate), groups_taken in zip(found.tolist(), taken.tolist(), strict=True):
-        result[tile].append(Fetch(position, origin, rotate, int(used[tile]) & ~groups_taken))
+        result[tile].append(Fetch(position, origin, rotate, int(used[tile]) & ~groups_taken, groups_taken))
     return result
 
 

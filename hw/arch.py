@@ -93,6 +93,11 @@ class Arch:
         return 8 * self.lanes
 
     @property
+    def results_depth(self) -> int:
+        """Columns between post unit and store unit: so many wait for the output of a norm before them, which comes late."""
+        return 8 * self.lanes
+
+    @property
     def macs(self) -> int:
         """Physical multiply-accumulates per cycle, P."""
         return self.rows * self.lanes

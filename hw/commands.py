@@ -63,8 +63,8 @@ def loader_command() -> data.StructLayout:
 
 
 def array_command() -> data.StructLayout:
-    """One TILE with source ARRAY."""
-    return _from_isa("a_unsigned", "format", "n", "m", "k", "cols")
+    """One TILE with source ARRAY; `held`: on the columns of the one before."""
+    return _from_isa("a_unsigned", "format", "n", "m", "k", "cols", held=1)
 
 
 def post_command() -> data.StructLayout:

@@ -68,7 +68,7 @@ class Checker(wiring.Component):
 
 
 class Sequence(wiring.Component):
-    """`hw.isa_check.SequenceState` in hardware: rows and row scales that TILEs leave for later TILEs.
+    """`hw.isa_check.SequenceState` in hardware: rows, row scales and columns that TILEs leave for later TILEs.
 
     Members
     -------
@@ -83,7 +83,8 @@ class Sequence(wiring.Component):
         f = self.instruction
         rows, count, scales = data.ArrayLayout(16, MAX_PENDING_ROWS), Signal(range(MAX_PENDING_ROWS + 2)), Signal(3)
         queue = Signal(rows)
-        uses_row = (f.source == Source.ARRAY) & (f.operand == Operand.ROWS)
+        array, held, columns = f.source == Source.ARRAY, Cat(f.k, f.a_unsigned), Signal(17)
+        uses_row, uses_columns = array & (f.operand == Operand.ROWS), array & (f.operand == Operand.HELD)
         uses_scale = (f.scale == Scale.ROW) & ~f.psum_out
         makes_row = f.out == Destination.LANES
         makes_scale = makes_row & ((f.row_op == RowOp.SOFTMAX) | f.row_last)
@@ -91,8 +92,11 @@ class Sequence(wiring.Component):
         m.d.comb += [
             count_next.eq(count - uses_row + makes_row), scales_next.eq(scales - uses_scale + makes_scale),
             self.wrong.eq((uses_row & ((count == 0) | (queue[0] != f.k))) | (uses_scale & (scales == 0))
-                          | (count_next > MAX_PENDING_ROWS) | (scales_next > MAX_PENDING_ROWS)),
+                          | (count_next > MAX_PENDING_ROWS) | (scales_next > MAX_PENDING_ROWS)
+                          | (uses_columns & (columns != held))),
         ]
+        with m.If(self.issue & array):
+            m.d.sync += columns.eq(held)
         with m.If(self.issue):
             m.d.sync += [count.eq(count_next), scales.eq(scales_next)]
             place = Signal(range(MAX_PENDING_ROWS + 2))
@@ -242,7 +246,8 @@ class Dispatcher(wiring.Component):
         tiles, wait_seq = Signal(16), Signal(16)
         m.d.comb += [tiles.eq((raw.cols + (lanes - 1)) >> (lanes - 1).bit_length()), wait_seq.eq(index - raw.dep + 1)]
         by_column = tile & (raw.scale == Scale.COLUMN) & ~raw.psum_out
-        residual, wide = tile & (raw.residual != Residual.NONE), raw.residual == Residual.INT16
+        residual = tile & (raw.residual != Residual.NONE)
+        wide = (raw.residual == Residual.INT16) | (raw.residual == Residual.MUL16)
         norm = tile & ((raw.row_op == RowOp.LAYERNORM) | (raw.row_op == RowOp.RMSNORM))
         rows, rows_out = tile & (raw.row_op != RowOp.NONE), tile & (raw.out != Destination.NONE)
         stores = rows_out & (raw.out != Destination.LANES)
@@ -268,9 +273,10 @@ class Dispatcher(wiring.Component):
         send("read_r", residual, addr=raw.r_addr, words=Mux(wide, raw.cols << 1, raw.cols), repeats=1,
              wide=wide, **waits)
         send("read_g", norm, addr=raw.g_addr, words=raw.cols, repeats=1)
-        send("load", array | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand, bypass=bypass,
-             zero=Mux(norm, 0, raw.g_addr))
-        send("array", array)
+        held = raw.operand == Operand.HELD
+        send("load", (array & ~held) | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand == Operand.ROWS,
+             bypass=bypass, zero=Mux(norm, 0, raw.g_addr))
+        send("array", array, held=held)
         send("post", tile | load_table, load_table=load_table)
         send("row", rows, op=raw.row_op, first=raw.row_first, last=raw.row_last)
         send("row_out", rows & rows_out, count=raw.cols, lanes=raw.out == Destination.LANES)

@@ -102,7 +102,7 @@ class _Decode(wiring.Component):
             m.d.sync += self.o.valid.eq(self.i.valid)
         with m.If(self.i.ready & self.i.valid):
             m.d.sync += [
-                *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols")),
+                *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols", "held")),
                 out.n.eq(Mux(dense, 1, cmd.n)), out.m.eq(Mux(dense, 1, cmd.m)),
                 out.dense.eq(dense), out.bitmap.eq(bitmap), out.bits.eq(bits),
                 out.word_steps.eq(Mux(bitmap, steps, per_index_word)), out.word_span.eq(span),
@@ -122,7 +122,8 @@ class Feeder(wiring.Component):
     Members
     -------
     cmd : one `array_command` per TILE. values : `lanes` weights per step. positions : `lanes` position words.
-    loaded : columns written to the lanes' rings so far (wraps). freed : columns given back (wraps).
+    loaded : columns written to the lanes' rings so far (wraps). freed : columns given back (wraps), once the next command
+    is known not to hold them.
     advance : low freezes the array pipeline. step, first, last, unsigned_a : a step and its place in the column tile.
     tile_cols : columns of the tile (with `last`). addr[l], weight[l] : registered, one cycle after `step`... see Array.
     wait_weights, wait_columns : no step for lack of weights or activations (counters).
@@ -152,12 +153,13 @@ class Feeder(wiring.Component):
         base, next_base = Signal(self._bits + 1), Signal(self._bits + 1)
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
         group, bit, in_word = Signal(16), Signal(5), Signal(6)
-        cols_left, word_valid = Signal(16), Signal()
-        fire, group_end, tile_end, cmd_end, word_end, start = (Signal() for _ in range(6))
+        cols_left, word_valid, spent = Signal(16), Signal(), Signal()  # spent: the columns wait for the next command
+        fire, group_end, tile_end, cmd_end, word_end, start, free = (Signal() for _ in range(7))
 
         enough = Signal()  # all columns of the next command are in the lanes
         m.d.comb += [
-            enough.eq((self.loaded - next_base)[: self._bits + 1] >= cmd.k),
+            enough.eq(cmd.held | ((self.loaded - next_base)[: self._bits + 1] >= cmd.k)),
+            free.eq((spent | (fire & cmd_end)) & decode.o.valid & ~cmd.held),
             fire.eq(active & self.values.valid & (now.dense | word_valid) & self.advance),
             group_end.eq(in_group + 1 == now.n),
             tile_end.eq(group_end & (group + now.m >= now.k)),
@@ -173,11 +175,17 @@ class Feeder(wiring.Component):
             self.wait_columns.eq(~active & decode.o.valid & ~enough),
         ]
         with m.If(start):
-            m.d.sync += [taken.eq(cmd), base.eq(next_base), next_base.eq(next_base + cmd.k), cols_left.eq(cmd.cols)]
+            m.d.sync += [taken.eq(cmd), cols_left.eq(cmd.cols)]
+            with m.If(~cmd.held):
+                m.d.sync += [base.eq(next_base), next_base.eq(next_base + cmd.k)]
         with m.If(fire | start):
             m.d.sync += active.eq(start | ~cmd_end)
-        with m.If(fire & cmd_end):
-            m.d.sync += self.freed.eq(base + now.k)
+        with m.If(free):
+            m.d.sync += [self.freed.eq(next_base), spent.eq(0)]
+        with m.Elif(start):
+            m.d.sync += spent.eq(0)
+        with m.Elif(fire & cmd_end):
+            m.d.sync += spent.eq(1)
         self._walk(m, now, fire, group_end, tile_end, word_end, group, offset, in_group, in_word, bit)
         with m.If(fire & tile_end & ~cmd_end):
             m.d.sync += cols_left.eq(cols_left - lanes)

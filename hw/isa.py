@@ -53,6 +53,7 @@ class Operand(enum.IntEnum):
 
     MEMORY = 0  #: `k` columns at `a_addr`
     ROWS = 1  #: the `k` columns that an earlier TILE with out LANES sent (softmax probabilities)
+    HELD = 2  #: the `k` columns of the TILE with source ARRAY before this one: they are still in the lanes
 
 
 class Format(enum.IntEnum):
@@ -72,12 +73,14 @@ class Scale(enum.IntEnum):
 
 
 class Residual(enum.IntEnum):
-    """Second operand after requantisation, added or compared, columns at `r_addr`."""
+    """Second operand, columns at `r_addr`: added to the requantised value, compared with it, or multiplied by it."""
 
     NONE = 0
     INT8 = 1
     INT16 = 2
     MAX8 = 3  #: int8; the larger of the two values instead of their sum
+    MUL8 = 4  #: int8; the product: a part of the requantisation's multiplier, without `r_mult` and `r_shift`
+    MUL16 = 5  #: int16; the product
 
 
 class RowOp(enum.IntEnum):
@@ -110,7 +113,7 @@ class ErrorCode(enum.IntEnum):
     OPCODE = 1  #: unknown opcode
     FIELD = 2  #: a field outside its range, fields that contradict each other, reserved bits set
     ALIGNMENT = 3  #: an address that is not aligned as its field asks
-    SEQUENCE = 4  #: operand ROWS or scale ROW without the earlier TILE that feeds it, or of another length
+    SEQUENCE = 4  #: operand ROWS or HELD or scale ROW without the earlier TILE that feeds it, or of another length
     BUS = 5  #: the memory answered with an error
     TIMEOUT = 6  #: no progress for the number of cycles in the WATCHDOG register
     END = 7  #: the program ended without HALT
@@ -127,16 +130,16 @@ class Field:
 
 
 FIELDS: tuple[Field, ...] = (
-    Field("opcode", 4, "operation", Opcode),
+    Field("opcode", 3, "operation", Opcode),
     Field("source", 2, "where the int32 columns come from", Source),
-    Field("operand", 1, "where the lanes' activations come from", Operand),
+    Field("operand", 2, "where the lanes' activations come from", Operand),
     Field("a_unsigned", 1, "activations are 0..255 instead of -128..127"),
     Field("format", 2, "weight format", Format),
     Field("w_dep", 1, "the weights, too, wait for `dep` (they are activations: keys or values)"),
     Field("psum_in", 1, "add the partial sums kept on chip"),
     Field("psum_out", 1, "keep the sums on chip instead of post-processing them; out must be NONE"),
     Field("scale", 2, "where multiplier and shift come from", Scale),
-    Field("residual", 2, "second operand", Residual),
+    Field("residual", 3, "second operand", Residual),
     Field("table", 1, "look the int8 value up in the activation table"),
     Field("row_op", 3, "row operation", RowOp),
     Field("row_first", 1, "MAX, EXP: first block of the row (reset maximum or sum)"),
@@ -144,7 +147,7 @@ FIELDS: tuple[Field, ...] = (
     Field("out", 3, "destination", Out),
     Field("n", 6, "N of N:M"),
     Field("m", 6, "M of N:M"),
-    Field("dep", 16, "wait until the instruction `dep` places before this one has completed; 0: no wait"),
+    Field("dep", 15, "wait until the instruction `dep` places before this one has completed; 0: no wait"),
     Field("k", 16, "reduction length: columns of activations"),
     Field("cols", 16, "output columns"),
     Field("mult", 16, "scale CONST: multiplier, 0..32767"),

@@ -96,6 +96,14 @@ def _norm(f: Any) -> Any:
     return (f.row_op == RowOp.LAYERNORM) | (f.row_op == RowOp.RMSNORM)
 
 
+def _times(f: Any) -> Any:
+    return (f.residual == Residual.MUL8) | (f.residual == Residual.MUL16)
+
+
+def _wide(f: Any) -> Any:
+    return (f.residual == Residual.INT16) | (f.residual == Residual.MUL16)
+
+
 def _off(address: Any, alignment: int) -> Any:
     return (address & (alignment - 1)) != 0
 
@@ -106,9 +114,11 @@ RULES: tuple[Rule, ...] = (
     # values without a name
     Rule(_F, "reserved bits are set", lambda f, a, kl: f.reserved != 0),
     Rule(_F, "source has no such value", lambda f, a, kl: f.source > Source.ZERO),
+    Rule(_F, "operand has no such value", lambda f, a, kl: f.operand > Operand.HELD),
     Rule(_F, "format has no such value", lambda f, a, kl: f.format > Format.BITMAP),
     Rule(_F, "sparse format, but the hardware has none", lambda f, a, kl: _sparse(f) & (not a.sparse)),
     Rule(_F, "scale has no such value", lambda f, a, kl: f.scale > Scale.ROW),
+    Rule(_F, "residual has no such value", lambda f, a, kl: f.residual > Residual.MUL16),
     Rule(_F, "row_op has no such value", lambda f, a, kl: f.row_op > RowOp.RMSNORM),
     Rule(_F, "out has no such value", lambda f, a, kl: f.out > Out.LANES),
     # sizes
@@ -138,7 +148,7 @@ RULES: tuple[Rule, ...] = (
         _F,
         "a_rotate beyond the row groups, or without activations from memory",
         lambda f, a, kl: (
-            (f.a_rotate >= a.row_groups) | ((f.a_rotate != 0) & ((f.operand == Operand.ROWS) | (f.source == Source.ZERO)))
+            (f.a_rotate >= a.row_groups) | ((f.a_rotate != 0) & ((f.operand != Operand.MEMORY) | (f.source == Source.ZERO)))
         ),
     ),
     Rule(_F, "w_dep with a sparse format", lambda f, a, kl: _sparse(f) & (f.w_dep == 1)),
@@ -194,8 +204,11 @@ RULES: tuple[Rule, ...] = (
     Rule(
         _F,
         "residual: r_mult or r_shift out of range",
-        lambda f, a, kl: (f.residual != Residual.NONE) & ((f.r_shift == 0) | (f.r_mult >= SIGN_BIT)),
+        lambda f, a, kl: (
+            (f.residual != Residual.NONE) & (f.residual < Residual.MUL8) & ((f.r_shift == 0) | (f.r_mult >= SIGN_BIT))
+        ),
     ),
+    Rule(_F, "residual MUL8 or MUL16 with scale ROW", lambda f, a, kl: _times(f) & (f.scale == Scale.ROW)),
     Rule(
         _F,
         "row operation: row_shift out of range",
@@ -221,7 +234,7 @@ RULES: tuple[Rule, ...] = (
         lambda f, a, kl: _post(f) & (f.scale == Scale.COLUMN) & _off(f.p_addr, constant_alignment(a)),
     ),
     Rule(_A, "r_addr", lambda f, a, kl: (f.residual != Residual.NONE) & _off(f.r_addr, a.rows)),
-    Rule(_A, "r_addr", lambda f, a, kl: (f.residual == Residual.INT16) & _off(f.r_addr, 2 * a.rows)),
+    Rule(_A, "r_addr", lambda f, a, kl: _wide(f) & _off(f.r_addr, 2 * a.rows)),
     Rule(_A, "g_addr", lambda f, a, kl: _norm(f) & _off(f.g_addr, constant_alignment(a))),
     Rule(_A, "o_addr", lambda f, a, kl: _stores(f) & _off(f.o_addr, a.rows)),
     Rule(_A, "o_addr", lambda f, a, kl: (f.out == Out.STORE16) & _off(f.o_addr, 2 * a.rows)),
@@ -268,24 +281,31 @@ def check_instruction(instruction: Instruction, arch: Arch) -> ErrorCode:
 
 @dataclass
 class SequenceState:
-    """What TILEs leave for later TILEs, in order: lengths of rows sent to the lanes, and row scales.
+    """What TILEs leave for later TILEs, in order: lengths of rows sent to the lanes, row scales, and the columns in the
+    lanes (`k` and `a_unsigned` of the last TILE with source ARRAY).
 
     TILE with out LANES appends `cols` to the rows (SOFTMAX, EXP); SOFTMAX, and EXP with row_last, append a
     scale. Operand ROWS takes the oldest row, scale ROW the oldest scale. SEQUENCE errors: nothing to take, a
-    row of another length than k, a row more than `MAX_PENDING_ROWS`, a scale more than that.
+    row of another length than k, a row more than `MAX_PENDING_ROWS`, a scale more than that, operand HELD with another k
+    or a_unsigned than those of the columns.
     """
 
     rows: tuple[int, ...] = ()
     scales: int = 0
+    columns: tuple[int, int] = (0, 0)
 
     def step(self, instruction: Instruction) -> ErrorCode:
         """Check one well-formed TILE against the state and advance it; the state is unchanged after an
         error."""
-        rows, scales = self.rows, self.scales
-        if instruction.source == Source.ARRAY and instruction.operand == Operand.ROWS:
-            if not rows or rows[0] != instruction.k:
+        rows, scales, columns = self.rows, self.scales, self.columns
+        if instruction.source == Source.ARRAY:
+            columns = (instruction.k, instruction.a_unsigned)
+            if instruction.operand == Operand.HELD and columns != self.columns:
                 return ErrorCode.SEQUENCE
-            rows = rows[1:]
+            if instruction.operand == Operand.ROWS:
+                if not rows or rows[0] != instruction.k:
+                    return ErrorCode.SEQUENCE
+                rows = rows[1:]
         if instruction.scale == Scale.ROW and not instruction.psum_out:
             if not scales:
                 return ErrorCode.SEQUENCE
@@ -295,5 +315,5 @@ class SequenceState:
             scales += instruction.row_op == RowOp.SOFTMAX or instruction.row_last
         if max(len(rows), scales) > MAX_PENDING_ROWS:
             return ErrorCode.SEQUENCE
-        self.rows, self.scales = rows, int(scales)
+        self.rows, self.scales, self.columns = rows, int(scales), columns
         return ErrorCode.NONE

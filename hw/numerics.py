@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
-    "MASK_BIAS", "PARAM_DTYPE", "requantise", "residual_add", "residual_max", "round_shift", "saturate", "table_lookup", "wrap32",
+    "MASK_BIAS", "PARAM_DTYPE", "requantise", "residual_add", "residual_max", "residual_multiplier", "round_shift", "saturate",
+    "table_lookup", "wrap32",
 ]
 
 Int = NDArray[np.int64]
@@ -50,6 +51,12 @@ def residual_max(value: ArrayLike, residual: ArrayLike, mult: int, shift: int) -
     """``sat16(max(value, round_shift(residual * mult, shift)))``: value int16, residual int8."""
     scaled = round_shift(np.asarray(residual, np.int64) * mult, shift)
     return saturate(np.maximum(np.asarray(value, np.int64), scaled), 16)
+
+
+def residual_multiplier(residual: ArrayLike, mult: ArrayLike, bits: int) -> Int:
+    """``(residual * mult) >> bits``, the multiplier that makes a requantisation a product: residual int8 or int16 (`bits` 8 or
+    16), mult int16; |result| <= 2^14. Its low bits are cut off: of less than 2^-7 of an int8 step, two int16 steps."""
+    return (np.asarray(residual, np.int64) * np.asarray(mult, np.int64)) >> bits
 
 
 def table_lookup(value: ArrayLike, table: ArrayLike) -> Int:

@@ -48,7 +48,8 @@ class RowControl(wiring.Signature):
     -------
     take : a column enters; with psum_addr, the stored sums are read, and bias is added. advance : the pipeline moves.
     keep, keep_addr : the sum (stage 0) goes to the psum RAM. psum_in : add the stored sum.
-    r_mult, r_shift : residual. add : add the residual; larger : take the larger one. table : use the table.
+    r_mult : of the residual; r_shift : of what is added. times8, times16 : the residual, int8 or int16, times r_mult is the
+    multiplier. add : add the residual; larger : take the larger one. table : use the table.
     table_en, table_addr, table_data : load one entry.
     """
 
@@ -56,7 +57,8 @@ class RowControl(wiring.Signature):
         psum = (arch.psum_depth - 1).bit_length()
         super().__init__({
             "take": Out(1), "advance": Out(1), "psum_addr": Out(psum), "keep": Out(1), "keep_addr": Out(psum),
-            "psum_in": Out(1), "bias": Out(signed(32)), "r_mult": Out(16), "r_shift": Out(6), "add": Out(1), "larger": Out(1),
+            "psum_in": Out(1), "bias": Out(signed(32)), "r_mult": Out(signed(16)), "r_shift": Out(6),
+            "times8": Out(1), "times16": Out(1), "add": Out(1), "larger": Out(1),
             "table": Out(1), "table_en": Out(1), "table_addr": Out(8), "table_data": Out(8),
         })
 
@@ -85,9 +87,9 @@ class PostRow(wiring.Component):
         m.submodules.table = table = memory.Memory(shape=8, depth=256, init=[])
         keep, stored, entry, looked = psum.write_port(), psum.read_port(), table.write_port(), table.read_port()
         acc, total, biased = Signal(signed(32)), Signal(signed(32)), Signal(signed(32))
-        residual = Signal(signed(16))
         product, scaled, added = Signal(signed(48)), Signal(signed(16)), Signal(signed(16))
-        r_product, r_scaled, plain = Signal(signed(33)), Signal(signed(33)), Signal(signed(16))
+        r_product, r_later, r_scaled, plain = Signal(signed(32)), Signal(signed(32)), Signal(signed(33)), Signal(signed(16))
+        mult = Mux(c.times16, r_product[16:].as_signed(), Mux(c.times8, r_product[8:24].as_signed(), self.mult))
         addend, larger = Signal(signed(33)), Signal(signed(33))
         use_table = Signal()
         m.d.comb += [
@@ -104,9 +106,10 @@ class PostRow(wiring.Component):
             m.d.sync += acc.eq(self.acc + c.bias)  # here and not to the stored sum: that comes out of its RAM late
         with m.If(c.advance):
             m.d.sync += [
-                biased.eq(total), residual.eq(self.residual),
-                product.eq(biased * self.mult), r_product.eq(product_of(residual, c.r_mult, spare=self._arch.spare_dsps)),
-                scaled.eq(saturate(round_shift(product, self.shift), 16)), r_scaled.eq(round_shift(r_product, c.r_shift)),
+                # one multiplier for what is added (which waits a stage) and for what multiplies
+                biased.eq(total), r_product.eq(product_of(self.residual, c.r_mult, spare=self._arch.spare_dsps)),
+                product.eq(biased * mult), r_later.eq(r_product),
+                scaled.eq(saturate(round_shift(product, self.shift), 16)), r_scaled.eq(round_shift(r_later, c.r_shift)),
                 added.eq(saturate(larger + addend, 16)),
                 plain.eq(added), use_table.eq(c.table),
             ]
@@ -142,7 +145,7 @@ class Post(wiring.Component):
         m = Module()
         cmd, index, take, advance = self.cmd.payload, Signal(16), Signal(), Signal()
         # the enables of a column travel with it; residual is consumed one stage later than the sum
-        names = ("valid", "psum_in", "keep", "add", "larger", "table", "rows", "by_row")
+        names = ("valid", "psum_in", "keep", "times8", "times16", "add", "larger", "table", "rows", "by_row")
         flags = data.StructLayout(dict.fromkeys(names, 1))
         stages = [Signal(flags, name=f"stage_{name}") for name in STAGES]
         enter = Signal(flags)
@@ -160,7 +163,9 @@ class Post(wiring.Component):
                 & (~has_residual | self.residual.valid) & ~keep_busy),
             take.eq(tile & inputs & advance),
             enter.valid.eq(take), enter.psum_in.eq(cmd.psum_in), enter.keep.eq(cmd.psum_out),
-            enter.add.eq(has_residual & (cmd.residual != Residual.MAX8)), enter.larger.eq(cmd.residual == Residual.MAX8),
+            enter.times8.eq(cmd.residual == Residual.MUL8), enter.times16.eq(cmd.residual == Residual.MUL16),
+            enter.add.eq((cmd.residual == Residual.INT8) | (cmd.residual == Residual.INT16)),
+            enter.larger.eq(cmd.residual == Residual.MAX8),
             enter.table.eq(cmd.table), enter.rows.eq(cmd.row_op != RowOp.NONE),
             enter.by_row.eq(by_row),
             self.acc.ready.eq(take & (cmd.source == Source.ARRAY)),
@@ -201,16 +206,16 @@ class Post(wiring.Component):
         cmd, rows = self.cmd.payload, self._arch.rows
         params = data.View(param_layout(), self.params.payload)
         control = RowControl(self._arch).create()
-        shared = data.StructLayout({"mult": signed(16), "shift": 6, "r_mult": 16, "r_shift": 6})
+        shared = data.StructLayout({"mult": signed(16), "shift": 6, "r_mult": signed(16), "r_shift": 6})
         sum_, biased, product = (Signal(shared, name=f"shared_{name}") for name in ("sum", "biased", "product"))
         scale, scale_biased, scale_product = (Signal(row_scale_layout(rows), name=name)
                                               for name in ("scale", "scale_biased", "scale_product"))
         by_column = cmd.scale == Scale.COLUMN
+        mult = Mux(by_column, params.mult, cmd.mult.as_signed())
         with m.If(take):
             m.d.sync += [
-                sum_.mult.eq(Mux(by_column, params.mult, cmd.mult)),
-                sum_.shift.eq(Mux(by_column, params.shift, cmd.shift)),
-                sum_.r_mult.eq(cmd.r_mult), sum_.r_shift.eq(cmd.r_shift),
+                sum_.mult.eq(mult), sum_.shift.eq(Mux(by_column, params.shift, cmd.shift)),
+                sum_.r_mult.eq(Mux(enter.times8 | enter.times16, mult, cmd.r_mult.as_signed())), sum_.r_shift.eq(cmd.r_shift),
             ]
             with m.If(cmd.scale == Scale.ROW):
                 m.d.sync += scale.eq(self.scale.payload)
@@ -228,7 +233,8 @@ class Post(wiring.Component):
             control.take.eq(take), control.advance.eq(advance), control.psum_addr.eq(index),
             control.keep.eq(stages[0].valid & stages[0].keep & advance), control.keep_addr.eq(keep_addr),
             control.psum_in.eq(stages[0].psum_in), control.bias.eq(Mux(by_column & ~cmd.psum_out, params.bias, 0)),
-            control.r_mult.eq(biased.r_mult), control.r_shift.eq(product.r_shift),
+            control.r_mult.eq(sum_.r_mult), control.r_shift.eq(product.r_shift),
+            control.times8.eq(stages[1].times8), control.times16.eq(stages[1].times16),
             control.add.eq(stages[3].add), control.larger.eq(stages[3].larger), control.table.eq(stages[4].table),
         ]
         for t in range(rows):

@@ -139,16 +139,20 @@ class Core(wiring.Component):
         m.submodules.route = route = RowRoute(arch)
         m.submodules.store = store = Store(arch)
         m.submodules.skid = skid = StreamSkid(row.o.payload.shape())  # a long ready chain ends here
+        m.submodules.bypass = bypass = StreamSkid(loader.bypass.payload.shape())  # and here another
+        m.submodules.results = results = Queue(post.to_store.payload.shape(), depth=arch.results_depth)
         m.submodules.scales = scales = Queue(row.scale.payload.shape(), depth=SCALES_DEPTH)
         read = {name: reader.o for name, reader in self._readers.items()}
         for source, sink in (
             (cmds["load"], loader.cmd), (read["a"], loader.memory), (route.lanes, loader.row_unit),
             (cmds["array"], array.cmd), (read["w"], array.values),
-            (cmds["post"], post.cmd), (array.o, post.acc), (loader.bypass, post.bypass), (read["p"], post.params),
+            (cmds["post"], post.cmd), (array.o, post.acc), (loader.bypass, bypass.i), (bypass.o, post.bypass),
+            (read["p"], post.params),
             (read["r"], post.residual), (scales.o, post.scale),
             (cmds["row"], row.cmd), (post.to_rows, row.i), (read["g"], row.params), (row.scale, scales.i),
             (cmds["row_out"], route.cmd), (row.o, skid.i), (skid.o, route.i),
-            (cmds["store"], store.cmd), (post.to_store, store.post), (route.store, store.row_unit), (store.o, self.words),
+            (cmds["store"], store.cmd), (post.to_store, results.i), (results.o, store.post),
+            (route.store, store.row_unit), (store.o, self.words),
         ):
             join(m, source, sink)
         if "x" in read:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compiler.compile import float_boundary
 from compiler.exported import Exported, export
 from compiler.frontend import by_rows, import_whole
-from compiler.graph import Graph, Input, KeyMask
+from compiler.graph import Fixed, Graph, Input, KeyMask
 from compiler.partition import partition
 from compiler.partitioned import PartitionedProgram
 from compiler.passes import optimise
@@ -144,7 +144,7 @@ def _layers(graph: Graph, program: Program, floats: Mapping[str, Tensor], given:
     seen: dict[str, Tensor] = {}
     graph.run(dict(floats), observe=lambda node, operands, value: seen.__setitem__(node.name, value))
     for node in graph.nodes.values():
-        if isinstance(node, Input | KeyMask) or node.name not in network.tensors:
+        if isinstance(node, Input | KeyMask | Fixed) or node.name not in network.tensors:
             continue
         got = dequantise(network, node.name, integers[node.name]).reshape(seen[node.name].shape)
         yield _layer(node.name, node.source, node.operator, seen[node.name].double().numpy(), got.double().numpy())

@@ -48,7 +48,7 @@ class _Arch(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("rows", "lanes", "lane_depth", "row_depth", "bus_bytes")),
         ("out_bytes", ctypes.c_uint32 * len(READERS)), ("fifo_beats", ctypes.c_uint32 * len(READERS)),
         ("write_bytes", ctypes.c_uint32), ("writer_beats", ctypes.c_uint32), ("array_latency", ctypes.c_uint32),
-        ("sums_depth", ctypes.c_uint32),
+        ("sums_depth", ctypes.c_uint32), ("results_depth", ctypes.c_uint32),
     ]  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def _arch(arch: Arch) -> _Arch:
     return _Arch(
         arch.rows, arch.lanes, arch.lane_depth, arch.row_depth, arch.bus_bytes,
         numbers(*(size for size, _ in sizes.values())), numbers(*(beats for _, beats in sizes.values())),
-        arch.rows, writer_beats(arch), array_latency(arch), arch.sums_depth,
+        arch.rows, writer_beats(arch), array_latency(arch), arch.sums_depth, arch.results_depth,
     )  # fmt: skip
 
 

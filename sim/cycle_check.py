@@ -73,15 +73,17 @@ def _codes(fields: dict[str, NDArray[np.int64]], arch: Arch) -> NDArray[np.int64
 
 
 def _first_out_of_sequence(fields: dict[str, NDArray[np.int64]], end: int) -> int | None:
-    """Index of the first TILE before `end` that does not fit the rows and scales left by earlier ones."""
+    """Index of the first TILE before `end` that does not fit the rows, scales and columns left by earlier ones."""
     f = SimpleNamespace(**{name: values[:end] for name, values in fields.items()})
-    uses = ((f.source == Source.ARRAY) & (f.operand == Operand.ROWS)) | ((f.scale == Scale.ROW) & (f.psum_out == 0))
-    touching = np.flatnonzero((f.opcode == Opcode.TILE) & (uses | (f.out == Out.LANES)))
-    names = ("source", "operand", "k", "scale", "psum_out", "out", "cols", "row_op", "row_last")
+    array, tile = f.source == Source.ARRAY, f.opcode == Opcode.TILE
+    uses = (array & (f.operand == Operand.ROWS)) | ((f.scale == Scale.ROW) & (f.psum_out == 0)) | (f.out == Out.LANES)
+    holds = array & np.any(tile & array & (f.operand == Operand.HELD))
+    touching = np.flatnonzero(tile & (uses | holds))
+    names = ("source", "operand", "k", "a_unsigned", "scale", "psum_out", "out", "cols", "row_op", "row_last")
     columns = [fields[name][touching].tolist() for name in names]
-    state, tile = SequenceState(), SimpleNamespace()
+    state, one = SequenceState(), SimpleNamespace()
     for index, values in zip(touching.tolist(), zip(*columns)):
-        tile.__dict__.update(zip(names, values))
-        if state.step(cast(Instruction, tile)) != ErrorCode.NONE:
+        one.__dict__.update(zip(names, values))
+        if state.step(cast(Instruction, one)) != ErrorCode.NONE:
             return int(index)
     return None

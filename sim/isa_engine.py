@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from hw.isa import (
     Source,
 )
 from hw.isa_check import SequenceState, check_raw, raw_fields
-from hw.numerics import PARAM_DTYPE, requantise, residual_add, residual_max, saturate, table_lookup
+from hw.numerics import PARAM_DTYPE, requantise, residual_add, residual_max, residual_multiplier, saturate, table_lookup
 from hw.row import exp_rows, layernorm_rows, max_rows, row_scale_softmax
 
 __all__ = ["IsaError", "IsaResult", "run_isa"]
@@ -137,6 +138,7 @@ class _Machine:
         self.total: Int = np.zeros(arch.rows, np.int64)
         self.sequence = SequenceState()
         self.rows: list[Bytes] = []  # sent to the lanes, not used yet
+        self.held: Bytes = np.zeros((0, arch.rows), np.uint8)  # the columns in the lanes
         self.scales: list[tuple[Int, Int]] = []
         self.decoded: OrderedDict[tuple[int, ...], tuple[Bytes, Bytes, NDArray[np.float32]]] = OrderedDict()
 
@@ -185,11 +187,11 @@ class _Machine:
             self.table = self.view(ins.p_addr, 256).view(np.int8).copy()
             return
         before = self.sequence
-        self.sequence = SequenceState(before.rows, before.scales)
+        self.sequence = replace(before)
         if self.sequence.step(ins) != ErrorCode.NONE:
             raise _Stop(
                 ErrorCode.SEQUENCE,
-                f"rows waiting {before.rows}, row scales waiting {before.scales}, operand "
+                f"rows waiting {before.rows}, row scales waiting {before.scales}, columns held {before.columns[0]}, operand "
                 f"{Operand(ins.operand).name}, k {ins.k}, scale {Scale(ins.scale).name}, "
                 f"out {Out(ins.out).name}",
             )
@@ -209,8 +211,11 @@ class _Machine:
             return np.zeros((ins.cols, self.arch.rows), np.int64)
         if ins.source == Source.STREAM:
             return self.window(ins, ins.cols).view(np.int8).astype(np.int64)
-        raw = self.rows.pop(0) if ins.operand == Operand.ROWS else self.window(ins, ins.k)
-        activations = raw if ins.a_unsigned else raw.view(np.int8)
+        if ins.operand == Operand.ROWS:
+            self.held = self.rows.pop(0)
+        elif ins.operand == Operand.MEMORY:
+            self.held = self.window(ins, ins.k).copy()  # memory may change before they are used again
+        activations = self.held if ins.a_unsigned else self.held.view(np.int8)
         weights = self.dense_weights(ins) if ins.format == Format.DENSE else self.sparse_weights(ins)
         kind = np.float32 if ins.k * 128 * (255 if ins.a_unsigned else 128) <= FLOAT32_EXACT else np.float64
         product = weights.astype(kind, copy=False) @ activations.astype(kind)
@@ -228,18 +233,27 @@ class _Machine:
 
     def post(self, ins: Instruction, acc: Int) -> Int:
         """Steps 2 to 4: requantisation, residual, table."""
-        if ins.scale == Scale.CONST:
-            values = requantise(acc, 0, ins.mult, ins.shift)
-        elif ins.scale == Scale.COLUMN:
+        bias: Any = 0
+        mult, shift = (ins.mult, ins.shift) if ins.scale != Scale.ROW else self.scales.pop(0)
+        if ins.scale == Scale.COLUMN:
             params = self.params(ins.p_addr, ins.cols)
-            values = requantise(acc, params["bias"], params["mult"], params["shift"])
+            bias, mult, shift = params["bias"], params["mult"], params["shift"]
+        residual = self.residual(ins)
+        if ins.residual in (Residual.MUL8, Residual.MUL16):
+            values = requantise(acc, bias, residual_multiplier(residual, mult, 8 * residual.itemsize), shift)
         else:
-            values = requantise(acc, 0, *self.scales.pop(0))
-        if ins.residual != Residual.NONE:
-            residual = self.columns(ins.r_addr, ins.cols, "<i2" if ins.residual == Residual.INT16 else "i1")
-            join = residual_max if ins.residual == Residual.MAX8 else residual_add
-            values = join(values, residual, ins.r_mult, ins.r_shift)
+            values = requantise(acc, bias, mult, shift)
+            if ins.residual != Residual.NONE:
+                join = residual_max if ins.residual == Residual.MAX8 else residual_add
+                values = join(values, residual, ins.r_mult, ins.r_shift)
         return table_lookup(values, self.table) if ins.table else values
+
+    def residual(self, ins: Instruction) -> NDArray[np.integer]:
+        """The second operand (cols, rows); empty without one."""
+        if ins.residual == Residual.NONE:
+            return np.zeros(0, np.int8)
+        wide = ins.residual in (Residual.INT16, Residual.MUL16)
+        return self.columns(ins.r_addr, ins.cols, "<i2" if wide else "i1")
 
     def row_operation(self, ins: Instruction, values: Int) -> Int:
         """Step 5; values (cols, rows)."""

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
+from compiler.graph import windows
 from compiler.program import ModelTensor, Program
 
 __all__ = ["Inputs", "dequantise_outputs", "quantise_inputs"]
@@ -69,10 +69,8 @@ def _quantise(spec: ModelTensor, value: Any, program: Program) -> NDArray[np.int
 
 
 def _windows(image: NDArray[np.float64], sizes: tuple[int, ...]) -> NDArray[np.float64]:
-    """`ModelTensor.image`: (batch, channels, height, width) as rows (batch, windows, kernel positions * channels)."""
-    kernel, stride, padding, dilation = (sizes[i : i + 2] for i in range(2, 10, 2))
-    rows = F.unfold(torch.from_numpy(image), kernel, dilation, padding, stride)
-    return rows.unflatten(1, (image.shape[1], -1)).permute(0, 3, 2, 1).flatten(2).numpy()
+    """`ModelTensor.image`: an image or line as rows (batch, windows, kernel positions * channels)."""
+    return windows(torch.from_numpy(image), *((sizes[i], sizes[i + 1]) for i in range(0, 10, 2))).numpy()
 
 
 def dequantise_outputs(

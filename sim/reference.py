@@ -27,6 +27,7 @@ from compiler.ops import (
     Conv,
     LayerNorm,
     Linear,
+    MatMul,
     MaxPool,
     Op,
     Pointwise,
@@ -39,7 +40,7 @@ from compiler.ops import (
     Transpose,
     Window,
 )
-from hw.numerics import MASK_BIAS
+from hw.numerics import MASK_BIAS, residual_multiplier
 from hw.row import layernorm_rows, norm_constants, softmax_rows
 
 __all__ = ["dequantise", "quantise_inputs", "run_reference"]
@@ -144,6 +145,8 @@ def run_reference(
     _check_inputs(network, inputs)
     wanted = keep if keep is not None else lambda name: True
     values = {name: np.asarray(inputs[name]) for name in network.inputs}
+    batch = next((len(value) for value in values.values()), 1)
+    values |= {name: np.broadcast_to(fixed, (batch, *fixed.shape[1:])) for name, fixed in network.constants.items()}
     last = {name: i for i, op in enumerate(network.ops) for name in _reads(op)}
     result = {name: value for name, value in values.items() if wanted(name)}
     for i, op in enumerate(network.ops):
@@ -197,7 +200,8 @@ def _reads(op: Op) -> tuple[str, ...]:
     if isinstance(op, Product):
         return op.x, op.y
     residual = op.residual.tensor if op.residual is not None else None
-    return tuple(name for name in (op.x, residual) if name is not None)
+    second = op.y if isinstance(op, MatMul) else None
+    return tuple(name for name in (op.x, second, residual) if name is not None)
 
 
 def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) -> NDArray[Any]:
@@ -208,6 +212,8 @@ def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) 
         return _stored(result, out)
     if isinstance(op, Conv | MaxPool):
         return _image(op, values, network)
+    if isinstance(op, MatMul):
+        return _stored(_matmul(op, values), out)
     if isinstance(op, Rearrange):
         return _rearranged(op, values, out)
     if isinstance(op, Transpose):
@@ -225,6 +231,8 @@ def _execute(op: Op, values: Mapping[str, NDArray[Any]], network: QuantNetwork) 
     for start in range(0, batch * rows, step):
         part = slice(start, start + step)
         x = None if op.x is None else _tensor(values[op.x].reshape(batch * rows, -1)[part])
+        if isinstance(op, Pointwise) and op.channels is not None and x is not None:
+            x = x[:, torch.from_numpy(op.channels.astype(np.int64))]
         r = None if residual is None else _tensor(residual.reshape(batch * rows, -1)[part])
         result[part] = _stored(_rows(op, weight, x, r), out)
     return result.reshape(batch, rows, -1)
@@ -236,17 +244,35 @@ def _rows(
     """TILE steps 1 to 5 on rows: x (rows, in) int8, residual (rows, out); gives (rows, out)."""
     if isinstance(op, Linear) and weight is not None and x is not None:
         requant = op.requant
-        q = _requantise(weight.product(x), requant.bias, requant.mult, requant.shift, weight.bound)
+        mult = _mult(op, requant.mult, residual)
+        q = _requantise(weight.product(x), requant.bias, mult, requant.shift, weight.bound)
     elif isinstance(op, Pointwise) and x is not None:
-        q = _requantise(x.double(), np.zeros(1, np.int32), np.array([op.mult]), np.array([op.shift]), 128)
+        mult = _mult(op, np.array([op.mult]), residual)
+        q = _requantise(x.double(), np.zeros(1, np.int32), mult, np.array([op.shift]), 128)
     else:
         q = torch.zeros_like(residual, dtype=torch.float64)  # type: ignore[arg-type]
     return _finish(op, q, residual)
 
 
-def _finish(op: Linear | Pointwise | Conv, q: Tensor, residual: Tensor | None) -> NDArray[Any]:
+def _mult(op: Linear | Pointwise | Conv | MatMul, mult: NDArray[Any], residual: Tensor | None) -> NDArray[Any]:
+    """The multiplier of each sum: the requantisation's, with the residual of a product in it."""
+    if op.residual is None or residual is None or not op.residual.multiply:
+        return mult
+    return residual_multiplier(residual.numpy(), mult, 8 * residual.element_size())
+
+
+def _matmul(op: MatMul, values: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """(batch, rows, channels); sums of up to 2^39 products are exact in float64."""
+    acc = _tensor(values[op.x]).double() @ _tensor(values[op.y]).double()
+    residual = None if op.residual is None else _tensor(values[op.residual.tensor])
+    mult = _mult(op, np.array([op.mult]), residual)
+    bound = values[op.x].shape[-1] << 14
+    return _finish(op, _requantise(acc, np.zeros(1, np.int32), mult, np.array([op.shift]), bound), residual)
+
+
+def _finish(op: Linear | Pointwise | Conv | MatMul, q: Tensor, residual: Tensor | None) -> NDArray[Any]:
     """Residual, table and norm on float64 integers (rows, out)."""
-    if op.residual is not None and residual is not None:
+    if op.residual is not None and residual is not None and not op.residual.multiply:
         q = _add(q, residual, op.residual)
     if op.table is not None:
         q = torch.from_numpy(op.table.astype(np.float64))[q.clamp(-128, 127).long() + 128]
@@ -293,8 +319,8 @@ def _image(op: Conv | MaxPool, values: Mapping[str, NDArray[Any]], network: Quan
         bound = int(np.abs(op.weight.astype(np.int64)).reshape(len(op.weight), -1).sum(1).max()) * 128
         exact = torch.float32 if bound < 1 << 24 else torch.float64
         acc = _rows_of(_convolved(image.to(exact), _tensor(op.weight).to(exact), op, out.image)).double()
-        q = _requantise(acc, op.requant.bias, op.requant.mult, op.requant.shift, bound)
         residual = None if op.residual is None else _tensor(values[op.residual.tensor][index])
+        q = _requantise(acc, op.requant.bias, _mult(op, op.requant.mult, residual), op.requant.shift, bound)
         results.append(_finish(op, q, residual))
     return _stored(np.stack(results), out)
 

@@ -43,6 +43,18 @@ def test_random_program_with_constant_masks(seed):
     assert run.bit_exact, run.mismatches
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_program_with_products(seed):
+    """Residuals that multiply, int8 and int16, with tables and norms behind them; the cycle engine agrees on the time."""
+    arch = replace(TINY, spare_dsps=True) if seed % 4 == 3 else TINY
+    network = random_network(300 + seed, arch, ops=8, products=True)
+    program = compile_network(network, arch)
+    memory = MemoryModel(latency=1 + seed * 7 % 80, stall_probability=0.25 * (seed % 3), seed=seed)
+    run = simulate(program, random_inputs(np.random.default_rng(seed), network), memory=memory)
+    assert run.bit_exact, run.mismatches
+    assert simulate(program, engine="cycle", memory=memory).counters == run.counters
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_program_with_fewer_rows_than_lanes(seed):
     network = random_network(seed, FLAT)

@@ -27,6 +27,7 @@ POINTWISE = frozenset(
         *(aten.rsub.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar, aten.neg.default),
         *(aten.exp.default, aten.abs.default, aten.clamp.default, aten.clamp_min.default),
         *(aten.clamp_max.default, aten.square.default, aten.sqrt.default, aten.reciprocal.default),
+        *(aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar),
         *(aten.sin.default, aten.cos.default, aten.log1p.default, aten.maximum.default, aten.minimum.default),
     }
 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
-from compiler.graph import Convolution, Fold, Graph, Input, Linear, Node, Unfold, View
+import torch
+
+from compiler.graph import Convolution, Fold, Graph, Input, Linear, Node, Rearrange, Unfold, View
 from compiler.layout import Layout
 
-__all__ = ["place_images"]
+__all__ = ["fold_pads", "place_images"]
 
 FEW_CHANNELS = 16
 """A convolution of an input of at most so many channels is unfolded by the host: its columns would be a few at a time."""
@@ -23,18 +26,58 @@ def place_images(graph: Graph) -> Graph:
         if isinstance(node, View) and isinstance(x := graph.nodes[node.inputs[0]], Input) and _is_rows(node.layout, x.shape):
             node = Unfold(
                 name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin,
-                out_size=(x.shape[2], x.shape[3]),
+                out_size=(x.shape[2], x.shape[3]) if len(x.shape) == 4 else (1, x.shape[2]),
             )  # fmt: skip
-        elif isinstance(node, View) and node.name in graph.outputs and len(node.shape) == 4 and _is_image(node, graph):
+        elif isinstance(node, View) and node.name in graph.outputs and len(node.shape) in (3, 4) and _is_image(node, graph):
             node = Fold(
                 name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin,
-                size=(node.shape[2], node.shape[3]),
+                size=node.shape[2:],
             )  # fmt: skip
         elif isinstance(node, Convolution) and isinstance(x := nodes[node.inputs[0]], Unfold) and node.groups == 1:
             if len(users[x.name]) == 1 and x.shape[-1] <= FEW_CHANNELS:
                 node = _unfolded(node, x, nodes)
         nodes[node.name] = node
     return graph.rewrite(nodes.values())
+
+
+def fold_pads(graph: Graph) -> Graph:
+    """A convolution of an image with zeros around it takes them as its padding; of an input image, the host writes its windows
+    as ever."""
+    users = graph.users()
+    nodes: dict[str, Node] = {}
+    for node in graph.nodes.values():
+        if isinstance(node, Convolution) and isinstance(pad := nodes[node.inputs[0]], Rearrange) and len(pad.inputs) == 1:
+            x = nodes[pad.inputs[0]]
+            found = _padding(pad, node.size, x.shape)
+            if found is not None:
+                (top, left), size = found
+                padding = (node.padding[0] + top, node.padding[1] + left)
+                node = replace(node, inputs=(x.name, *node.inputs[1:]), size=size, padding=padding)
+                single = len(users[pad.name]) == 1 and len(users[x.name]) == 1
+                if isinstance(x, Unfold) and x.kernel == (1, 1) and node.groups == 1 and single and x.shape[-1] <= FEW_CHANNELS:
+                    node = _unfolded(node, x, nodes)
+        nodes[node.name] = node
+    return graph.rewrite(nodes.values())
+
+
+def _padding(pad: Rearrange, size: tuple[int, int], shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Lines and columns of zeros before the images of a tensor, and their size, if a rearrangement does nothing but pad them."""
+    (part, *more) = pad.parts
+    if more or part.width != pad.shape[-1] or part.width != shape[-1] or len(shape) != 3 or shape[0] != pad.shape[0]:
+        return None
+    if pad.fill is not None and bool(pad.fill.any()):
+        return None
+    rows = torch.full((shape[0] * pad.shape[1],), -1)
+    rows[part.to] = part.rows
+    images = rows.reshape(shape[0], *size)
+    lines, columns = (torch.nonzero((images[0] >= 0).any(dim)).flatten().tolist() for dim in (1, 0))
+    if not lines or not columns:
+        return None
+    inner = images[:, lines[0] : lines[-1] + 1, columns[0] : columns[-1] + 1]
+    whole = torch.arange(shape[0] * shape[1])
+    if len(part.to) != len(whole) or not torch.equal(inner.flatten(), whole):
+        return None
+    return (lines[0], columns[0]), (inner.shape[1], inner.shape[2])
 
 
 def _unfolded(node: Convolution, x: Unfold, nodes: dict[str, Node]) -> Linear:
@@ -52,13 +95,14 @@ def _unfolded(node: Convolution, x: Unfold, nodes: dict[str, Node]) -> Linear:
 
 
 def _is_rows(layout: Layout, shape: tuple[int, ...]) -> bool:
-    if len(shape) != 4:
+    if len(shape) not in (3, 4):
         return False
-    batch, channels, high, wide = shape
-    return layout == Layout.contiguous(shape).permute((0, 2, 3, 1)).reshape((batch, high * wide, channels))
+    batch, channels, *size = shape
+    order = (0, *range(2, len(shape)), 1)
+    return layout == Layout.contiguous(shape).permute(order).reshape((batch, prod(size), channels))
 
 
 def _is_image(node: View, graph: Graph) -> bool:
-    batch, channels, high, wide = node.shape
-    rows = Layout.contiguous((batch, high, wide, channels)).permute((0, 3, 1, 2))
-    return graph.nodes[node.inputs[0]].shape == (batch, high * wide, channels) and node.layout == rows
+    batch, channels, *size = node.shape
+    rows = Layout.contiguous((batch, *size, channels)).permute((0, len(size) + 1, *range(1, len(size) + 1)))
+    return graph.nodes[node.inputs[0]].shape == (batch, prod(size), channels) and node.layout == rows

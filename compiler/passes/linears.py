@@ -15,11 +15,13 @@ from compiler.graph import (
     Aten,
     Attention,
     Constant,
+    Convolution,
     Function,
     Graph,
     LayerNorm,
     Linear,
     MatMul,
+    Mul,
     Node,
     Scale,
     ScaledDotProduct,
@@ -76,12 +78,12 @@ def _vector(graph: Graph, node: Node, data: set[str]) -> tuple[str, Tensor] | No
 
 
 def fold_biases(graph: Graph) -> Graph:
-    """``Linear(x) + c`` with a constant vector c becomes one Linear."""
+    """``Linear(x) + c`` and ``Linear(x) * c`` with a constant vector c become one Linear."""
     users = graph.users()
     renamed: dict[str, str] = {}
     nodes = dict(graph.nodes)
     for node in graph.nodes.values():
-        if not isinstance(node, Add):
+        if not isinstance(node, Add | Mul):
             continue
         for x, c in (node.inputs, node.inputs[::-1]):
             linear, constant = nodes[renamed.get(x, x)], nodes[c]
@@ -92,19 +94,24 @@ def fold_biases(graph: Graph) -> Graph:
                 and isinstance(constant, Constant)
                 and constant.shape == node.shape[-1:]
             ):
-                bias = constant.value if linear.bias is None else linear.bias + constant.value
-                nodes[linear.name] = replace(linear, bias=bias)
+                nodes[linear.name] = _joined(linear, constant.value, multiply=isinstance(node, Mul))
                 renamed[node.name] = linear.name
                 break
     return graph.rewrite((node for node in nodes.values() if node.name not in renamed), renamed=renamed)
 
 
+def _joined(linear: Linear, value: Tensor, *, multiply: bool) -> Linear:
+    if not multiply:
+        return replace(linear, bias=value if linear.bias is None else linear.bias + value)
+    return replace(linear, weight=linear.weight * value[:, None], bias=None if linear.bias is None else linear.bias * value)
+
+
 def split_linears(graph: Graph) -> Graph:
-    """A Linear read only as ranges of channels (packed q, k, v) becomes a Linear for each range."""
+    """A Linear or convolution read only as ranges of channels (packed q, k, v) becomes one for each range."""
     users = graph.users()
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
-        if isinstance(node, View) and isinstance(linear := graph.nodes[node.inputs[0]], Linear):
+        if isinstance(node, View) and (linear := _product(graph.nodes[node.inputs[0]])) is not None:
             ranges = [_channels(user, linear) for user in users[linear.name]]
             if (
                 linear.name not in graph.outputs
@@ -120,7 +127,12 @@ def split_linears(graph: Graph) -> Graph:
     return graph.rewrite(nodes.values())
 
 
-def _channels(user: Node, linear: Linear) -> tuple[int, int] | None:
+def _product(node: Node) -> Linear | Convolution | None:
+    """A node whose output channels all see the same inputs."""
+    return node if isinstance(node, Linear) or (isinstance(node, Convolution) and node.groups == 1) else None
+
+
+def _channels(user: Node, linear: Node) -> tuple[int, int] | None:
     """Range of channels that a view of a Linear shows; None if it is no range."""
     if not isinstance(user, View):
         return None
@@ -137,7 +149,7 @@ def _channels(user: Node, linear: Linear) -> tuple[int, int] | None:
     return (start, start + reach) if start + reach <= width else None
 
 
-def _part(linear: Linear, start: int, stop: int) -> Linear:
+def _part(linear: Linear | Convolution, start: int, stop: int) -> Node:
     if (start, stop) == (0, linear.shape[-1]):
         return linear
     suffix = f"[{start}:{stop}]"

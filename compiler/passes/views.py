@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from compiler.graph import Activation, Add, Graph, LayerNorm, Linear, Node, Scale, Softmax, View
+from compiler.graph import Activation, Add, Fixed, Graph, LayerNorm, Linear, Mul, Node, Scale, Softmax, View
 from compiler.layout import Layout, LayoutError
 
 __all__ = ["drop_views", "regrouped", "sink_views"]
@@ -43,9 +43,11 @@ def drop_views(graph: Graph) -> Graph:
 
 def _lifted_view(node: Node, nodes: dict[str, Node]) -> View | None:
     """The view that all operands of a node share, if the node lets it pass."""
-    if not isinstance(node, Linear | LayerNorm | Activation | Scale | Softmax | Add):
+    if not isinstance(node, Linear | LayerNorm | Activation | Scale | Softmax | Add | Mul):
         return None
-    views = [nodes[name] for name in node.inputs]
+    views = [nodes[name] for name in node.inputs if not isinstance(nodes[name], Fixed)]
+    if not views:
+        return None
     first = views[0]
     if not isinstance(first, View):
         return None
@@ -56,6 +58,8 @@ def _lifted_view(node: Node, nodes: dict[str, Node]) -> View | None:
     base = nodes[first.inputs[0]]
     if prod(base.shape) != prod(first.shape):
         return None  # a slice: the operator would do more work than before
+    if len(views) < len(node.inputs) and any(stride == 0 for dim in first.layout.dims for _, stride in dim):
+        return None  # a constant of the view's shape is none of the base's
     if (
         isinstance(node, Linear | LayerNorm | Softmax)
         and regrouped(first.layout, base.shape[-1], base.shape[-1]) is None
@@ -72,11 +76,24 @@ def _swapped(node: Node, view: View, nodes: dict[str, Node]) -> tuple[Node, View
         shape = (*base.shape[:-1], node.shape[-1])
         regroup = regrouped(layout, base.shape[-1], node.shape[-1])
         layout = layout if regroup is None else regroup
-    inner = replace(node, inputs=tuple(nodes[name].inputs[0] for name in node.inputs), shape=shape)
+    inner = replace(node, inputs=tuple(_below(name, view, nodes) for name in node.inputs), shape=shape)
     outer = View(
         name=f"{node.name}.view", inputs=(node.name,), shape=node.shape, source=node.source, layout=layout, origin=view.origin
     )
     return inner, outer
+
+
+def _below(name: str, view: View, nodes: dict[str, Node]) -> str:
+    """What a view shows; of a constant, one of the base's shape that the view would show as it is."""
+    node = nodes[name]
+    if not isinstance(node, Fixed):
+        return node.inputs[0]
+    shape = nodes[view.inputs[0]].shape
+    moved = replace(node, name=f"{name}.below", shape=shape, value=view.layout.inverse(node.value, shape))
+    while moved.name in nodes:
+        moved = replace(moved, name=f"{moved.name}.2")
+    nodes[moved.name] = moved
+    return moved.name
 
 
 def _merged(view: View, nodes: dict[str, Node]) -> View:

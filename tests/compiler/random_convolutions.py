@@ -24,7 +24,6 @@ class _Builder:
         self.batch = int(rng.integers(1, max_batch + 1))
         self.tensors: dict[str, QuantTensor] = {}
         self.ops: list[Op] = []
-        self.positive: set[str] = set()
 
     def network(self, ops: int) -> QuantNetwork:
         size = (self.integer(1, self.max_size), self.integer(1, self.max_size))
@@ -35,7 +34,7 @@ class _Builder:
             kind = self.rng.random()
             if kind < 0.65:
                 self.convolution(x)
-            elif kind < 0.8 or x not in self.positive:
+            elif kind < 0.8:
                 self.linear(x)
             else:
                 self.pool(x)
@@ -58,8 +57,10 @@ class _Builder:
             padding = tuple(self.integer(0, (k - 1) * d // 2 if pool else k) for k, d in zip(kernel, dilation))
             reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation)]
             out = tuple((n + 2 * p - r) // s + 1 for n, p, r, s in zip(image, padding, reach, stride))
-            if all(n + 2 * p >= r for n, p, r in zip(image, padding, reach)):
-                return Window(kernel=kernel, stride=stride, padding=padding, dilation=dilation), out  # type: ignore[arg-type, return-value]
+            window = Window(kernel=kernel, stride=stride, padding=padding, dilation=dilation)  # type: ignore[arg-type]
+            fits = all(n + 2 * p >= r for n, p, r in zip(image, padding, reach))
+            if fits and (not pool or (window.sources(image, out) >= 0).any(0).all()):  # type: ignore[arg-type]
+                return window, out  # type: ignore[return-value]
 
     def requant(self, cols: int, k: int) -> Requant:
         target = int(np.log2(max(k, 1)) / 2 + 6 + 14.5)
@@ -74,13 +75,13 @@ class _Builder:
         residual, table, dtype = None, None, "int8"
         if same and self.rng.random() < 0.5:
             residual = ResidualInput(str(self.rng.choice(same)), self.integer(1 << 12, (1 << 15) - 1), self.integer(13, 17))
+            if residual.mult % 3 == 0:
+                residual = ResidualInput(residual.tensor, multiply=True)
         if self.rng.random() < 0.5:
             table = np.sort(self.rng.integers(0, 128, 256)).astype(np.int8)
         elif self.rng.random() < 0.3:
             dtype = "int16"
         out = self.tensor(image, cols, dtype)
-        if table is not None:
-            self.positive.add(out)
         return {"out": out, "residual": residual, "table": table}
 
     def linear(self, x: str) -> None:
@@ -129,5 +130,4 @@ class _Builder:
         assert image is not None
         window, size = self.window(image, pool=True)
         out = self.tensor(size, self.tensors[x].shape[2])
-        self.positive.add(out)
         self.ops.append(MaxPool(name=f"pool{len(self.ops)}", x=x, out=out, window=window))

@@ -87,6 +87,7 @@ class _Builder:
     max_rows: int
     cross: bool
     masks: bool = False
+    products: bool = False
     tensors: dict[str, QuantTensor] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
@@ -121,8 +122,12 @@ class _Builder:
 
     def residual(self, shape: tuple[int, int, int], *, needed: bool = False) -> ResidualInput | None:
         name = self.pick(shape, "int8", "int16")
+        if self.products and self.chance(0.5):
+            name = self.pick(shape, "int16") or name
         if name is None or (not needed and self.chance(0.5)):
             return None
+        if self.products and not needed and self.chance(0.7):
+            return ResidualInput(name, multiply=True)
         return ResidualInput(name, self.integer(1 << 12, (1 << 15) - 1), self.integer(13, 17))
 
     def table(self) -> NDArray[np.int8] | None:
@@ -255,6 +260,7 @@ def random_network(
     max_channels: int | None = None,
     cross: bool = False,
     masks: bool = False,
+    products: bool = False,
 ) -> QuantNetwork:
     """A network of about `ops` operators (an attention brings its projections).
 
@@ -269,6 +275,8 @@ def random_network(
         Some attentions look at another sequence, a further input (which `sim.reference` does not take).
     masks
         Attentions have constant masks and biases, and groups of queries share keys.
+    products
+        Second operands multiply, now and then.
     max_rows, max_channels
         Largest sequence and feature count; by default about three tiles of rows and beyond the ring of small
         architectures.
@@ -276,15 +284,15 @@ def random_network(
     rng = np.random.default_rng(seed)
     rows = max_rows or 3 * arch.rows + 1
     channels = max_channels or min(2 * arch.lane_depth + 5, 8 * arch.lanes + 5)
-    build = _Builder(rng, arch, channels, rows, cross, masks)
+    build = _Builder(rng, arch, channels, rows, cross, masks, products)
     shape = (build.integer(1, max_batch), build.integer(1, rows), build.integer(1, channels))
     build.tensor(shape, "int8", is_input=True)
-    if build.chance(0.3):
+    if products or build.chance(0.3):
         build.tensor(shape, "int16", is_input=True)
     while len(build.ops) < ops:
         names = [n for n, t in build.tensors.items() if t.dtype == "int8"]
         x = names[-1] if build.chance(0.6) else str(rng.choice(names))
-        kind = rng.random()
+        kind = rng.random() * (1.5 if products else 1)
         if kind < 0.5:
             residual_width = build.tensors[x].shape[2] if build.chance(0.3) else None
             build.linear(x, cols=residual_width)

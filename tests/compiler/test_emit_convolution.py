@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from algo.nm import NM
 from compiler.compile import compile_network
@@ -70,10 +72,14 @@ def test_groups_load_only_what_they_see():
     assert [block.segment.start for block in found] == sorted(block.segment.start for block in found)
 
 
-def test_pooling_of_negative_values_at_the_edge_is_refused():
-    pool = MaxPool(name="pool", x="x", out="y", window=Window(kernel=(3, 3), padding=(1, 1)), source="net.pool")
-    with pytest.raises(LoweringError, match=r"pool \(net.pool\): max pooling .* not negative"):
-        compile_network(network(pool), TINY)
+def test_pooling_of_negative_values_compares_only_what_is_in_the_image():
+    pool = MaxPool(name="pool", x="x", out="y", window=Window(kernel=(3, 3), padding=(1, 1)))
+    net = network(pool)
+    x = np.random.default_rng(0).integers(-128, -1, (1, 36, 8)).astype(np.int8)
+    run = simulate(compile_network(net, TINY), {"x": x}, engine="isa")
+    expected = F.max_pool2d(torch.from_numpy(x).reshape(6, 6, 8).permute(2, 0, 1)[None].double(), 3, 1, 1)
+    assert run.bit_exact
+    assert np.array_equal(run.tensors["y"][0], expected[0].flatten(1).t().numpy())
 
 
 @pytest.mark.parametrize(

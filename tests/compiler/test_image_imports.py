@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from algo.nm import NM
 from compiler.compile import compile_model
 from compiler.frontend import trace
 from compiler.graph import CompileError, Convolution, Linear, MaxPool, Unfold
@@ -86,16 +87,42 @@ def test_compiled_program_is_close_to_the_module(kind, image):
     assert F.cosine_similarity(run.outputs[0].flatten(1), expected.flatten(1)).min() > 0.99
 
 
-def test_pooling_of_what_may_be_negative_goes_to_the_host_or_is_refused():
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).eval()
-    with pytest.raises(CompileError, match="max pooling needs values that are not negative"):
-        compile_model(module, torch.randn(1, 3, 12, 12), arch="tiny", host="forbid", calibration=[torch.randn(2, 3, 12, 12)])
+@pytest.mark.parametrize(
+    "layer, image",
+    [
+        (nn.ConvTranspose2d(4, 6, 2, 2), (3, 4)),
+        (nn.ConvTranspose2d(4, 6, (3, 4), (2, 3), padding=(1, 0), output_padding=(0, 2), groups=2), (4, 3)),
+        (nn.ConvTranspose2d(4, 4, 3, 2, dilation=3, bias=False), (3, 3)),
+        (nn.ConvTranspose2d(4, 4, 1, 3), (2, 3)),
+        (nn.ConvTranspose1d(4, 3, 5, 3, padding=2), (7,)),
+        (nn.Upsample(scale_factor=(3, 2), mode="bilinear"), (3, 4)),
+        (nn.Upsample(size=(7, 5), mode="nearest"), (3, 4)),
+        (nn.Upsample(scale_factor=4, mode="linear"), (5,)),
+    ],
+    ids=str,
+)
+def test_every_pass_enlarges_images_as_torch_does(layer, image):
+    module, x = nn.Sequential((nn.Conv2d if len(image) == 2 else nn.Conv1d)(3, 4, 1), layer).eval(), torch.randn(2, 3, *image)
+    with torch.no_grad():
+        expected = module(x)
+    traced = trace(module, x)
+    for graph in (traced, *run_passes(traced)):
+        (value,) = graph.run(x).values()
+        torch.testing.assert_close(value.reshape(expected.shape), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(3, 4, 3, padding="same")], ids=["transposed", "same"])
-def test_other_convolutions_are_refused(layer):
-    with pytest.raises(CompileError):
-        compile_model(nn.Sequential(layer).eval(), torch.randn(1, 3, 8, 8), arch="tiny", host="forbid")
+@pytest.mark.parametrize("layer", [nn.Upsample(scale_factor=2, mode="bicubic"), nn.GroupNorm(2, 4)], ids=str)
+def test_what_the_accelerator_cannot_do_names_the_layer(layer):
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Conv2d(4, 4, 3)).eval()
+    with pytest.raises(CompileError, match=r"\n +1 \("):
+        compile_model(module, torch.randn(1, 3, 8, 8), arch="tiny", host="forbid", calibration=[torch.randn(1, 3, 8, 8)])
+
+
+def test_weights_that_break_their_pattern_are_refused_by_name():
+    module = nn.Sequential(nn.Conv2d(8, 4, 3), nn.ReLU())
+    module[0].nm_pattern = NM("2:4")
+    with pytest.raises(CompileError, match=r"layer '0'.*2:4.*row 0, group 0"):
+        compile_model(module, torch.randn(1, 8, 6, 6), arch="tiny", calibration=[torch.randn(1, 8, 6, 6)])
 
 
 def test_input_windows_are_those_of_torch():

@@ -273,11 +273,11 @@ def _signed(members: dict[str, bytes], change: Callable[[dict], None]) -> None:
         (lambda m: _signed(m, lambda x: x.update(kind="other")), "kind is not"),
         (
             lambda m: _signed(m, lambda x: x.update(format_version=FORMAT_VERSION + 1)),
-            "format_version is 4, this nmforge reads 3: use a newer nmforge",
+            "format_version is 5, this nmforge reads 4: use a newer nmforge",
         ),
         (
             lambda m: _signed(m, lambda x: x.update(format_version=1)),
-            "format_version is 1, this nmforge reads 3: compile the model again",
+            "format_version is 1, this nmforge reads 4: compile the model again",
         ),
         (
             lambda m: _signed(m, lambda x: x.update(format_version="1")),

@@ -4,7 +4,7 @@ import pytest
 
 from compiler.compile import compile_network
 from compiler.emit import Emitter
-from compiler.lower import _emit, choose_layouts, order_operators
+from compiler.lower import choose_layouts, emit_tasks
 from compiler.program import Program
 from compiler.schedule import ORDERS, Order, Task, by_operator, estimate, schedule
 from compiler.steps import Constants, Step
@@ -18,7 +18,7 @@ TINY = PRESETS["tiny"]
 def _tasks(seed: int) -> list[Task]:
     network = random_network(seed, TINY, ops=8, max_batch=4)
     emitter = Emitter(TINY, Constants(TINY), choose_layouts(network, TINY))
-    return [task for index in order_operators(network) for task in _emit(emitter, network, index)]
+    return emit_tasks(emitter, network)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -126,6 +126,7 @@ def _norm(**changes) -> Callable[[QuantNetwork], QuantNetwork]:
         (_op(2, x=None, residual=None), "pointwise: neither x nor a residual"),
         (_op(2, mult=1 << 15), "mult, shift out of range: 32768, 1"),
         (_op(2, residual=ResidualInput("mask", 1, 1)), r"residual \('mask'\) must have the shape"),
+        (_op(2, x=None, residual=ResidualInput("h", multiply=True)), "a product needs x and a residual"),
         (_op(2, residual=ResidualInput("h", 1, 0)), "residual mult, shift out of range: 1, 0"),
         (_op(2, table=np.zeros(255, np.int8)), "table must be 256 int8 entries"),
         (_norm(gamma=np.ones(5, np.int16)), r"norm.gamma must be int16 of shape \(6,\)"),

@@ -66,7 +66,7 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     if not arch.sparse:
         add("sparse format, but the hardware has none", base=sparse)
         return cases
-    for opcode in (0, *range(4, 16)):
+    for opcode in (0, *range(4, 8)):
         cases.append(
             Malformed(
                 f"opcode {opcode}",
@@ -78,8 +78,11 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     for opcode in (Opcode.TILE, Opcode.TABLE, Opcode.HALT):
         add("reserved bits are set", base=Instruction(opcode=opcode), reserved=1)
     add("source has no such value", source=3)
+    add("operand has no such value", operand=3)
     add("format has no such value", format=3)
     add("scale has no such value", scale=3)
+    for value in (6, 7):
+        add("residual has no such value", residual=value)
     for value in (6, 7):
         add("row_op has no such value", row_op=value)
     for value in (5, 6, 7):
@@ -105,6 +108,7 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     if arch.row_groups < 32:
         add(text, a_rotate=arch.row_groups)
     add(text, a_rotate=1, operand=Operand.ROWS)
+    add(text, a_rotate=1, operand=Operand.HELD)
     add(text, a_rotate=1, source=Source.ZERO)
     add("w_dep with a sparse format", base=sparse, w_dep=1)
     text = "psum_out with post-processing or a destination"
@@ -134,6 +138,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
         add("scale CONST: mult or shift out of range", **changes)
     for changes in ({"r_shift": 0, "r_mult": 1}, {"r_shift": 1, "r_mult": 1 << 15}):
         add("residual: r_mult or r_shift out of range", residual=Residual.INT16, **changes)
+    for residual in (Residual.MUL8, Residual.MUL16):
+        add("residual MUL8 or MUL16 with scale ROW", residual=residual, scale=Scale.ROW)
     for shift in (0, 41):
         add("row operation: row_shift out of range", base=softmax, row_shift=shift)
         add("row operation: row_shift out of range", base=norm, row_shift=shift)
@@ -149,6 +155,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
     add("p_addr", alignment, base=Instruction(opcode=Opcode.TABLE), p_addr=constant)
     add("r_addr", alignment, residual=Residual.INT8, r_mult=1, r_shift=1, r_addr=column)
     add("r_addr", alignment, residual=Residual.INT16, r_mult=1, r_shift=1, r_addr=arch.rows)
+    add("r_addr", alignment, residual=Residual.MUL8, r_addr=column)
+    add("r_addr", alignment, residual=Residual.MUL16, r_addr=arch.rows)
     add("g_addr", alignment, base=norm, g_addr=constant)
     add("o_addr", alignment, o_addr=column)
     add("o_addr", alignment, out=Out.STORE16, o_addr=arch.rows)
@@ -156,6 +164,8 @@ def malformed_instructions(arch: Arch) -> list[Malformed]:
         add("o_stride", alignment, out=Out.STORE8T, o_stride=column)
     text = "operand ROWS without an earlier TILE"
     cases.append(Malformed(text, good_tile(operand=Operand.ROWS).encode(), ErrorCode.SEQUENCE, text))
+    text = "operand HELD without an earlier TILE"
+    cases.append(Malformed(text, good_tile(operand=Operand.HELD).encode(), ErrorCode.SEQUENCE, text))
     text = "scale ROW without an earlier TILE"
     cases.append(Malformed(text, good_tile(scale=Scale.ROW).encode(), ErrorCode.SEQUENCE, text))
     return cases

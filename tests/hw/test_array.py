@@ -43,10 +43,12 @@ class LoaderAndArray(wiring.Component):
         return m
 
 
-def random_tile(rng, fmt, n, m, k, cols, unsigned_a):
-    """Stored activations, both commands, weight words, position words and the expected columns of one TILE; naive packing."""
-    rows = lanes = TINY.lanes
-    a = rng.integers(0, 256, (k, rows)) if unsigned_a else rng.integers(-128, 128, (k, rows))
+def random_tile(rng, fmt, n, m, k, cols, unsigned_a, a=None):
+    """Stored activations, both commands, weight words, position words and the expected columns of one TILE; naive packing.
+    With `a`, the lanes hold these activations already. Also the activations as the lanes have them."""
+    rows, lanes, held = TINY.lanes, TINY.lanes, a is not None
+    if not held:
+        a = rng.integers(0, 256, (k, rows)) if unsigned_a else rng.integers(-128, 128, (k, rows))
     groups, tiles = -(-k // m), -(-cols // lanes)
     values, words = [], []
     weight = np.zeros((groups * m, tiles * lanes), np.int64)
@@ -77,20 +79,26 @@ def random_tile(rng, fmt, n, m, k, cols, unsigned_a):
     # what the loader turns and blanks comes out as `a`
     rotate, zero = int(rng.integers(rows)), int(rng.integers(1 << rows)) if rng.random() < 0.5 else 0
     stored = np.roll(a, rotate, axis=1)
-    a[:, [bool(zero >> row & 1) for row in range(rows)]] = 0
+    if not held:
+        a[:, [bool(zero >> row & 1) for row in range(rows)]] = 0
     load = {"count": k, "from_rows": 0, "bypass": 0, "a_unsigned": unsigned_a, "a_rotate": rotate, "zero": zero}
-    cmd = {"a_unsigned": unsigned_a, "format": fmt, "n": n, "m": m, "k": k, "cols": cols}
-    return [pack_bytes(c) for c in stored], load, cmd, values, words, (a.T @ weight[:k, :cols]).T.tolist()
+    cmd = {"a_unsigned": unsigned_a, "format": fmt, "n": n, "m": m, "k": k, "cols": cols, "held": int(held)}
+    return [pack_bytes(c) for c in stored], load, cmd, values, words, (a.T @ weight[:k, :cols]).T.tolist(), a
 
 
 def run_tiles(rng, tiles, stall, seed, arch=TINY):
-    """Run (format, n, m, k, cols) tiles through loader and array; returns what came out and what was expected."""
-    loads, cmds, columns, values, words, expected = [], [], [], [], [], []
+    """Run (format, n, m, k, cols) tiles through loader and array; returns what came out and what was expected. A tile with
+    k = 0 is on the columns of the one before."""
+    loads, cmds, columns, values, words, expected, before, is_unsigned = [], [], [], [], [], [], None, 0
     for fmt, n, m, k, cols in tiles:
-        a, load, cmd, v, w, out = random_tile(rng, fmt, n, m, k, cols, int(rng.integers(2)))
-        loads.append(load)
+        if k:
+            before, is_unsigned = None, int(rng.integers(2))
+        a, load, cmd, v, w, out, now = random_tile(rng, fmt, n, m, k or len(before), cols, is_unsigned, before)
+        if before is None:
+            loads.append(load)
+            columns += a
+        before = now
         cmds.append(cmd)
-        columns += a
         values += v
         words += w
         expected += out
@@ -115,6 +123,14 @@ def test_array_equals_matrix_product(stall, seed, options):
     patterns = [(Format.DENSE, 1, 1), (Format.INDEX, 2, 4), (Format.BITMAP, 2, 4), (Format.INDEX, 1, 32), (Format.INDEX, 3, 7),
                 (Format.BITMAP, 31, 32), (Format.BITMAP, 3, 5), (Format.INDEX, 1, 2), (Format.BITMAP, 1, 1)]
     chosen = [patterns[(i + seed) % len(patterns)] if i % 3 else patterns[0] for i in range(12)]
-    got, expected = run_tiles(rng, [(*p, int(rng.integers(1, 40)), int(rng.integers(1, 14))) for p in chosen], stall, seed,
-                              replace(TINY, **options))
+    tiles = [(*p, int(rng.integers(1, 40)) if i % 4 < 2 else 0, int(rng.integers(1, 14))) for i, p in enumerate(chosen)]
+    got, expected = run_tiles(rng, tiles, stall, seed, replace(TINY, **options))
+    assert got == expected
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.4])
+def test_held_columns_stay_until_the_next_load_needs_their_room(stall):
+    rng = np.random.default_rng(1)
+    tiles = [(Format.DENSE, 1, 1, k, 5) for _ in range(3) for k in (64, 0, 33, 0, 0, 40, 64)]
+    got, expected = run_tiles(rng, tiles, stall, 1)
     assert got == expected

@@ -45,9 +45,9 @@ def test_sequence_equals_model():
 
     async def bench(ctx):
         for _ in range(600):
-            makes, uses, takes_scale = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.4
+            makes, uses, takes_scale = rng.random() < 0.5, rng.choice(list(Operand)), rng.random() < 0.4
             instruction = Instruction(
-                opcode=Opcode.TILE, k=rng.choice([5, 6]), cols=rng.choice([5, 6]), operand=Operand.ROWS if uses else 0,
+                opcode=Opcode.TILE, k=rng.choice([5, 6]), cols=rng.choice([5, 6]), operand=uses, a_unsigned=rng.randrange(2),
                 scale=Scale.ROW if takes_scale else 0, out=Out.LANES if makes else Out.STORE8,
                 row_op=rng.choice([RowOp.SOFTMAX, RowOp.EXP]) if makes else 0, row_last=rng.randrange(2) if makes else 0)
             ctx.set(dut.instruction.as_value(), int.from_bytes(instruction.encode(), "little"))

@@ -41,8 +41,8 @@ def test_value_too_large(field):
 def test_errors():
     with pytest.raises(TypeError, match="unknown instruction field 'colour'"):
         Instruction(colour=1)
-    with pytest.raises(ValueError, match="opcode: 9 is no Opcode"):
-        Instruction(opcode=9)
+    with pytest.raises(ValueError, match="opcode: 7 is no Opcode"):
+        Instruction(opcode=7)
     with pytest.raises(ValueError, match="has 64 bytes, not 3"):
         Instruction.decode(b"abc")
     with pytest.raises(ValueError, match="reserved bits"):

@@ -90,7 +90,7 @@ def _values(k: int) -> Instruction:
 def test_sequence_takes_rows_in_order() -> None:
     state = SequenceState()
     assert [state.step(i) for i in (_softmax(5), _softmax(6), _values(5), _values(6))] == [ErrorCode.NONE] * 4
-    assert state == SequenceState()
+    assert (state.rows, state.scales) == ((), 0)
 
 
 def test_sequence_refuses_and_keeps_its_state() -> None:
@@ -118,3 +118,14 @@ def test_exp_makes_a_scale_only_with_row_last() -> None:
         assert state.step(exp) == ErrorCode.NONE
         assert state.scales == last
         assert state.step(good_tile(operand=Operand.ROWS, psum_out=1, out=Out.NONE)) == ErrorCode.NONE
+
+
+def test_sequence_holds_the_columns_of_the_array_tile_before() -> None:
+    state, held = SequenceState(), good_tile(operand=Operand.HELD)
+    assert state.step(held) == ErrorCode.SEQUENCE
+    assert state.step(good_tile(k=5)) == ErrorCode.NONE
+    assert state.step(good_tile(source=Source.ZERO, k=0)) == ErrorCode.NONE
+    assert state.step(good_tile(operand=Operand.HELD, k=5)) == ErrorCode.NONE
+    assert state.step(held) == ErrorCode.SEQUENCE
+    assert state.step(good_tile(operand=Operand.HELD, k=5, a_unsigned=1)) == ErrorCode.SEQUENCE
+    assert state.step(good_tile(operand=Operand.HELD, k=5)) == ErrorCode.NONE

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hw.numerics import requantise, residual_add, round_shift, saturate, table_lookup, wrap32
+from hw.numerics import requantise, residual_add, residual_multiplier, round_shift, saturate, table_lookup, wrap32
 
 int32 = st.integers(-2**31, 2**31 - 1)
 
@@ -31,6 +31,13 @@ def test_requantise(acc, bias, mult, shift):
 def test_residual_add(value, residual, mult, shift):
     scaled = (residual * mult + (1 << (shift - 1))) >> shift
     assert int(residual_add(value, residual, mult, shift)) == max(-2**15, min(2**15 - 1, value + scaled))
+
+
+@given(st.integers(-2**15, 2**15 - 1), st.integers(-2**15, 2**15 - 1), st.sampled_from([8, 16]))
+def test_residual_multiplier(residual, mult, bits):
+    residual >>= 16 - bits
+    assert int(residual_multiplier(residual, mult, bits)) == residual * mult // 2**bits
+    assert abs(int(residual_multiplier(residual, mult, bits))) <= 2**14
 
 
 def test_table_lookup():

@@ -5,7 +5,7 @@ import pytest
 
 from hw.arch import PRESETS
 from hw.isa import Residual, RowOp, Scale, Source
-from hw.numerics import requantise, residual_add, residual_max, table_lookup, wrap32
+from hw.numerics import requantise, residual_add, residual_max, residual_multiplier, table_lookup, wrap32
 from hw.post import Post
 from tests.hw.bench import pack_bytes, run_streams
 
@@ -26,9 +26,11 @@ def random_stream(rng, count):
             continue
         cols, source = int(rng.integers(1, 9)), int(rng.integers(3))
         psum_in, psum_out = int(rng.random() < 0.4), int(rng.random() < 0.3)
-        scale, residual, use_table = int(rng.integers(3)), 0 if psum_out else int(rng.integers(4)), int(rng.integers(2))
-        if psum_out:
-            scale, use_table = int(rng.integers(2)), 0
+        scale, residual, use_table = int(rng.integers(3)), 0 if psum_out else int(rng.choice(Residual)), int(rng.integers(2))
+        times = residual in (Residual.MUL8, Residual.MUL16)
+        if psum_out or times:
+            scale = int(rng.integers(2))
+        use_table &= not psum_out
         to_rows = int(rng.integers(2))
         cmd = {"source": source, "psum_in": psum_in, "psum_out": psum_out, "scale": scale, "residual": residual,
                "table": use_table, "row_op": RowOp.LAYERNORM if to_rows else 0, "cols": cols, "mult": int(rng.integers(1 << 15)),
@@ -55,12 +57,13 @@ def random_stream(rng, count):
         elif scale == Scale.ROW:
             mult, shift = rng.integers(0, 1 << 15, T), rng.integers(1, 48, T)
             inputs["scale"].append({"mult": mult.tolist(), "shift": shift.tolist()})
-        q = requantise(acc, bias, mult, shift)
         if residual != Residual.NONE:
-            limit = 32768 if residual == Residual.INT16 else 128
-            r = rng.integers(-limit, limit, (cols, T))
-            wide = int(residual == Residual.INT16)
+            wide = int(residual in (Residual.INT16, Residual.MUL16))
+            limit = 32768 if wide else 128
+            r = rng.choice([rng.integers(-limit, limit, (cols, T)), np.full((cols, T), -limit)], p=[0.9, 0.1])
             inputs["residual"] += [{"data": pack_bytes(c, 8 << wide), "wide": wide} for c in r]
+        q = requantise(acc, bias, residual_multiplier(r, mult, 8 << wide) if times else mult, shift)
+        if residual != Residual.NONE and not times:
             q = (residual_max if residual == Residual.MAX8 else residual_add)(q, r, cmd["r_mult"], cmd["r_shift"])
         if use_table:
             q = table_lookup(q, table)

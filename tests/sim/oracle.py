@@ -30,11 +30,11 @@ def run_oracle(network: QuantNetwork, inputs: Values) -> dict[str, NDArray[np.in
 def _rows(op: Linear | Pointwise, values: Values, network: QuantNetwork) -> Int:
     if isinstance(op, Linear):
         acc = values[op.x].astype(np.int64) @ op.weight.T.astype(np.int64)
-        q = requantise(acc, op.requant.bias, op.requant.mult, op.requant.shift)
+        q = requantise(acc, op.requant.bias, _mult(op, op.requant.mult, values), op.requant.shift)
     else:
         x = np.zeros(network.tensors[op.out].shape, np.int8) if op.x is None else values[op.x]
-        q = requantise(x, 0, op.mult, op.shift)
-    if op.residual is not None:
+        q = requantise(x, 0, _mult(op, op.mult, values), op.shift)
+    if op.residual is not None and not op.residual.multiply:
         q = residual_add(q, values[op.residual.tensor], op.residual.mult, op.residual.shift)
     if op.table is not None:
         q = table_lookup(q, op.table)
@@ -53,6 +53,14 @@ def _rows(op: Linear | Pointwise, values: Values, network: QuantNetwork) -> Int:
             rms=op.norm.rms,
         )
     return q
+
+
+def _mult(op: Linear | Pointwise, mult: NDArray[np.int16] | int, values: Values) -> Int:
+    """The multiplier, with the residual of a product."""
+    if op.residual is None or not op.residual.multiply:
+        return np.asarray(mult, np.int64)
+    factor = values[op.residual.tensor]
+    return factor.astype(np.int64) * mult >> 8 * factor.itemsize
 
 
 def _attention(op: Attention, values: Values) -> Int:

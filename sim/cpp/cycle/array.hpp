@@ -47,7 +47,9 @@ public:
     // Combinational: fire needs `advance`. enough : the next command's columns are in the lanes.
     bool ready_to_fire(bool values) const { return active_ && values && (now_->array.dense || word_); }
     bool starved(bool values) const { return active_ && !(values && (now_->array.dense || word_)); }
-    bool enough(const LaneRing& ring) const { return decoded_ && ring.loaded - ring.claimed >= next_->array.k; }
+    bool enough(const LaneRing& ring) const {
+        return decoded_ && (next_->array.held || ring.loaded - ring.claimed >= next_->array.k);
+    }
     bool waits(const LaneRing& ring) const { return !active_ && decoded_ && !enough(ring); }
     bool sleeping() const { return !active_ && !decoded_ && word_; }
 
@@ -77,7 +79,11 @@ public:
         const bool dense = active_ && now_->array.dense;
         result.word_taken = !word_ || (fire && word_end && !dense);
         if (result.word_taken) word_ = words;
-        if (cmd_end) ring.ended = ring.claimed;
+        spent_ |= cmd_end;
+        if (spent_ && decoded_ && !next_->array.held) {
+            ring.ended = ring.claimed;
+            spent_ = false;
+        }
         if (start) begin(ring);
         else if (cmd_end) active_ = false;
         result.cmd_taken = !decoded_ || start;
@@ -93,7 +99,7 @@ public:
     void visit(Visitor& v, LaneRing& ring, uint32_t depth) {
         const uint32_t ahead = ring.loaded - ring.claimed, used = ring.loaded - ring.freed;
         const bool enough_now = enough(ring);
-        v.exact(static_cast<uint8_t>(active_ | decoded_ << 1 | word_ << 2 | enough_now << 3 | (used >= depth) << 4));
+        v.exact(static_cast<uint8_t>(active_ | decoded_ << 1 | word_ << 2 | enough_now << 3 | (used >= depth) << 4 | spent_ << 5));
         v.exact(static_cast<uint16_t>(ring.claimed - ring.ended));
         v.exact(static_cast<uint16_t>(ring.ended - ring.freed));
         v.distance(depth > used ? depth - used : 0, ring.starts);
@@ -117,15 +123,16 @@ public:
 private:
     void begin(LaneRing& ring) {
         active_ = true;
+        spent_ = false;
         now_ = next_;
         ref_ = next_ref_;
         groups_.load(now_->array.groups);
         columns_.load(now_->array.cols);
-        ring.claimed += now_->array.k;
+        if (!now_->array.held) ring.claimed += now_->array.k;
         ++ring.starts;
     }
 
-    bool active_ = false, decoded_ = false, word_ = false;
+    bool active_ = false, decoded_ = false, word_ = false, spent_ = false;  // spent_ : the columns wait for the next command
     uint8_t in_group_ = 0, in_word_ = 0;
     const Commands *now_ = nullptr, *next_ = nullptr;
     uint32_t ref_ = 0, next_ref_ = 0, lanes_floor_ = 0;

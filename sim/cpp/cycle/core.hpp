@@ -184,7 +184,8 @@ public:
         post_.visit(v, queues_.head(unit::post));
         scales_.visit(v);
         row_.visit(v);
-        v.exact(static_cast<uint8_t>(row_kept_));
+        v.exact(static_cast<uint8_t>(row_kept_ | bypass_kept_ << 1));
+        results_.visit(v);
         if (const Commands* const route = queues_.head(unit::row_out)) v.progress(routed_, route->row_out.count);
         store_.visit(v, queues_.head(unit::store));
     }
@@ -247,22 +248,26 @@ private:
         const Commands *const store = queues_.head(unit::store), *const route = queues_.head(unit::row_out);
         // behind the row unit is a skid
         const bool row_offered = row_.valid(), row_valid = row_offered || row_kept_, to_lanes = route && route->row_out.lanes, word_ready = writer_.ready();
-        const bool post_column = post_.out_valid() && !post_.out_rows();
+        const bool post_column = results_.out;
         const bool column = store && (store->store.from_rows ? route && !to_lanes && row_valid : post_column);
         const Store::Result stored = store_.decide(store, column, word_ready);
         const bool stores_rows = stored.take && store->store.from_rows;
-        const bool post_ready = post_.out_rows() ? row_.ready() : stored.take && !stores_rows;
+        const bool post_ready = post_.out_rows() ? row_.ready() : results_.writable(arch_.results_depth);
+        const bool result = post_.out_valid() && !post_.out_rows() && post_ready, result_taken = stored.take && !stores_rows;
+        const bool results_move = result || result_taken || results_.settling();
+        if (results_move) results_.tick(result, result_taken);
         const bool to_rows = post_.out_valid() && post_.out_rows() && post_ready;
 
-        const Post::Operands offered{array_.valid(), load && load->load.bypass && valid(reader::a), valid(reader::p),
-                                     valid(reader::r), scales_.out};
+        // and before the post unit, on the loader's way past the lanes
+        const bool bypass_kept = bypass_kept_, bypass = bypass_kept || (load && load->load.bypass && valid(reader::a));
+        const Post::Operands offered{array_.valid(), bypass, valid(reader::p), valid(reader::r), scales_.out};
         Post::Result posted{};
         if (post || !post_.sleeping()) posted = post_.step(post, offered, post_ready);
         acc_ready_ = posted.take && post->post.source == source::ARRAY;
-        const bool bypass_ready = posted.take && post->post.source == source::STREAM;
+        bypass_kept_ = bypass && !(posted.take && post->post.source == source::STREAM);
         const bool scale_taken = posted.take && post->post.by_row && posted.last;
 
-        moved_ = loader_.decide(load, valid(reader::a), to_lanes && row_valid, bypass_ready, ring_, arch_.lane_depth);
+        moved_ = loader_.decide(load, valid(reader::a), to_lanes && row_valid, !bypass_kept, ring_, arch_.lane_depth);
         const bool from_rows = moved_.column && load->load.from_rows;
         const bool row_ready = route && (to_lanes ? from_rows : stores_rows), scale_ready = scales_.writable(kScalesDepth);
         const bool row_kept = row_kept_, row_keeps = row_valid && !row_ready;
@@ -301,7 +306,7 @@ private:
         row_waits_ = row_busy;
         waits_ = posted.waits;
         blocked_ = posted.blocked;
-        return row_steps || row_keeps != row_kept || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
+        return row_steps || row_keeps != row_kept || results_move || bypass_kept_ != bypass_kept || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
                stored.word || store_.owes() || scales_.settling();
     }
 
@@ -429,8 +434,8 @@ private:
     Feeder feeder_;
     MacArray array_;
     Post post_;
-    bool row_kept_ = false;
-    Fifo scales_;
+    bool row_kept_ = false, bypass_kept_ = false;
+    Fifo results_, scales_;
     RowUnit row_;
     Progress routed_;  // RowRoute
     Store store_;

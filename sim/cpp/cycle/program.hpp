@@ -15,7 +15,7 @@ struct ArchConfig {
     uint32_t out_bytes[reader::kCount], fifo_beats[reader::kCount];  // of the read channels
     uint32_t write_bytes, writer_beats;                              // bytes of a word to the writer, depth of its FIFO
     uint32_t array_latency;                                          // cycles of a step in the lanes
-    uint32_t sums_depth;                                             // columns of sums queued before the post unit
+    uint32_t sums_depth, results_depth;                              // columns queued before and after the post unit
 };
 
 // Addresses are taken modulo the longest burst: no unit sees more of them. wait : for the instruction's `dep`. wide : a column
@@ -34,7 +34,7 @@ struct Commands {
     ReadCommand read[reader::kCount];
     WriteCommand write;
     struct { uint32_t count, from_rows, bypass; } load;
-    struct { uint32_t groups, n, word_steps, k, cols, dense; } array;
+    struct { uint32_t groups, n, word_steps, k, cols, dense, held; } array;  // held : on the columns of the command before
     struct { uint32_t source, cols, load_table, psum_in, psum_out, by_column, by_row, residual, rows; } post;
     struct { uint32_t cols, is_max, is_norm, last; } row;
     struct { uint32_t count, lanes; } row_out;
@@ -112,7 +112,7 @@ private:
 
     void decode_post(const uint8_t* raw, Commands& c, uint32_t source, uint32_t cols, bool psum_out) const {
         const uint32_t scale = get(raw, field::scale), residual = get(raw, field::residual);
-        const bool wide = residual == residual::INT16;
+        const bool wide = residual == residual::INT16 || residual == residual::MUL16;
         c.units |= 1u << unit::post;
         c.post = {source, cols, false, get(raw, field::psum_in) != 0, psum_out, scale == scale::COLUMN && !psum_out,
                   scale == scale::ROW && !psum_out, residual != residual::NONE, get(raw, field::row_op) != row_op::NONE};
@@ -140,11 +140,11 @@ private:
         const bool dense = format == format::DENSE, bitmap = format == format::BITMAP;
         const uint32_t n = dense ? 1 : get(raw, field::n), m = dense ? 1 : get(raw, field::m);
         const uint32_t groups = (k + m - 1) / m, tiles = (cols + arch_.lanes - 1) / arch_.lanes;
-        const bool from_rows = get(raw, field::operand) == operand::ROWS;
+        const uint32_t operand = get(raw, field::operand);
         c.units |= 1u << unit::array;
-        c.array = {groups, n, dense ? 0 : bitmap ? 32 / m * n : 32 / index_bits(m), k, cols, dense};
-        if (!from_rows) read(raw, c, unit::read_a, reader::a, field::a_addr, k);
-        load(c, k, from_rows, false);
+        c.array = {groups, n, dense ? 0 : bitmap ? 32 / m * n : 32 / index_bits(m), k, cols, dense, operand == operand::HELD};
+        if (operand == operand::MEMORY) read(raw, c, unit::read_a, reader::a, field::a_addr, k);
+        if (operand != operand::HELD) load(c, k, operand == operand::ROWS, false);
         read(raw, c, unit::read_w, reader::w, field::w_addr, groups * n);
         ReadCommand& w = c.read[reader::w];
         w.repeats = tiles;
