@@ -107,12 +107,34 @@ def _points(targets: list[Target], seed: int) -> list[PointTarget]:
     return [sample_points(target, generator=generator) for target in targets]
 
 
-def _annotate(teacher: nn.Module, data: Data, seed: int = 1) -> list[Detections]:
+def _annotate(teacher: nn.Module, data: Data, *, views: int = 8, seed: int = 1) -> list[Detections]:
+    """A box for each point: the mean, by score, of those in ``views`` symmetries of a tile."""
     points = _points(data[1], seed)
-    found = []
-    for start in range(0, len(points), 16):
-        found += teacher.predict(data[0][start : start + 16], points[start : start + 16])
-    return found
+    boxes, scores = ([torch.zeros(len(entry.labels), size) for entry in points] for size in (4, 1))
+    for view in range(views):
+        turned = [_turn(image, Target(entry.labels, entry.points.repeat(1, 2)), view) for image, entry in zip(data[0], points)]
+        images = torch.stack([image for image, _ in turned])
+        entries = [PointTarget(target.labels, target.boxes[:, :2]) for _, target in turned]
+        found = [one for start in range(0, len(entries), 16)
+                 for one in teacher.predict(images[start : start + 16], entries[start : start + 16])]  # fmt: skip
+        for number, one in enumerate(found):
+            boxes[number] += _turned_back(one.boxes, view) * one.scores[:, None]
+            scores[number] += one.scores[:, None]
+    return [
+        Detections(boxes=box / total.clamp(min=1e-6), scores=total[:, 0] / views, labels=entry.labels)
+        for box, total, entry in zip(boxes, scores, points)
+    ]
+
+
+def _turned_back(corners: Tensor, kind: int) -> Tensor:
+    """Boxes found in what `_turn` made, in pixels of the tile."""
+    if kind & 4:
+        corners = corners[:, [1, 0, 3, 2]]
+    if kind & 2:
+        corners = torch.stack([corners[:, 0], SIZE - corners[:, 3], corners[:, 2], SIZE - corners[:, 1]], 1)
+    if kind & 1:
+        corners = torch.stack([SIZE - corners[:, 2], corners[:, 1], SIZE - corners[:, 0], corners[:, 3]], 1)
+    return corners
 
 
 def _detect(predict: Callable[..., list[Detections]], data: Data) -> list[Detections]:
@@ -156,14 +178,22 @@ def _teach(data: Data, steps: int, *, vary: bool = True) -> tuple[nn.Module, lis
 def _overfit(steps: int) -> tuple[nn.Module, dict]:
     data = _subset(_parts(RATIOS[0])[0], torch.arange(4))
     model, curve = _teach(data, steps, vary=False)
-    return model, {"curve": curve, "trees": sum(len(t.labels) for t in data[1]), "fit": _quality(_annotate(model, data), data[1])}
+    fit = _quality(_annotate(model, data, views=1), data[1])
+    return model, {"curve": curve, "trees": sum(len(target.labels) for target in data[1]), "fit": fit}
 
 
 def _teacher(percent: int, steps: int) -> tuple[nn.Module, dict]:
+    model, curve = _teach(_parts(percent)[0], steps)
+    return model, {"curve": curve, **_judge(model, percent)}
+
+
+def _judge(model: nn.Module, percent: int) -> dict[str, dict[str, float]]:
+    """How good a teacher's boxes are, from one view of a tile and from eight, and what it finds without points."""
     boxed, pointed, held = _parts(percent)
-    model, curve = _teach(boxed, steps)
-    fit = {name: _quality(_annotate(model, data), data[1]) for name, data in (("points", pointed), ("held_out", held))}
-    return model, {"curve": curve, **fit, "retinanet": _measure(_detect(model.detect, held), held[1])}
+    parts = {"own": boxed, "points": pointed, "held_out": held}
+    fit = {f"{name}_{views}": _quality(_annotate(model, data, views=views), data[1])
+           for name, data in parts.items() for views in (1, 8)}  # fmt: skip
+    return {**fit, "retinanet": _measure(_detect(model.detect, held), held[1])}
 
 
 def _annotated(percent: int, data: Data) -> list[Target]:
@@ -226,24 +256,29 @@ def run() -> list[Table]:
     """Train what is not trained yet, and tell how good boxes and students are."""
     results = {name: _result(name) for name in RUNS}
     count = lambda data: sum(len(target.labels) for target in data[1])
-    rows = [("the same 4 tiles, learnt by heart", "4", results["overfit"]["trees"], results["overfit"]["fit"])]
+    rows = [("the same 4 tiles, learnt by heart", "4", 1, results["overfit"]["trees"], results["overfit"]["fit"])]
+    titles = {"own": "the same tiles", "points": "training tiles with points only", "held_out": "held-out tiles"}
     for percent in RATIOS:
-        boxed, pointed, held = _parts(percent)
-        teacher, trained = results[f"teacher_{percent}"], f"{percent} %: {len(boxed[0])} tiles, {count(boxed)} boxes"
-        rows += [("training tiles with points only", trained, count(pointed), teacher["points"]),
-                 ("held-out tiles", trained, count(held), teacher["held_out"])]  # fmt: skip
-    rows.append(("held-out tiles", "no network: a square of the median size around the point", count(held), _squares(RATIOS[0])))
+        parts = dict(zip(titles, _parts(percent)))
+        trained = f"{percent} %: {len(parts['own'][0])} tiles, {count(parts['own'])} boxes"
+        rows += [(titles[name], trained, views, count(data), results[f"teacher_{percent}"][f"{name}_{views}"])
+                 for name, data in parts.items() for views in (1, 8)]  # fmt: skip
+    held = _parts(RATIOS[0])[2]
+    rows.append(("held-out tiles", "no network: a square of the median size on the point", 1, count(held), _squares(RATIOS[0])))
     fits = Table(
         "Boxes of points (group_rcnn_small)",
-        ("tiles", "trained on", "trees", "mean IoU", "IoU >= .5", "IoU >= .75", "AP", "AP50", "AP75"),
-        tuple((name, trained, trees, *(round(fit[key], 3) for key in ("mean_iou", "iou50", "iou75", "ap", "ap50", "ap75")))
-              for name, trained, trees, fit in rows),
-        "One random point in each box.",
+        ("tiles", "trained on", "views", "trees", "mean IoU", "IoU >= .5", "IoU >= .75", "AP", "AP50", "AP75"),
+        tuple((name, trained, views, trees, *(round(fit[key], 3) for key in ("mean_iou", "iou50", "iou75", "ap", "ap50", "ap75")))
+              for name, trained, views, trees, fit in rows),
+        "One random point in each box. Eight views: the mean, by score, of the boxes in the symmetries of a tile.",
     )
     measured = [("true boxes of all tiles", results["student_true"])]
     for percent in RATIOS:
         measured += [(f"true boxes of {percent} %, boxes of points of the others", results[f"student_pseudo_{percent}"]),
                      (f"true boxes of {percent} %, the others unused", results[f"student_few_{percent}"])]  # fmt: skip
+        teacher, tiles = results[f"teacher_{percent}"], len(_parts(percent)[0][0])
+        alone = {"tiles": tiles, "steps": teacher["steps"], "held_out": teacher["retinanet"]}
+        measured.append((f"true boxes of {percent} %: the teacher's RetinaNet part", alone))
     students = Table(
         "Students (fcos_small) on held-out tiles",
         ("trained on", "tiles", "steps", "AP", "AP50", "AP75", "AR100"),

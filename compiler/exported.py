@@ -65,11 +65,13 @@ class Exported:
         Raises
         ------
         CompileError
-            A result that is no tensor.
+            A result that is no tensor, or none at all.
         """
         (node,) = (node for node in self.program.graph.nodes if node.op == "output")
         results = zip(cast(Any, node.args[0]), self.program.graph_signature.output_specs, strict=True)
         own = [item for item, spec in results if spec.kind is OutputKind.USER_OUTPUT and item is not None]
+        if not own:
+            raise CompileError("the module returns no tensor: nothing to compile")
         for item in own:
             if not isinstance(item, fx.Node) or not isinstance(item.meta.get("val"), Tensor):
                 raise CompileError(f"a compiled module must return tensors, not {type(item).__name__}")

@@ -101,6 +101,10 @@ def quantise(
     ).network()
 
 
+GROWTH = 1.25
+"""By how much more than its range something may be added to an input that keeps its scale."""
+
+
 class Builder(Grids):
     """Operators of one network."""
 
@@ -237,10 +241,12 @@ class Builder(Grids):
         self.ops.append(ops.Linear(x=x, weight=weight, pattern=node.pattern, requant=requant, **fields))
 
     def matmul(self, node: MatMul) -> None:
-        """A residual that is an input with 8 bits gives its scale: a cache keeps its bytes, whatever is added to it."""
+        """An input of 8 bits that the product is added to gives its scale, if the sum is not much larger: a cache keeps its
+        bytes, whatever is put into it."""
         x, y = (self.operand8(name) for name in node.inputs[:2])
         residual = self.tensors[node.inputs[2]] if node.post.residual else None
         kept = residual is not None and residual.dtype == "int8" and isinstance(self.graph.nodes[residual.name], Input)
+        kept = kept and residual is not None and self.calibration.peak(node.name, "out") < GROWTH * 127 * residual.scale
         out = self.tensor(node, "int8", residual.scale if residual is not None and kept else self.out_scale(node.name))
         what = node.source or node.name
         mult, shift = multiplier(self.tensors[x].scale * self.tensors[y].scale / out.scale, what)

@@ -364,15 +364,64 @@ _HUGGINGFACE = (
     (r"^class_predictor\.", "class_head."),
 )
 _ENCODER = "model.pixel_level_module.encoder."
+_AUTHORS = (
+    (r"^backbone\.stem\.", "backbone."),
+    (r"^backbone\.res(\d)\.", lambda found: f"backbone.layer{int(found[1]) - 1}."),
+    (r"^(backbone\..*)\.shortcut\.norm\.", r"\1.downsample.1."),
+    (r"^(backbone\..*)\.shortcut\.", r"\1.downsample.0."),
+    (r"^(backbone\..*)conv(\d)\.norm\.", r"\1bn\2."),
+    (r"^sem_seg_head\.pixel_decoder\.adapter_(\d)\.norm\.", lambda found: f"pixel_decoder.lateral.{3 - int(found[1])}.1."),
+    (r"^sem_seg_head\.pixel_decoder\.adapter_(\d)\.", lambda found: f"pixel_decoder.lateral.{3 - int(found[1])}.0."),
+    (r"^sem_seg_head\.pixel_decoder\.layer_4\.norm\.", "pixel_decoder.stem.1."),
+    (r"^sem_seg_head\.pixel_decoder\.layer_4\.", "pixel_decoder.stem.0."),
+    (r"^sem_seg_head\.pixel_decoder\.layer_(\d)\.norm\.", lambda found: f"pixel_decoder.merge.{3 - int(found[1])}.1."),
+    (r"^sem_seg_head\.pixel_decoder\.layer_(\d)\.", lambda found: f"pixel_decoder.merge.{3 - int(found[1])}.0."),
+    (r"^sem_seg_head\.pixel_decoder\.mask_features\.", "pixel_decoder.mask_features."),
+    (r"^sem_seg_head\.predictor\.transformer\.decoder\.norm\.", "decoder_norm."),
+    (r"^sem_seg_head\.predictor\.transformer\.decoder\.layers\.", "decoder."),
+    (r"^sem_seg_head\.predictor\.query_embed\.", "queries."),
+    (r"^sem_seg_head\.predictor\.input_proj\.", "project."),
+    (r"^sem_seg_head\.predictor\.class_embed\.", "class_head."),
+    (r"^sem_seg_head\.predictor\.mask_embed\.", "mask_head."),
+    (r"^(decoder\.\d+)\.self_attn\.", r"\1.self_attention."),
+    (r"^(decoder\.\d+)\.multihead_attn\.", r"\1.cross_attention."),
+    (r"_attention\.out_proj\.", "_attention.output."),
+    (r"^(decoder\.\d+)\.linear1\.", r"\1.mlp.up."),
+    (r"^(decoder\.\d+)\.linear2\.", r"\1.mlp.down."),
+    (r"^(decoder\.\d+)\.norm1\.", r"\1.self_norm."),
+    (r"^(decoder\.\d+)\.norm2\.", r"\1.cross_norm."),
+    (r"^(decoder\.\d+)\.norm3\.", r"\1.norm."),
+)
+
+
+def authors_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict of the authors' code (facebookresearch/MaskFormer, on detectron2's ResNet or on Swin) to our keys.
+
+    Queries, keys and values, one matrix there, become three; buffers that are no part of the network are left out.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for pattern, replacement in _AUTHORS:
+            name = re.sub(pattern, replacement, name)  # type: ignore[arg-type]
+        if re.match(r"criterion\.|pixel_mean$|pixel_std$|.*\.relative_position_index$", name):
+            continue
+        joint = re.fullmatch(r"(.*_attention)\.in_proj_(weight|bias)", name)
+        parts = {name: value}
+        if joint:
+            parts = {f"{joint[1]}.{part}.{joint[2]}": rows for part, rows in zip(("query", "key", "value"), value.chunk(3))}
+        renamed |= parts
+    return renamed
 
 
 def huggingface_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict of Hugging Face's MaskFormer to the keys of ``own``; one of our own stays as it is.
+    """Rename a state dict of Hugging Face's MaskFormer, or the authors', to the keys of ``own``; one of our own stays as it is.
 
     The norm of Swin's classifier and the weights of the loss, which are no part of the network, are left out.
     """
     if set(own) <= set(state):
         return dict(state)
+    if any(name.startswith("sem_seg_head.") for name in state):
+        return authors_names(state)
     backbone, rest = {}, {}
     for name, value in state.items():
         if name.startswith(_ENCODER):

@@ -160,11 +160,19 @@ _DTYPES = {
 
 
 def _mapped(file: Path) -> dict[str, Tensor]:
-    """The tensors of torch's file, in pages of the file that come into memory when they are read."""
+    """The tensors of torch's file, in pages of the file that come into memory when they are read.
+
+    A training's checkpoint may hold them under ``model`` or ``state_dict``.
+    """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
         raise ValueError(f"{file} is not a whole file of tensors ({error})") from None
+    inner = (state[key] for key in ("model", "state_dict") if isinstance(state, dict) and isinstance(state.get(key), dict))
+    state = next(inner, state)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} is no dict of tensors, nor has one under 'model' or 'state_dict'")
+    return state
 
 
 def _read_mapped(file: Path, name: str) -> Tensor:

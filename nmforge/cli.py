@@ -446,28 +446,73 @@ def simulate(
 # -- report and verilog -----------------------------------------------------------------------------------------------
 
 ReportSource = Annotated[
-    Path, typer.Argument(help="Folder of the demo, its summary.json, what simulate --json printed, or a program file.")
+    Path | None, typer.Argument(help="Folder of the demo, its summary.json, what simulate --json printed, or a program file.")
 ]
 ReportFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html beside the source.")
 ]
+MemoryFile = Annotated[
+    Path | None, typer.Option("--memory", metavar="PNG", help="Of a program: picture of what lies where in memory, and when.")
+]
+Zoo = Annotated[bool, typer.Option("--zoo", help="The co-design table of all seed systems; goes on where it was stopped.")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="MODEL", help="Of the table: these networks alone.")]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Of the table: folder of its measurements.")]
+TableText = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the table.")]
+Rtl = Annotated[bool, typer.Option("--rtl", help="Of the table: also run the RTL and compare every byte; needs --only.")]
+Again = Annotated[bool, typer.Option("--fresh", help="Of the table: measure again what earlier sources gave.")]
 
 
 @app.command(
-    epilog=_examples("report out/demo", "report x.nmf", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html")
-)
+    epilog=_examples(
+        "report out/demo", "report x.nmf", "report x.nmf --memory memory.png", "report --zoo --plot zoo.png",
+        "report --zoo --only deit_tiny --rtl", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html",
+    )
+)  # fmt: skip
 @guarded
-def report(source: ReportSource, output: ReportFile = None, as_json: Json = False) -> dict[str, Any]:
-    """Write a self-contained HTML report of a demo or of one simulation; of a program, list what runs where."""
-    if source.suffix == ".nmf":
-        from compiler.partitioned import load
+def report(
+    source: ReportSource = None,
+    output: ReportFile = None,
+    memory: MemoryFile = None,
+    zoo: Zoo = False,
+    only: Only = None,
+    arch: ArchName = "sta1024",
+    cache: Cache = None,
+    markdown: TableText = False,
+    plot: PlotFile = None,
+    rtl: Rtl = False,
+    fresh: Again = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write a self-contained HTML report of a demo or of one simulation; of a program, list what runs where.
 
-        places = load(source).report()
-        if not as_json:
-            print(places)
-        return {"program": str(source), **places.to_dict()}
-    from algo.checkpoint import read_json
+    With --zoo: the co-design table of the seed systems (parameters, MACs,
+    patterns, storage, cycles, utilisation, what the host does).
+    """
     from nmforge.errors import BadInputError
+
+    if zoo:
+        if source is not None or output is not None or memory is not None:
+            raise BadInputError("--zoo measures its own networks: give neither a source nor --output nor --memory with it")
+        if rtl and not only:
+            raise BadInputError("--rtl takes minutes to hours a network: say which with --only")
+        from nmforge.arguments import parse_arch
+        from nmforge.reports import zoo_report
+
+        return zoo_report(
+            only or [], parse_arch(arch), cache, as_markdown=markdown, plot=plot, rtl=rtl, fresh=fresh, quiet=as_json
+        )
+    if source is None:
+        raise BadInputError("name what to report on: a folder, a file, or --zoo")
+    if only or cache or markdown or plot or rtl or fresh:
+        raise BadInputError("--only, --cache, --markdown, --plot, --rtl and --fresh go with --zoo")
+    if source.suffix == ".nmf":
+        from nmforge.reports import program_report
+
+        return program_report(source, memory, quiet=as_json)
+    if memory is not None:
+        raise BadInputError(f"--memory draws a program, and {source} is none: give the .nmf file")
+    from algo.checkpoint import read_json
     from sim.report import write_report
 
     file = source / "summary.json" if source.is_dir() else source

@@ -191,3 +191,57 @@ def test_sparse():
     graph = check_fisher(create_model("maskformer_small", **options), images, loss, target=0.95, parts=parts)
     # channels of the pixel decoder stay: their group norms normalise over them
     assert not any(group.name.startswith("pixel_decoder") for group in graph.prunable)
+
+
+def as_the_authors_name_them(state):
+    """Keys of facebookresearch/MaskFormer with detectron2's ResNet, written out from its modules."""
+    named = {"criterion.empty_weight": torch.ones(4), "pixel_mean": torch.zeros(3, 1, 1)}
+    for key, value in state.items():
+        part, _, rest = key.partition(".")
+        pieces = key.split(".")
+        if key.endswith("num_batches_tracked"):
+            continue
+        if part == "backbone":
+            block = ["stem"] if pieces[1] in ("conv1", "bn1") else [f"res{int(pieces[1][-1]) + 1}", pieces[2]]
+            layer, leaf = pieces[-2], pieces[-1]
+            if "downsample" in pieces:
+                layer = "shortcut.norm" if layer == "1" else "shortcut"
+            key = ".".join(["backbone", *block, layer.replace("bn", "conv") + (".norm" if layer.startswith("bn") else ""), leaf])
+        elif part == "pixel_decoder" and pieces[1] != "mask_features":
+            name = {"stem": "layer_4", "lateral": "adapter_{}", "merge": "layer_{}"}[pieces[1]].format(3 - int(pieces[2]))
+            key = f"sem_seg_head.pixel_decoder.{name}{'.norm' if pieces[-2] == '1' else ''}.{pieces[-1]}"
+        elif part == "pixel_decoder":
+            key = f"sem_seg_head.{key}"
+        elif part == "decoder":
+            layer = f"sem_seg_head.predictor.transformer.decoder.layers.{pieces[1]}"
+            linear = {"up": "linear1", "down": "linear2"}.get(pieces[3])
+            names = {"self_attention": "self_attn", "cross_attention": "multihead_attn", "self_norm": "norm1",
+                     "cross_norm": "norm2", "norm": "norm3", "mlp": linear}  # fmt: skip
+            if pieces[3] in ("query", "key", "value"):
+                joint = f"{layer}.{names[pieces[2]]}.in_proj_{pieces[-1]}"
+                named[joint] = torch.cat([named[joint], value]) if joint in named else value  # in the order q, k, v
+                continue
+            key = ".".join([layer, names[pieces[2]], *(["out_proj"] if pieces[3] == "output" else []), pieces[-1]])
+        else:
+            names = {"project": "input_proj", "queries": "query_embed", "class_head": "class_embed", "mask_head": "mask_embed",
+                     "decoder_norm": "transformer.decoder.norm"}  # fmt: skip
+            key = f"sem_seg_head.predictor.{names[part]}.{rest}"
+        named[key] = value
+    return named
+
+
+def test_names_of_the_authors_load(tmp_path):
+    torch.manual_seed(0)
+    model, images = create_model("maskformer_small"), torch.randn(1, 3, 64, 64)
+    state = as_the_authors_name_them(model.state_dict())
+    assert {"backbone.stem.conv1.norm.running_mean", "backbone.res3.0.shortcut.norm.weight", "backbone.res2.1.conv2.weight",
+            "sem_seg_head.pixel_decoder.adapter_1.norm.bias", "sem_seg_head.predictor.mask_embed.layers.2.bias",
+            "sem_seg_head.predictor.transformer.decoder.layers.2.multihead_attn.in_proj_weight"} <= set(state)  # fmt: skip
+    torch.save({"model": state}, tmp_path / "w.pth")
+    torch.manual_seed(1)
+    again = create_model("maskformer_small", pretrained=tmp_path / "w.pth")
+    with torch.no_grad():
+        assert torch.equal(again(images).masks, model(images).masks) and torch.equal(again(images).logits, model(images).logits)
+    torch.save({"model": state | {"sem_seg_head.predictor.query_embed.weight": torch.zeros(7, 64)}}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"do not fit maskformer_small: queries.weight is \(7, 64\), the model's"):
+        create_model("maskformer_small", pretrained=tmp_path / "w.pth")

@@ -55,6 +55,13 @@ def test_torch_files(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"not one")
     with pytest.raises(ValueError, match="w.pth is not a whole file of tensors"):
         read_weights(tmp_path / "w.pth")
+    for key in ("model", "state_dict"):  # a training's checkpoint
+        torch.save({key: {"a": torch.arange(4.0)}, "epoch": 3}, tmp_path / "w.pth")
+        assert torch.equal(read_weights(tmp_path / "w.pth")["a"], torch.arange(4.0))
+    for wrong in ({"a": torch.zeros(1), "epoch": 3}, [torch.zeros(1)], {"model": {"a": 3}}):
+        torch.save(wrong, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match="w.pth is no dict of tensors, nor has one under 'model' or 'state_dict'"):
+            read_weights(tmp_path / "w.pth")
     torch.save({"a": print}, tmp_path / "w.pth")  # code is not loaded
     with pytest.raises(ValueError, match="w.pth is not a whole file of tensors"):
         read_weights(tmp_path / "w.pth")
