@@ -313,6 +313,22 @@ Whole = Annotated[
 HostWork = Annotated[
     str, typer.Option("--host", help="allow: what the accelerator cannot do runs on the host. forbid: it is an error.")
 ]
+ObserverName = Annotated[
+    str,
+    typer.Option("--observer", help="How 8-bit ranges are chosen: mse, minmax, entropy, percentile, or percentile:99.9."),
+]
+Smooth = Annotated[
+    float | None,
+    typer.Option("--smooth", metavar="ALPHA", help="Move outliers of activations into weights (SmoothQuant), 0 to 1."),
+]
+BiasCorrection = Annotated[
+    bool, typer.Option("--bias-correction/--no-bias-correction", help="Let biases take up what rounding weights does to means.")
+]
+Bits16 = Annotated[
+    list[str] | None,
+    typer.Option("--bits16", metavar="PATTERN", help="Tensors with 16 bits, by glob of layer names; again for more; or auto."),
+]
+ResidualBits = Annotated[int, typer.Option("--residual-bits", help="8 or 16, of normalised tensors that are residuals.")]
 Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the program as text.")]
 
 
@@ -324,6 +340,8 @@ Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the 
         "compile minilm_l6 --whole --pretrained -o x.nmf",
         "compile model.onnx --host forbid -o x.nmf",
         "compile tinybert_4 --batch 2 --length 128 --listing x.txt -o x.nmf",
+        "compile minilm_l6 --pretrained --observer percentile:99.9 --smooth 0.5 -o x.nmf",
+        'compile minilm_l6 --pretrained --bits16 "layers.5.*" --residual-bits 16 -o x.nmf',
     ),
 )
 @guarded
@@ -339,6 +357,11 @@ def compile_command(
     listing: Listing = None,
     whole: Whole = False,
     host: HostWork = "allow",
+    observer: ObserverName = "mse",
+    smooth: Smooth = None,
+    bias_correction: BiasCorrection = True,
+    bits16: Bits16 = None,
+    residual_bits: ResidualBits = 8,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -353,11 +376,15 @@ def compile_command(
 
     chosen = parse_arch(arch)
     table = None if pattern is None else parse_pattern(pattern)
-    from nmforge.commands import build_program
+    from nmforge.commands import build_program, quantisation_options
 
+    quantisation = quantisation_options(
+        observer=observer, smooth=smooth, bias_correction=bias_correction, bits16=bits16 or [], residual_bits=residual_bits
+    )
     result = build_program(
         source, output, pattern=table, arch=chosen, batch=batch, length=length, pretrained=pretrained,
         calibration=calibration, listing=listing, seed=seed, whole=whole, host=host,  # type: ignore[arg-type]
+        quantisation=quantisation,
     )  # fmt: skip
     if not as_json:
         before, after = result["weight_bytes_dense"] / 1e6, result["weight_bytes"] / 1e6
@@ -371,6 +398,64 @@ def compile_command(
                 f"{result['host_operators']} operators with {result['macs_host']:,} MACs on the host: nmforge report {output}",
                 soft_wrap=True,
             )
+    return result
+
+
+# -- compare ----------------------------------------------------------------------------------------------------------
+
+PlotFile = Annotated[Path | None, typer.Option("--output", "-o", help="Plot of every layer, .png or .svg, the worst named.")]
+WorstCount = Annotated[int, typer.Option("--worst", min=1, help="Layers to name.")]
+
+
+@app.command(
+    epilog=_examples(
+        "compare minilm_l6 --pretrained -o layers.png",
+        "compare out/train --smooth 0.5 --worst 8",
+        "compare model.onnx --observer entropy --json",
+    )
+)
+@guarded
+def compare(
+    source: SourceName,
+    output: PlotFile = None,
+    worst: WorstCount = 5,
+    pattern: Choice = None,
+    arch: ArchName = "sta1024",
+    batch: Batch = 8,
+    length: Length = 32,
+    pretrained: Pretrained = False,
+    calibration: Calibration = 128,
+    whole: Whole = False,
+    host: HostWork = "allow",
+    observer: ObserverName = "mse",
+    smooth: Smooth = None,
+    bias_correction: BiasCorrection = True,
+    bits16: Bits16 = None,
+    residual_bits: ResidualBits = 8,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Compile a network and show what its integers lose, layer by layer: SQNR and cosine to float.
+
+    Takes what nmforge compile takes. The integers are those of the reference,
+    which the accelerator equals; the inputs are the first calibration batch.
+    """
+    from nmforge.arguments import parse_arch, parse_pattern
+    from nmforge.commands import compare_layers, quantisation_options
+
+    result = compare_layers(
+        source, output, count=worst, pattern=None if pattern is None else parse_pattern(pattern), arch=parse_arch(arch),
+        batch=batch, length=length, pretrained=pretrained, calibration=calibration, seed=seed, whole=whole, host=host,
+        quantisation=quantisation_options(
+            observer=observer, smooth=smooth, bias_correction=bias_correction, bits16=bits16 or [], residual_bits=residual_bits
+        ),
+    )  # fmt: skip
+    table = result.pop("table")
+    if not as_json:
+        print(table)
+        for layer in result["worst"]:
+            name = layer["source"] or layer["name"]
+            out().print(f"worst: {name} ({layer['operator']}), {layer['sqnr']:.1f} dB", soft_wrap=True)
     return result
 
 

@@ -20,8 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from compiler.memory import MemoryMap
 
 __all__ = [
-    "DENSE", "KINDS", "SPARSE", "against", "bars", "beside", "columns", "grouped", "memory_picture", "points", "short", "stacked",
-    "to_png", "to_svg",
+    "DENSE", "KINDS", "SPARSE", "against", "bars", "beside", "columns", "grouped", "memory_picture", "points", "profile", "short",
+    "stacked", "to_png", "to_svg",
 ]  # fmt: skip
 
 SPARSE, DENSE = "#0f766e", "#94a3b8"
@@ -30,7 +30,7 @@ SPARSE, DENSE = "#0f766e", "#94a3b8"
 KINDS = ("#1d4ed8", "#0f766e", "#b45309", "#7e22ce", "#be123c", "#4d7c0f", "#0369a1", "#64748b")
 """Colours of the kinds of a stacked plot, in order; distinct in grey as well as for the colour-blind."""
 
-_INK, _GRID = "#334155", "#e2e8f0"
+_INK, _GRID, _WORST = "#334155", "#e2e8f0", "#b91c1c"
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -186,6 +186,27 @@ def columns(
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper center", ncols=6)
         return to_png(figure)
+
+
+def profile(values: Sequence[float], names: Mapping[int, str], *, label: str, size: str = "layer") -> Figure:
+    """Vertical bars in order, those of ``names`` (by place) in another colour, numbered, and named below: few of many."""
+    with plt.rc_context(_STYLE):
+        height = 3.4 + 0.2 * len(names)
+        figure, axes = plt.subplots(figsize=(max(6.4, 0.11 * len(values)), height), layout="constrained")
+        places = range(len(values))
+        axes.bar(places, values, color=[_WORST if place in names else SPARSE for place in places], width=0.8)
+        for number, place in enumerate(names, 1):
+            axes.annotate(str(number), (place, max(values[place], 0.0)), (0, 3), textcoords="offset points", ha="center",
+                          color=_WORST, fontweight="bold")
+        axes.set(xlabel=f"{size}, in order of execution", ylabel=label)
+        axes.margins(x=0.01, y=0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.grid(True, color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        told = [f"{number}  {name}: {values[place]:.1f}" for number, (place, name) in enumerate(names.items(), 1)]
+        marks = [Rectangle((0, 0), 1, 1, color=_WORST) for _ in told]
+        figure.legend(marks, told, loc="outside lower left", handlelength=0.8)
+        return figure
 
 
 def beside(
