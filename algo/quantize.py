@@ -1,14 +1,10 @@
-"""Symmetric int8 quantisation: weights per output channel, activations by calibration, requantisation
-constants.
+"""Symmetric int8 quantisation: weights per output channel, requantisation constants. Activations: `algo.observers`.
 
 A real value is ``scale * q`` with ``q`` an integer in [-127, 127] (weights) or [-(2^(bits-1) - 1), 2^(bits-1)
 - 1] (activations). Zero is always exactly zero, so that quantising keeps an N:M pattern.
 """
 
 from __future__ import annotations
-
-import math
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,8 +14,6 @@ from torch import Tensor
 __all__ = [
     "MULT_MAX",
     "MULT_MIN",
-    "Method",
-    "Observer",
     "dequantize_weight",
     "quantize_weight",
     "requant_array",
@@ -30,9 +24,6 @@ __all__ = [
 MULT_MIN = 1 << 14
 MULT_MAX = (1 << 15) - 1
 MAX_SHIFT = 47
-Method = Literal["minmax", "percentile", "mse"]
-
-_BINS = 2048
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,104 +69,6 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_weight(quantised: Tensor, scale: Tensor) -> Tensor:
     """Give back the float32 weight ``quantised * scale`` of an int8 weight (O, ...) and its scales (O,)."""
     return quantised.float() * scale.reshape(-1, *[1] * (quantised.ndim - 1))
-
-
-class Observer:
-    """Watch the values of one tensor over calibration batches and give its quantisation scale.
-
-    Streaming: memory does not grow with the number of updates. Histograms of ``|x|`` have 2048 bins; when a
-    larger value comes, the range doubles and neighbouring bins join.
-
-    Parameters
-    ----------
-    method
-        ``"minmax"``: the largest magnitude seen. ``"percentile"``: the magnitude that ``percentile`` per cent
-        of the values do not exceed. ``"mse"``: the clipping point with the least mean squared error at the
-        asked bits.
-    percentile
-        In (0, 100]; used by ``"percentile"`` alone.
-    """
-
-    def __init__(self, method: Method = "minmax", *, percentile: float = 99.99) -> None:
-        if method not in get_args(Method):
-            raise ValueError(
-                f"an observer's method must be one of {', '.join(get_args(Method))}, not {method!r}"
-            )
-        if not 0 < percentile <= 100:
-            raise ValueError(f"percentile must be in (0, 100], not {percentile!r}")
-        self.method = method
-        self.percentile = percentile
-        self.absmax = 0.0
-        """The largest magnitude seen so far."""
-        self.count = 0
-        """Values seen so far."""
-        self._range = 0.0
-        self._histogram = np.zeros(_BINS, dtype=np.int64)
-
-    def update(self, values: Tensor) -> None:
-        """Take in one batch: any shape, floating point or integer, finite."""
-        if not isinstance(values, Tensor):
-            raise TypeError(f"an observer takes tensors, not {type(values).__name__}")
-        if values.numel() == 0:
-            return
-        magnitude = values.detach().to(torch.float32).abs().flatten()
-        largest = float(magnitude.max())
-        if not math.isfinite(largest):
-            raise ValueError("calibration met a NaN or an infinity: the model overflows on this batch")
-        self.absmax = max(self.absmax, largest)
-        self.count += magnitude.numel()
-        if self.method != "minmax":
-            self._widen(largest)
-            if self._range > 0:
-                bins = torch.histc(magnitude, bins=_BINS, min=0.0, max=self._range)
-                self._histogram += bins.numpy().astype(np.int64)
-            else:
-                self._histogram[0] += magnitude.numel()
-
-    def threshold(self, bits: int = 8) -> float:
-        """The magnitude that maps to the largest integer of ``bits`` bits; at most `absmax`."""
-        if not 2 <= bits <= 32:
-            raise ValueError(f"bits must be in 2..32, not {bits!r}")
-        if self.count == 0:
-            raise ValueError("the observer has seen no values: call update() with calibration data first")
-        if self.method == "minmax" or self.absmax == 0.0:
-            return self.absmax
-        found = self._percentile() if self.method == "percentile" else self._least_squares(bits)
-        return min(found, self.absmax)
-
-    def scale(self, bits: int = 8) -> float:
-        """The real value of one integer step, ``threshold / (2^(bits-1) - 1)``; 1.0 if all values were
-        zero."""
-        scale = self.threshold(bits) / ((1 << (bits - 1)) - 1)
-        return scale if scale > 0 else 1.0
-
-    def _widen(self, largest: float) -> None:
-        """Make the histogram's range cover ``largest``."""
-        if largest == 0.0 or largest <= self._range:
-            return
-        if self._range == 0.0:
-            self._range = largest
-            return
-        while self._range < largest:
-            self._range *= 2
-            joined = self._histogram.reshape(-1, 2).sum(1)
-            self._histogram = np.concatenate([joined, np.zeros(_BINS // 2, dtype=np.int64)])
-
-    def _percentile(self) -> float:
-        reached = np.cumsum(self._histogram) >= self.count * (self.percentile / 100)
-        return (int(np.argmax(reached)) + 1) * self._range / _BINS
-
-    def _least_squares(self, bits: int) -> float:
-        width = self._range / _BINS
-        centre = (np.arange(_BINS) + 0.5) * width
-        used = int(np.flatnonzero(self._histogram)[-1]) + 1
-        centre, weight = centre[:used], self._histogram[:used]
-        candidates = np.unique(np.linspace(max(1, used // 8), used, 128).astype(int)) * width
-        step = candidates[:, None] / ((1 << (bits - 1)) - 1)
-        # Inside the range the error is uniform within a step; beyond it, the distance to the clipping point.
-        beyond = np.maximum(centre[None, :] - candidates[:, None], 0.0)
-        error = np.where(beyond > 0, beyond**2, step**2 / 12)
-        return float(candidates[int(np.argmin(error @ weight))])
 
 
 def requant_params(real_multiplier: float, *, max_shift: int = MAX_SHIFT) -> tuple[int, int]:

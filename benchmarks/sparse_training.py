@@ -37,7 +37,7 @@ from algo.verify import verify
 from benchmarks import DOCS, RESULTS, Table, environment, write_page
 from nmforge.tasks import get_task
 
-__all__ = ["METHODS", "TASKS", "Cell", "run"]
+__all__ = ["METHODS", "TASKS", "Cell", "dense_model", "load_task", "run"]
 
 CELLS = RESULTS / "sparse_training"
 WORK = Path(__file__).parent.parent / "out" / "sparse_training"
@@ -139,12 +139,13 @@ def full() -> Iterator[Cell]:
                         yield Cell(task, pattern, method, seed, frozen, tuple(rate * setup.rates[0] for rate in FULL_RATES))
 
 
-def _task(cell: Cell) -> Task:
+def load_task(cell: Cell) -> Task:
+    """The data of a cell."""
     setup = TASKS[cell.task]
     return get_task(cell.task, **setup.data, seed=cell.seed, train_size=setup.steps // UNITS * int(setup.data["batch_size"]))
 
 
-def _dense(cell: Cell, task: Task, progress: Progress) -> tuple[nn.Module, tuple[float, float]]:
+def dense_model(cell: Cell, task: Task, progress: Progress) -> tuple[nn.Module, tuple[float, float]]:
     """The dense model of a task and seed, trained once; its accuracies."""
     folder, setup = WORK / f"{cell.task}-s{cell.seed}", TASKS[cell.task]
     model, identity = task.model(cell.seed), json.loads(json.dumps(asdict(setup)))
@@ -172,8 +173,8 @@ def _scores(task: Task, model: nn.Module) -> tuple[float, float]:
 def run_cell(cell: Cell, progress: Progress) -> None:
     """Train one cell at each learning rate; keep the best by the odd batches."""
     torch.manual_seed(cell.seed)
-    task, runs = _task(cell), []
-    dense, dense_scores = _dense(cell, task, progress)
+    task, runs = load_task(cell), []
+    dense, dense_scores = dense_model(cell, task, progress)
     for rate in cell.rates:
         model, started = copy.deepcopy(dense), time.perf_counter()
         if cell.frozen_head:

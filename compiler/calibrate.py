@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
-from typing import Any, get_args
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algo.quantize import Method, Observer
+from algo.observers import Observer, observer_factory
 from compiler.graph import CompileError, Convolution, Graph, KeyMask, Linear, Node, Pointwise
 
-__all__ = ["Calibration", "Progress", "calibrate"]
+__all__ = ["Calibration", "Progress", "calibrate", "unmasked"]
 
 Progress = Callable[[int, "int | None"], None]
 """Called after each calibration batch with the batches done and the number of batches, if known."""
@@ -51,13 +51,17 @@ class Calibration:
         self._peaks: dict[tuple[str, str], float] = {}
         self._watched: dict[tuple[str, str], _Watched] = {}
 
-    def update(self, name: str, stage: str, values: Tensor, *, watched: bool = True) -> None:
-        """Take in one batch; only the peak counts if not ``watched``."""
+    def update(self, name: str, stage: str, values: Tensor, *, watched: bool = True, source: str = "") -> None:
+        """Take in one batch; only the peak counts if not ``watched``. ``source``: module path, for messages."""
         if values.numel() == 0:
             return
         peak = float(values.abs().max())
         if not np.isfinite(peak):
-            raise CompileError(f"calibration: {name} has a NaN or an infinity")
+            where = name if source in ("", name) else f"{name} ({source})"
+            raise CompileError(
+                f"calibration: {where} has a NaN or an infinity: the batch has one itself, or the model overflows on it; "
+                "leave that batch out"
+            )
         self._peaks[name, stage] = max(self._peaks.get((name, stage), 0.0), peak)
         if watched:
             self._watched.setdefault((name, stage), _Watched(self._make())).update(values)
@@ -101,22 +105,16 @@ class Calibration:
 def calibrate(
     graph: Graph,
     batches: Iterable[Any],
-    method: Method | Callable[[], Observer],
+    observer: str | Callable[[], Observer] = "mse",
     progress: Progress | None = None,
 ) -> Calibration:
     """Run the fused graph on each batch and watch its values; rows of masked keys do not count."""
-    if not callable(method) and method not in get_args(Method):
-        raise ValueError(
-            f"activation_observer must be one of {', '.join(get_args(Method))} or a function, not {method!r}"
-        )
-    calibration = Calibration(method if callable(method) else lambda: Observer(method))
+    calibration = Calibration(observer_factory(observer))
     total = len(batches) if isinstance(batches, Sized) else None
-    masks = [node for node in graph.nodes.values() if isinstance(node, KeyMask)]
     done = 0
     for done, batch in enumerate(batches, 1):
         inputs = graph.bind(batch)
-        keep = masks[0].evaluate(inputs[masks[0].inputs[0]])[:, 0] if len(masks) == 1 else None
-        _watch(graph, inputs, keep, calibration)
+        _watch(graph, inputs, calibration)
         if progress is not None:
             progress(done, total)
     if not done:
@@ -124,23 +122,33 @@ def calibrate(
     return calibration
 
 
-def _watch(graph: Graph, inputs: dict[str, Tensor], keep: Tensor | None, calibration: Calibration) -> None:
-    """Run one batch; rows of tokens that ``keep`` (batch, rows) masks do not count."""
+def unmasked(graph: Graph, inputs: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """What takes the rows (N, C) of tokens that take part out of a value (batch, rows, C); other values, and all of a graph with
+    no key mask or several, stay as they are."""
+    masks = [node for node in graph.nodes.values() if isinstance(node, KeyMask)]
+    keep = masks[0].evaluate(inputs[masks[0].inputs[0]])[:, 0] if len(masks) == 1 else None
     masked = keep is not None and bool(keep.any())
 
     def seen(values: Tensor) -> Tensor:
         fits = keep is not None and values.ndim == 3 and values.shape[:2] == keep.shape
         return values[keep] if masked and fits else values
 
+    return seen
+
+
+def _watch(graph: Graph, inputs: dict[str, Tensor], calibration: Calibration) -> None:
+    """Run one batch; rows of masked tokens do not count."""
+    seen = unmasked(graph, inputs)
+
     def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
         if isinstance(node, Linear | Convolution | Pointwise) and not node.post.is_empty:
             x = node.product(operands[0])
-            calibration.update(node.name, "product", seen(x), watched=False)
+            calibration.update(node.name, "product", seen(x), watched=False, source=node.source)
             for stage, result in node.post.stages(x, *operands[1:]):
                 watched = node.post.function is not None and stage in ("sum", "function")
-                calibration.update(node.name, stage, seen(result), watched=watched)
+                calibration.update(node.name, stage, seen(result), watched=watched, source=node.source)
         if not isinstance(node, KeyMask):
-            calibration.update(node.name, "out", seen(value))
+            calibration.update(node.name, "out", seen(value), source=node.source)
 
     for node in graph.inputs:
         if inputs[node.name].is_floating_point():

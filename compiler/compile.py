@@ -11,12 +11,14 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from algo.quantize import Method
+from algo.observers import Observer
 from compiler.exported import Exported, export, module_path, source_line
+from compiler.fake_quantise import FakeQuantised
 from compiler.frontend import by_rows, import_whole
 from compiler.graph import CompileError, Fold, Graph, Unfold
 from compiler.host import HostOp, HostPart, host_part
 from compiler.lower import Lowered, lower
+from compiler.mixed import check_patterns
 from compiler.onnx_import import load_onnx
 from compiler.ops import QuantNetwork
 from compiler.partition import HostStage, Partition, Segment, check_arch, describe_host, partition
@@ -49,8 +51,11 @@ def compile_model(
     arch: str | Arch = "sta1024",
     calibration: Iterable[Any] | None = None,
     host: Host = "allow",
-    observer: Method = "mse",
+    observer: str | Callable[[], Observer] = "mse",
     residual_bits: Literal[8, 16] = 8,
+    bits16: str | Sequence[str] = (),
+    smooth: float | None = None,
+    bias_correction: bool = True,
     pipeline_depth: int = 1,
     reuse: bool = True,
     order: Order = "cost",
@@ -63,7 +68,7 @@ def compile_model(
     ----------
     model
         Any `nn.Module` that `torch.export` takes, or the path of an ONNX file; layers in sparse training count
-        with their masked weights.
+        with their masked weights. A `FakeQuantised` brings its example inputs, calibration and options of quantisation with it.
     example_inputs
         A tensor, a tuple of positional arguments or a dict of keyword arguments; they fix the shapes of the
         program. An ONNX file without open dimensions needs none.
@@ -76,7 +81,7 @@ def compile_model(
     host
         "allow": what the accelerator cannot do runs on the host as torch operators, with a warning if that is more
         work than the accelerator saves. "forbid": it is an error.
-    observer, residual_bits
+    observer, residual_bits, bits16, smooth, bias_correction
         See `compiler.quantise.quantise`.
     pipeline_depth, reuse, order
         See `compiler.lower.lower`.
@@ -101,12 +106,18 @@ def compile_model(
         options.
     """
     target, report = get_arch(arch), progress or _silent
+    if isinstance(model, FakeQuantised):
+        return _compile_trained(model, target, pipeline_depth=pipeline_depth, reuse=reuse, order=order, measure=measure,
+                                progress=report)
     if host not in get_args(Host):
         raise ValueError(f"host must be one of {', '.join(get_args(Host))}, not {host!r}")
     options: dict[str, Any] = {
         "pipeline_depth": pipeline_depth, "reuse": reuse, "order": order, "measure": measure, "progress": report,
     }  # fmt: skip
-    scales: dict[str, Any] = {"activation_observer": observer, "residual_bits": residual_bits}
+    scales: dict[str, Any] = {
+        "observer": observer, "residual_bits": residual_bits, "bits16": bits16, "smooth": smooth,
+        "bias_correction": bias_correction,
+    }  # fmt: skip
     report("trace", 0, 1)
     if isinstance(model, str | os.PathLike):
         model, example_inputs = load_onnx(model, example_inputs)
@@ -121,6 +132,17 @@ def compile_model(
     if found is not None:
         return _compile_partition(found, target, calibration, scales, options)
     network = quantise(graph, calibration, progress=lambda done, total: report("calibrate", done, total), **scales)
+    return _compile_whole(graph, network, exported, target, options)
+
+
+def _compile_trained(model: FakeQuantised, target: Arch, **options: Any) -> Program:
+    """The program of a fine-tuned model, with the grids that it was tuned for."""
+    graph = model.graph()
+    check_arch(graph, target)
+    return _compile_whole(graph, model.network(), model.exported, target, options)
+
+
+def _compile_whole(graph: Graph, network: QuantNetwork, exported: Exported, target: Arch, options: dict[str, Any]) -> Program:
     return compile_network(
         network,
         target,
@@ -169,6 +191,7 @@ def _compile_partition(
     found: Partition, target: Arch, calibration: Iterable[Any], scales: dict[str, Any], options: dict[str, Any]
 ) -> PartitionedProgram:
     exported, report = found.exported, options["progress"]
+    check_patterns([stage.graph for stage in found.segments], scales["bits16"])
     values = float_boundary(found, calibration, report)
     stages: list[HostPart | Program] = []
     for stage in found.stages:

@@ -41,10 +41,13 @@ class Exported:
         With the effective weights of layers in sparse training.
     program
         Of `torch.export`; linear, layer_norm and attention are whole operators.
+    values
+        Parameters and buffers by name, in place of those when it was exported; what is computed from them keeps its gradient.
     """
 
     module: nn.Module
     program: ExportedProgram
+    values: Mapping[str, Tensor] | None = None
 
     @property
     def operators(self) -> list[fx.Node]:
@@ -65,11 +68,13 @@ class Exported:
         Raises
         ------
         CompileError
-            A result that is no tensor.
+            A result that is no tensor, or none at all.
         """
         (node,) = (node for node in self.program.graph.nodes if node.op == "output")
         results = zip(cast(Any, node.args[0]), self.program.graph_signature.output_specs, strict=True)
         own = [item for item, spec in results if spec.kind is OutputKind.USER_OUTPUT and item is not None]
+        if not own:
+            raise CompileError("the module returns no tensor: nothing to compile")
         for item in own:
             if not isinstance(item, fx.Node) or not isinstance(item.meta.get("val"), Tensor):
                 raise CompileError(f"a compiled module must return tensors, not {type(item).__name__}")
@@ -107,8 +112,9 @@ class Exported:
             target = str(spec.target)
             if spec.kind is not InputKind.USER_INPUT:
                 stored = self.program.state_dict if target in self.program.state_dict else self.program.constants
-                found[by_name[spec.arg.name]] = (cast(Tensor, stored[target]).detach(), target)
-        with torch.no_grad():
+                value = cast(Tensor, stored[target]).detach() if self.values is None else self.values.get(target, stored[target])
+                found[by_name[spec.arg.name]] = (cast(Tensor, value), target)
+        with torch.set_grad_enabled(self.values is not None and torch.is_grad_enabled()):
             for node in self.operators:
                 if _is_random(node) or any(item not in found for item in node.all_input_nodes):
                     continue

@@ -35,7 +35,7 @@ from compiler.ops import (
     Transpose,
 )  # fmt: skip
 from compiler.placement import RowPlacement
-from compiler.plan import align_up
+from compiler.plan import ADDRESS_SPACE, align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
 from compiler.schedule import Order, Task, schedule
 from compiler.steps import (
@@ -104,10 +104,23 @@ def lower(
     if pipeline_depth not in (0, 1, 2):
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
-    emitter = Emitter(arch, Constants(arch), choose_layouts(network, arch))
+    layouts = choose_layouts(network, arch)
+    _check_sizes(network, layouts, arch)
+    emitter = Emitter(arch, Constants(arch), layouts)
     tasks = emit_tasks(emitter, network)
     depth = _safe_depth(network, arch, pipeline_depth)
     return [_assemble(emitter, network, _finish(schedule(tasks, arch, depth=depth, order=order)), reuse) for order in orders]
+
+
+def _check_sizes(network: QuantNetwork, infos: Mapping[str, TensorInfo], arch: Arch) -> None:
+    """Refuse a tensor that memory has no room for, before its instructions are made."""
+    sources = {op.out: op.source for op in network.ops}
+    for name, info in infos.items():
+        if info.nbytes(arch) > ADDRESS_SPACE:
+            raise LoweringError(
+                f"{sources.get(name) or 'the module'}: tensor {name!r} {info.shape} takes {info.nbytes(arch):,} bytes, more than "
+                f"the {ADDRESS_SPACE:,} that addresses reach: compile for a smaller batch or length, or divide the module"
+            )
 
 
 def _finish(steps: list[Step]) -> list[Step]:
@@ -268,11 +281,12 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     } | emitter.tails
     masks = _mask_tables(emitter)
     sizes |= {name: table.batch * table.stride for name, table in masks.items()}
-    pinned = frozenset({*network.inputs, *network.outputs, *network.constants, *masks})
     plan = plan_buffers(
         sizes,
         steps,
-        pinned=pinned,
+        pinned=frozenset({*network.constants, *masks}),
+        given=frozenset(network.inputs),
+        results=frozenset(network.outputs),
         base=align_up(constants_address + len(constants), align),
         align=align,
         reuse=reuse,

@@ -72,7 +72,7 @@ def _read(path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(f"no ONNX file at {os.fspath(path)}")
     try:
         model = onnx.load(os.fspath(path))
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(os.fspath(path))  # of the file: a model in memory may not have more than 2 GB
     except Exception as error:  # protobuf and the checker raise kinds of their own
         if type(error).__name__ not in ("DecodeError", "ValidationError") and not isinstance(error, ValueError | OSError):
             raise

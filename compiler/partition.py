@@ -187,6 +187,7 @@ class _Partitioner:
         for mask in self.inlined:
             self.host.update((node, MASK) for node in _cone(exported, mask) if node not in self.host)
         self.segments: dict[int, Segment] = {}
+        self.legal: dict[tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]], Segment] = {}  # by operators and results
 
     # -- which operators there are ---------------------------------------------------------------------------
 
@@ -302,6 +303,10 @@ class _Partitioner:
         inside = set(nodes)
         read = {item for other, members in stages.items() if other != number for node in members for item in self.needs(node)}
         outputs = [node for node in nodes if node in read or node in self.exported.outputs]
+        known = self.legal.get((tuple(nodes), tuple(outputs)))
+        if known is not None:  # as in an earlier round
+            self.segments[number] = known
+            return {}
         by_name = {node.name: node for node in self.order}
         try:
             graph, inputs = import_part(self.exported, nodes, outputs, self.inlined)
@@ -328,7 +333,7 @@ class _Partitioner:
         graph = _used(graph)
         kept = {node.name for node in graph.inputs}
         taken = {name: node for name, node in inputs.items() if name in kept}
-        self.segments[number] = Segment(tuple(nodes), graph, taken, pairs)
+        self.segments[number] = self.legal[tuple(nodes), tuple(outputs)] = Segment(tuple(nodes), graph, taken, pairs)
         return {}
 
     def result(self) -> Partition:

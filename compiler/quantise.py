@@ -12,14 +12,15 @@ float): 0.975 without, 0.991 with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from algo.quantize import Method, Observer
+from algo.observers import Observer
 from compiler import ops
 from compiler.calibrate import Calibration, Progress, calibrate
 from compiler.graph import (
@@ -36,21 +37,26 @@ from compiler.graph import (
     Pointwise,
     Unfold,
 )
+from compiler.mixed import check_patterns, matching, most_sensitive
 from compiler.parameters import LOG2E_256, multiplier, norm_parameters, score_bias, weight_and_requant
 from compiler.passes import optimise
 from compiler.row_operators import row_operator
 from compiler.scales import WIDE_MARGIN, Grids
+from compiler.smooth import divided_tensors, migrate, smoothing_factors
 from compiler.tables import activation_table, table_input
 
-__all__ = ["Builder", "quantise", "resize"]
+__all__ = ["Builder", "PostGrids", "quantise", "resize"]
 
 
 def quantise(
     graph: Graph,
     calibration_batches: Iterable[Any],
     *,
-    activation_observer: Method | Callable[[], Observer] = "mse",
+    observer: str | Callable[[], Observer] = "mse",
     residual_bits: Literal[8, 16] = 8,
+    bits16: str | Sequence[str] = (),
+    smooth: float | None = None,
+    bias_correction: bool = True,
     wide: bool = False,
     progress: Progress | None = None,
 ) -> ops.QuantNetwork:
@@ -63,13 +69,20 @@ def quantise(
     calibration_batches
         Inputs as for `Graph.run`: a tensor, a sequence or a dict for each batch; batch size and length may
         differ from the trace.
-    activation_observer
-        How 8-bit ranges are chosen: a method of `algo.quantize.Observer`, or a function that makes an
-        observer. "mse" was best on MiniLM-L6 (0.991; "minmax" 0.990, "percentile" 0.989).
+    observer
+        How 8-bit ranges are chosen: see `algo.observers.observer_factory`.
     residual_bits
         Bits of a normalised tensor where it is a residual (post-LN networks). 16 costs one more operator for
         each such tensor (MiniLM-L6: 0.994 instead of 0.991). Sums that are not normalised (the residual
         stream of pre-LN networks) always have 16.
+    bits16
+        Globs of names or module paths of further tensors with 16 bits (`compiler.mixed.candidates` are possible), or "auto":
+        those whose rounding to 8 bits the result feels most (`compiler.mixed.most_sensitive`).
+    smooth
+        Alpha in [0, 1] of `compiler.smooth.smooth`; None: off.
+    bias_correction
+        Let biases take up what rounding a weight does to the mean of its inputs (Nagel et al., arXiv 1906.04721,
+        section 4.2, with the mean of the calibration data).
     wide
         16 bits for inputs and outputs, where no operator needs 8: for a part of a network, between other parts.
     progress
@@ -80,8 +93,8 @@ def quantise(
     QuantNetwork
         Tensors have the graph's names; masks have the name of their input. ``meta["keep.<mask>"]`` is "1" or
         "0": the mask's value for a key that takes part. ``meta["offset.<tensor>"]`` holds the real values
-        that 0 stands for, one for each channel or one for all, where they are not 0:
-        `sim.reference.dequantise` knows about it. Inputs and outputs have none.
+        that 0 stands for, one for each channel or one for all, where they are not 0; ``meta["divided.<tensor>"]``
+        what `smooth` divided its channels by: `sim.reference.dequantise` knows about both. Inputs and outputs have none.
 
     Raises
     ------
@@ -93,22 +106,53 @@ def quantise(
         raise ValueError(f"residual_bits must be 8 or 16, not {residual_bits!r}")
     if graph.stage != "fuse":
         graph = optimise(graph)
-    return Builder(
-        graph,
-        calibrate(graph, calibration_batches, activation_observer, progress),
-        residual_bits=residual_bits,
-        wide=wide,
-    ).network()
+    if not wide:
+        check_patterns([graph], bits16)
+    batches = calibration_batches
+    if smooth is not None or bits16 == "auto":
+        batches = list(batches)
+    divided: dict[str, Tensor] = {}
+    if smooth is not None:
+        factors = smoothing_factors(graph, batches, smooth)
+        divided = divided_tensors(graph, factors)
+        graph = migrate(graph, factors)
+    calibration = calibrate(graph, batches, observer, progress)
+    options: dict[str, Any] = {"residual_bits": residual_bits, "wide": wide, "bias_correction": bias_correction}
+    if bits16 == "auto":
+        plain = Builder(graph, calibration, **options)
+        plain.network()
+        chosen = most_sensitive(graph, batches, plain)
+    else:
+        chosen = matching(graph, bits16)
+    network = Builder(graph, calibration, bits16=chosen, **options).network()
+    for name, factors_of in divided.items():
+        network.meta[f"divided.{name}"] = " ".join(f"{value:.9g}" for value in factors_of.tolist())
+    return network
+
+
+@dataclass(frozen=True)
+class PostGrids:
+    """Grids within the post-processing of a node: scale of the sum, the value that its 0 stands for, scale of the function."""
+
+    sum: float
+    zero: float
+    function: float
+
+
+GROWTH = 1.25
+"""By how much more than its range something may be added to an input that keeps its scale."""
 
 
 class Builder(Grids):
     """Operators of one network."""
 
-    def __init__(self, graph: Graph, calibration: Calibration, *, residual_bits: int, wide: bool) -> None:
-        super().__init__(graph, calibration, residual_bits=residual_bits, wide=wide)
+    def __init__(self, graph: Graph, calibration: Calibration, *, bias_correction: bool = True, **options: Any) -> None:
+        super().__init__(graph, calibration, **options)
+        self.bias_correction = bias_correction
         self.ops: list[ops.Op] = []
         self.constants: dict[str, NDArray[np.integer]] = {}
         self.narrow: dict[str, str] = {}  # 16-bit tensor -> its 8-bit version
+        self.posts: dict[str, PostGrids] = {}  # by name of the node
 
     def network(self) -> ops.QuantNetwork:
         for node in self.graph.nodes.values():
@@ -180,26 +224,20 @@ class Builder(Grids):
         """Scale and offset of the sum's grid, and the fields of the post-processing."""
         out, post = self.out(node), node.post
         offset = self.offsets.get(node.name, np.zeros(1))
-        grid, zero, table, norm = out.scale, 0.0, None, None
+        grid, zero, table, norm, inner = out.scale, 0.0, None, None, 0.0
         if post.function is not None:
             last = post.norm is None
-            result, at = (
-                (out.scale, float(offset[0]))
-                if last
-                else (self.calibration.scale(node.name, "function"), 0.0)
-            )
+            inner = out.scale if last else self.calibration.scale(node.name, "function")
+            at = float(offset[0]) if last else 0.0
             sample, symmetric = self.calibration.sample(node.name, "sum"), isinstance(node, Pointwise) or post.multiply
-            grid, zero = table_input(
-                post.function, sample, out_scale=result, out_offset=at, symmetric=symmetric
-            )
-            table = activation_table(
-                post.function, in_scale=grid, in_offset=zero, out_scale=result, out_offset=at
-            )
+            grid, zero = table_input(post.function, sample, out_scale=inner, out_offset=at, symmetric=symmetric)
+            table = activation_table(post.function, in_scale=grid, in_offset=zero, out_scale=inner, out_offset=at)
         elif post.norm is not None:
             grid = max(self.peak(node, "sum"), 1e-30) / WIDE_MARGIN
         if post.norm is not None:
-            inner = grid if post.function is None else self.calibration.scale(node.name, "function")
-            norm = norm_parameters(post.norm, in_scale=inner, out_scale=out.scale, offset=offset)
+            summed = grid if post.function is None else inner
+            norm = norm_parameters(post.norm, in_scale=summed, out_scale=out.scale, offset=offset)
+        self.posts[node.name] = PostGrids(grid, zero, inner)
         fields: dict[str, Any] = {
             "out": out.name,
             "table": table,
@@ -218,6 +256,10 @@ class Builder(Grids):
         )
         return ops.ResidualInput(name, mult, shift)
 
+    def mean(self, name: str) -> NDArray[np.float64]:
+        """Mean of a tensor's channels that biases are corrected for."""
+        mean = self.calibration.mean(name, "out")
+        return mean if self.bias_correction else np.zeros_like(mean)
     def factor(self, residual: ops.ResidualInput | None) -> float:
         """What a product's residual makes of a multiplier: its scale, for 2^-bits of the product."""
         if residual is None or not residual.multiply:
@@ -232,15 +274,17 @@ class Builder(Grids):
         scale = grid / self.factor(fields["residual"])
         weight, requant = weight_and_requant(
             node, in_scale=self.tensors[x].scale, out_scale=scale, in_offset=self.offsets.get(x, 0.0),
-            mean=self.calibration.mean(node.inputs[0], "out"), added=added - zero,
+            mean=self.mean(node.inputs[0]), added=added - zero,
         )  # fmt: skip
         self.ops.append(ops.Linear(x=x, weight=weight, pattern=node.pattern, requant=requant, **fields))
 
     def matmul(self, node: MatMul) -> None:
-        """A residual that is an input with 8 bits gives its scale: a cache keeps its bytes, whatever is added to it."""
+        """An input of 8 bits that the product is added to gives its scale, if the sum is not much larger: a cache keeps its
+        bytes, whatever is put into it."""
         x, y = (self.operand8(name) for name in node.inputs[:2])
         residual = self.tensors[node.inputs[2]] if node.post.residual else None
         kept = residual is not None and residual.dtype == "int8" and isinstance(self.graph.nodes[residual.name], Input)
+        kept = kept and residual is not None and self.calibration.peak(node.name, "out") < GROWTH * 127 * residual.scale
         out = self.tensor(node, "int8", residual.scale if residual is not None and kept else self.out_scale(node.name))
         what = node.source or node.name
         mult, shift = multiplier(self.tensors[x].scale * self.tensors[y].scale / out.scale, what)
@@ -260,7 +304,7 @@ class Builder(Grids):
         outputs, inputs, *kernel = node.weight.shape
         flat = node.weight.permute(0, 2, 3, 1).flatten(1)
         group = np.arange(outputs) // (outputs // node.groups)
-        mean = self.calibration.mean(node.inputs[0], "out").reshape(node.groups, inputs)[group]
+        mean = self.mean(node.inputs[0]).reshape(node.groups, inputs)[group]
         weight, requant = weight_and_requant(
             Linear(name=node.name, shape=node.shape, source=node.source, weight=flat, bias=node.bias),
             in_scale=self.tensors[x].scale, out_scale=scale, in_offset=0.0, mean=np.tile(mean, kernel[0] * kernel[1]),

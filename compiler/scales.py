@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -54,11 +55,14 @@ def moves_whole_rows(node: Node) -> bool:
 class Grids:
     """The tensors of one network, made one by one in the order of its operators."""
 
-    def __init__(self, graph: Graph, calibration: Calibration, *, residual_bits: int, wide: bool) -> None:
+    def __init__(
+        self, graph: Graph, calibration: Calibration, *, residual_bits: int, wide: bool, bits16: Collection[str] = ()
+    ) -> None:
         self.graph = graph
         self.calibration = calibration
         self.residual_bits = residual_bits
         self.wide = wide
+        self.bits16 = bits16
         self.tensors: dict[str, ops.QuantTensor] = {}
         self.meta: dict[str, str] = {}
         self.users = graph.users()
@@ -74,7 +78,7 @@ class Grids:
     def input(self, node: Input) -> None:
         read = self.users[node.name]
         added = any(not isinstance(user, Attention | MatMul) and not self.multiplies(user, node.name) for user in read)
-        if self.wide and added:
+        if added and (self.wide or node.name in self.bits16):
             self.tensor(node, "int16", max(self.calibration.peak(node.name, "out"), 1e-30) / WIDE_MARGIN)
         else:
             self.tensor(node, "int8", self.out_scale(node.name))
@@ -116,7 +120,7 @@ class Grids:
         if not isinstance(node, Linear | Convolution | Pointwise) or node.post.function is not None:
             return False
         read = self.users[node.name]
-        if self.wide and node.name in self.graph.outputs:
+        if node.name in self.bits16 or (self.wide and node.name in self.graph.outputs):
             return True
         if node.post.norm is not None:
             added = any(

@@ -152,19 +152,19 @@ def plan_buffers(
     steps: Sequence[Step],
     *,
     pinned: frozenset[str],
+    given: frozenset[str] = frozenset(),
+    results: frozenset[str] = frozenset(),
     base: int,
     align: int,
     reuse: bool,
 ) -> MemoryPlan:
-    """Plan the memory of activations and host-written buffers; pinned ones keep their bytes for the whole
-    run."""
-    ranges = live_ranges(steps)
-    buffers = [
-        Buffer(name=name, size=size, first=-1, last=len(steps))
-        if name in pinned
-        else Buffer(name=name, size=size, first=ranges[name][0], last=ranges[name][1])
-        for name, size in sizes.items()
-    ]
+    """Plan the memory of activations and host-written buffers: pinned ones keep their bytes for the whole run, given ones are
+    there before it, results stay to its end."""
+    ranges, end = live_ranges(steps), len(steps)
+    buffers = []
+    for name, size in sizes.items():
+        first, last = (-1, end) if name in pinned else ranges.get(name, (-1, -1))
+        buffers.append(Buffer(name=name, size=size, first=-1 if name in given else first, last=end if name in results else last))
     return plan_memory(buffers, base=base, align=align, reuse=reuse)
 
 

@@ -73,7 +73,7 @@ def check_network(network: QuantNetwork, arch: Arch | None = None) -> None:
         known.add(op.out)
     for name in network.tensors:
         if name not in known:
-            raise LoweringError(f"tensor {name!r} is neither an input nor a constant nor written by any operator")
+            raise LoweringError(f"tensor {name!r} is neither an input nor written by any operator, nor a constant")
     for name in network.outputs:
         if name not in known or network.tensors[name].dtype == "keymask":
             raise LoweringError(f"output {name!r} is not written by any operator")

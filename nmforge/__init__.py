@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from algo.permute import permute_channels
     from algo.sparsify import advance, finalize, freeze_masks, sparsify, sparsity_report
     from algo.surgery import load_pruned, prune_channels
+    from compiler.fake_quantise import FakeQuantised
     from compiler.partitioned import PartitionedProgram, load
     from compiler.program import Program
     from hw.arch import PRESETS, Arch, get_arch
@@ -48,6 +49,7 @@ __all__ = [
     "Arch",
     "ChannelGraph",
     "Dut",
+    "FakeQuantised",
     "FisherPruner",
     "FlipTracker",
     "IDPConfig",
@@ -93,6 +95,7 @@ _HOMES = {
     "Arch": "hw.arch:Arch",
     "ChannelGraph": "algo.channels:ChannelGraph",
     "Dut": "sim.handle:Dut",
+    "FakeQuantised": "compiler.fake_quantise:FakeQuantised",
     "FisherPruner": "algo.fisher:FisherPruner",
     "FlipTracker": "algo.flips:FlipTracker",
     "IDPConfig": "algo.idp:IDPConfig",

@@ -313,6 +313,22 @@ Whole = Annotated[
 HostWork = Annotated[
     str, typer.Option("--host", help="allow: what the accelerator cannot do runs on the host. forbid: it is an error.")
 ]
+ObserverName = Annotated[
+    str,
+    typer.Option("--observer", help="How 8-bit ranges are chosen: mse, minmax, entropy, percentile, or percentile:99.9."),
+]
+Smooth = Annotated[
+    float | None,
+    typer.Option("--smooth", metavar="ALPHA", help="Move outliers of activations into weights (SmoothQuant), 0 to 1."),
+]
+BiasCorrection = Annotated[
+    bool, typer.Option("--bias-correction/--no-bias-correction", help="Let biases take up what rounding weights does to means.")
+]
+Bits16 = Annotated[
+    list[str] | None,
+    typer.Option("--bits16", metavar="PATTERN", help="Tensors with 16 bits, by glob of layer names; again for more; or auto."),
+]
+ResidualBits = Annotated[int, typer.Option("--residual-bits", help="8 or 16, of normalised tensors that are residuals.")]
 Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the program as text.")]
 
 
@@ -324,6 +340,8 @@ Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the 
         "compile minilm_l6 --whole --pretrained -o x.nmf",
         "compile model.onnx --host forbid -o x.nmf",
         "compile tinybert_4 --batch 2 --length 128 --listing x.txt -o x.nmf",
+        "compile minilm_l6 --pretrained --observer percentile:99.9 --smooth 0.5 -o x.nmf",
+        'compile minilm_l6 --pretrained --bits16 "layers.5.*" --residual-bits 16 -o x.nmf',
     ),
 )
 @guarded
@@ -339,6 +357,11 @@ def compile_command(
     listing: Listing = None,
     whole: Whole = False,
     host: HostWork = "allow",
+    observer: ObserverName = "mse",
+    smooth: Smooth = None,
+    bias_correction: BiasCorrection = True,
+    bits16: Bits16 = None,
+    residual_bits: ResidualBits = 8,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -353,11 +376,15 @@ def compile_command(
 
     chosen = parse_arch(arch)
     table = None if pattern is None else parse_pattern(pattern)
-    from nmforge.commands import build_program
+    from nmforge.commands import build_program, quantisation_options
 
+    quantisation = quantisation_options(
+        observer=observer, smooth=smooth, bias_correction=bias_correction, bits16=bits16 or [], residual_bits=residual_bits
+    )
     result = build_program(
         source, output, pattern=table, arch=chosen, batch=batch, length=length, pretrained=pretrained,
         calibration=calibration, listing=listing, seed=seed, whole=whole, host=host,  # type: ignore[arg-type]
+        quantisation=quantisation,
     )  # fmt: skip
     if not as_json:
         before, after = result["weight_bytes_dense"] / 1e6, result["weight_bytes"] / 1e6
@@ -371,6 +398,64 @@ def compile_command(
                 f"{result['host_operators']} operators with {result['macs_host']:,} MACs on the host: nmforge report {output}",
                 soft_wrap=True,
             )
+    return result
+
+
+# -- compare ----------------------------------------------------------------------------------------------------------
+
+PlotFile = Annotated[Path | None, typer.Option("--output", "-o", help="Plot of every layer, .png or .svg, the worst named.")]
+WorstCount = Annotated[int, typer.Option("--worst", min=1, help="Layers to name.")]
+
+
+@app.command(
+    epilog=_examples(
+        "compare minilm_l6 --pretrained -o layers.png",
+        "compare out/train --smooth 0.5 --worst 8",
+        "compare model.onnx --observer entropy --json",
+    )
+)
+@guarded
+def compare(
+    source: SourceName,
+    output: PlotFile = None,
+    worst: WorstCount = 5,
+    pattern: Choice = None,
+    arch: ArchName = "sta1024",
+    batch: Batch = 8,
+    length: Length = 32,
+    pretrained: Pretrained = False,
+    calibration: Calibration = 128,
+    whole: Whole = False,
+    host: HostWork = "allow",
+    observer: ObserverName = "mse",
+    smooth: Smooth = None,
+    bias_correction: BiasCorrection = True,
+    bits16: Bits16 = None,
+    residual_bits: ResidualBits = 8,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Compile a network and show what its integers lose, layer by layer: SQNR and cosine to float.
+
+    Takes what nmforge compile takes. The integers are those of the reference,
+    which the accelerator equals; the inputs are the first calibration batch.
+    """
+    from nmforge.arguments import parse_arch, parse_pattern
+    from nmforge.commands import compare_layers, quantisation_options
+
+    result = compare_layers(
+        source, output, count=worst, pattern=None if pattern is None else parse_pattern(pattern), arch=parse_arch(arch),
+        batch=batch, length=length, pretrained=pretrained, calibration=calibration, seed=seed, whole=whole, host=host,
+        quantisation=quantisation_options(
+            observer=observer, smooth=smooth, bias_correction=bias_correction, bits16=bits16 or [], residual_bits=residual_bits
+        ),
+    )  # fmt: skip
+    table = result.pop("table")
+    if not as_json:
+        print(table)
+        for layer in result["worst"]:
+            name = layer["source"] or layer["name"]
+            out().print(f"worst: {name} ({layer['operator']}), {layer['sqnr']:.1f} dB", soft_wrap=True)
     return result
 
 
@@ -446,28 +531,73 @@ def simulate(
 # -- report and verilog -----------------------------------------------------------------------------------------------
 
 ReportSource = Annotated[
-    Path, typer.Argument(help="Folder of the demo, its summary.json, what simulate --json printed, or a program file.")
+    Path | None, typer.Argument(help="Folder of the demo, its summary.json, what simulate --json printed, or a program file.")
 ]
 ReportFile = Annotated[
     Path | None, typer.Option("--output", "-o", help="HTML file; by default report.html beside the source.")
 ]
+MemoryFile = Annotated[
+    Path | None, typer.Option("--memory", metavar="PNG", help="Of a program: picture of what lies where in memory, and when.")
+]
+Zoo = Annotated[bool, typer.Option("--zoo", help="The co-design table of all seed systems; goes on where it was stopped.")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="MODEL", help="Of the table: these networks alone.")]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Of the table: folder of its measurements.")]
+TableText = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the table.")]
+Rtl = Annotated[bool, typer.Option("--rtl", help="Of the table: also run the RTL and compare every byte; needs --only.")]
+Again = Annotated[bool, typer.Option("--fresh", help="Of the table: measure again what earlier sources gave.")]
 
 
 @app.command(
-    epilog=_examples("report out/demo", "report x.nmf", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html")
-)
+    epilog=_examples(
+        "report out/demo", "report x.nmf", "report x.nmf --memory memory.png", "report --zoo --plot zoo.png",
+        "report --zoo --only deit_tiny --rtl", "simulate x.nmf --json > run.json && nmforge report run.json -o run.html",
+    )
+)  # fmt: skip
 @guarded
-def report(source: ReportSource, output: ReportFile = None, as_json: Json = False) -> dict[str, Any]:
-    """Write a self-contained HTML report of a demo or of one simulation; of a program, list what runs where."""
-    if source.suffix == ".nmf":
-        from compiler.partitioned import load
+def report(
+    source: ReportSource = None,
+    output: ReportFile = None,
+    memory: MemoryFile = None,
+    zoo: Zoo = False,
+    only: Only = None,
+    arch: ArchName = "sta1024",
+    cache: Cache = None,
+    markdown: TableText = False,
+    plot: PlotFile = None,
+    rtl: Rtl = False,
+    fresh: Again = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write a self-contained HTML report of a demo or of one simulation; of a program, list what runs where.
 
-        places = load(source).report()
-        if not as_json:
-            print(places)
-        return {"program": str(source), **places.to_dict()}
-    from algo.checkpoint import read_json
+    With --zoo: the co-design table of the seed systems (parameters, MACs,
+    patterns, storage, cycles, utilisation, what the host does).
+    """
     from nmforge.errors import BadInputError
+
+    if zoo:
+        if source is not None or output is not None or memory is not None:
+            raise BadInputError("--zoo measures its own networks: give neither a source nor --output nor --memory with it")
+        if rtl and not only:
+            raise BadInputError("--rtl takes minutes to hours a network: say which with --only")
+        from nmforge.arguments import parse_arch
+        from nmforge.reports import zoo_report
+
+        return zoo_report(
+            only or [], parse_arch(arch), cache, as_markdown=markdown, plot=plot, rtl=rtl, fresh=fresh, quiet=as_json
+        )
+    if source is None:
+        raise BadInputError("name what to report on: a folder, a file, or --zoo")
+    if only or cache or markdown or plot or rtl or fresh:
+        raise BadInputError("--only, --cache, --markdown, --plot, --rtl and --fresh go with --zoo")
+    if source.suffix == ".nmf":
+        from nmforge.reports import program_report
+
+        return program_report(source, memory, quiet=as_json)
+    if memory is not None:
+        raise BadInputError(f"--memory draws a program, and {source} is none: give the .nmf file")
+    from algo.checkpoint import read_json
     from sim.report import write_report
 
     file = source / "summary.json" if source.is_dir() else source

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from algo.nm import NM
+from algo.observers import observer_factory
 from compiler.compile import Host
 from compiler.listing import bound_of
 from compiler.listing import listing as to_text
@@ -25,11 +29,12 @@ from nmforge.inputs import check_outputs, random_inputs, read_inputs, write_outp
 from nmforge.sentiment import SentimentConfig, prepare, train
 from nmforge.sources import load_source
 from nmforge.whole import whole_source
+from sim.compare import compare
 from sim.memory import MemoryModel
 from sim.simulate import Engine, Run, simulate
 from sim.trace import Trace
 
-__all__ = ["build_program", "run_program", "run_training"]
+__all__ = ["build_program", "compare_layers", "quantisation_options", "run_program", "run_training"]
 
 _LABELS = {"reference": "integer reference", "isa": "ISA engine, instructions", "verilator": "RTL, cycles"}
 
@@ -90,39 +95,100 @@ def build_program(
     seed: int,
     whole: bool = False,
     host: Host = "allow",
+    quantisation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compile, write the program file, and say what is in it as JSON values."""
+    """Compile, write the program file, and say what is in it as JSON values; ``quantisation``: see `quantisation_options`."""
     if not output.resolve().parent.is_dir():
         raise BadInputError(f"the folder of {output} does not exist")
+    start = time.monotonic()
+    made = _compiled(
+        source, pattern=pattern, arch=arch, batch=batch, length=length, pretrained=pretrained, calibration=calibration, seed=seed,
+        whole=whole, host=host, quantisation=quantisation or {},
+    )  # fmt: skip
+    return _written(made.program, output, listing, made.description, time.monotonic() - start)
+
+
+@dataclass(frozen=True, eq=False)
+class _Compiled:
+    """A program, the module it was made of, inputs of it, and where both come from."""
+
+    program: Program | PartitionedProgram
+    module: nn.Module
+    inputs: Any
+    description: str
+
+
+def _compiled(
+    source: str, *, pattern: dict[str, NM] | None, arch: Arch, batch: int, length: int, pretrained: bool, calibration: int,
+    seed: int, whole: bool, host: Host, quantisation: Mapping[str, Any],
+) -> _Compiled:  # fmt: skip
+    """An encoder, or, ``whole`` and of ONNX files, a whole network: token numbers or images in, results out."""
     if host not in get_args(Host):
         raise unknown("value of --host", host, get_args(Host))
+    sizes: dict[str, Any] = {"pattern": pattern, "pretrained": pretrained, "calibration": calibration, "seed": seed}
     if whole or source.endswith(".onnx"):
-        return _build_whole(
-            source, output, host=host, arch=arch, listing=listing, pattern=pattern, batch=batch, length=length,
-            pretrained=pretrained, calibration=calibration, seed=seed,
+        found = whole_source(source, batch=batch, length=length, **sizes)
+        with progress_bars() as progress:
+            program = compile(
+                found.model, found.example, arch=arch, calibration=found.calibration, host=host, progress=reporter(progress),
+                **quantisation,
+            )  # fmt: skip
+        return _Compiled(program, found.model, found.example, found.description)
+    encoder = load_source(source, **sizes)
+    positions = encoder.bert.config.positions
+    if length > positions:
+        raise BadInputError(f"length must be <= {positions}, the positions of the model, not {length}")
+    with progress_bars() as progress:
+        only = compile_encoder(
+            encoder.bert, batch=batch, length=length, arch=arch, calibration=encoder.calibration, progress=reporter(progress),
+            **quantisation,
         )  # fmt: skip
-    found = load_source(source, pattern=pattern, pretrained=pretrained, calibration=calibration, seed=seed)
-    if length > found.bert.config.positions:
-        raise BadInputError(f"length must be <= {found.bert.config.positions}, the positions of the model, not {length}")
-    start = time.monotonic()
-    with progress_bars() as progress:
-        program = compile_encoder(
-            found.bert, batch=batch, length=length, arch=arch, calibration=found.calibration, progress=reporter(progress)
-        )
-    return _written(program, output, listing, found.description, time.monotonic() - start)
+    inputs = {name: _of_size(value, batch, length) for name, value in encoder.calibration[0].items()}
+    return _Compiled(only, encoder.bert.encoder, inputs, encoder.description)
 
 
-def _build_whole(
-    source: str, output: Path, *, host: Host, arch: Arch, listing: Path | None, **options: Any
+def _of_size(values: Tensor, batch: int, length: int) -> Tensor:
+    """(B, S, ...) cut, repeated, or padded with zeros to other numbers of sequences and tokens."""
+    rows = values[torch.arange(batch) % len(values), :length]
+    padded = rows.new_zeros(batch, length, *rows.shape[2:])
+    padded[:, : rows.shape[1]] = rows
+    return padded
+
+
+def compare_layers(source: str, output: Path | None, *, count: int, **options: Any) -> dict[str, Any]:
+    """Compile as `build_program` does, compare every layer with float, and plot it; layers as JSON values, worst first too."""
+    if output is not None and output.suffix not in (".svg", ".png"):
+        raise BadInputError(f"a plot is written to .svg or .png, not to {output.name!r}")
+    if output is not None and not output.resolve().parent.is_dir():
+        raise BadInputError(f"the folder of {output} does not exist")
+    made = _compiled(source, **options)
+    comparison = compare(made.program, made.module, made.inputs)
+    if output is not None:
+        comparison.plot(output, count=count)
+    return {
+        "source": made.description, "plot": None if output is None else str(output), "table": str(comparison),
+        "layers": [asdict(layer) for layer in comparison.layers], "worst": [asdict(layer) for layer in comparison.worst(count)],
+    }  # fmt: skip
+
+
+def quantisation_options(
+    *, observer: str, smooth: float | None, bias_correction: bool, bits16: Sequence[str], residual_bits: int
 ) -> dict[str, Any]:
-    """`build_program` for a whole network: token numbers or images in, results out."""
-    found = whole_source(source, **options)
-    start = time.monotonic()
-    with progress_bars() as progress:
-        program = compile(
-            found.model, found.example, arch=arch, calibration=found.calibration, host=host, progress=reporter(progress)
-        )
-    return _written(program, output, listing, found.description, time.monotonic() - start)
+    """Options of `nmforge.compile` from the command line, checked."""
+    try:
+        observer_factory(observer)
+    except ValueError as error:
+        raise BadInputError(f"--observer: {error}") from None
+    if smooth is not None and not 0 <= smooth <= 1:
+        raise BadInputError(f"--smooth must be in [0, 1], not {smooth}")
+    if residual_bits not in (8, 16):
+        raise BadInputError(f"--residual-bits must be 8 or 16, not {residual_bits}")
+    if "auto" in bits16 and len(bits16) > 1:
+        raise BadInputError("--bits16 auto chooses for itself: give it alone, or patterns")
+    return {
+        "observer": observer, "smooth": smooth, "bias_correction": bias_correction, "residual_bits": residual_bits,
+        "bits16": "auto" if "auto" in bits16 else tuple(bits16),
+    }  # fmt: skip
 
 
 def _written(

@@ -29,7 +29,7 @@ from rich.text import Text
 
 from nmforge.errors import CheckFailedError
 
-__all__ = ["Report", "Stages", "err", "guarded", "out", "progress_bars", "reporter", "write_text"]
+__all__ = ["Report", "Stages", "err", "guarded", "out", "progress_bars", "reporter", "write_bytes", "write_text"]
 
 Report = Callable[[str, int, "int | None"], None]
 """Called with a stage, how far it is, and its end if that is known."""
@@ -179,10 +179,15 @@ class Stages:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, making its folder."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

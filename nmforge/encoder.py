@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,11 +70,15 @@ def compile_encoder(
     arch: str | Arch,
     calibration: Iterable[dict[str, Tensor]],
     progress: Progress | None = None,
+    **quantisation: Any,
 ) -> Program:
-    """Compile a model's encoder for `batch` sequences of `length` tokens with a padding mask."""
+    """Compile a model's encoder for `batch` sequences of `length` tokens with a padding mask; ``quantisation``: options of
+    `nmforge.compile` about scales and bits."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
     example = encoder_inputs(bert, (ids, torch.ones_like(ids)))
-    program = compile(bert.encoder, example, arch=arch, calibration=calibration, progress=progress, host="forbid")
+    program = compile(
+        bert.encoder, example, arch=arch, calibration=calibration, progress=progress, host="forbid", **quantisation
+    )
     return cast(Program, program)  # nothing is on the host
 
 

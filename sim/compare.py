@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compiler.calibrate import unmasked
 from compiler.compile import float_boundary
 from compiler.exported import Exported, export
 from compiler.frontend import by_rows, import_whole
@@ -59,16 +60,25 @@ class Comparison:
         """Layers with the least SQNR, worst first."""
         return tuple(sorted(self.layers, key=lambda layer: layer.sqnr)[:count])
 
-    def plot(self, path: str | Path) -> None:
-        """Write the SQNR of every layer as a bar plot (SVG); the worst are in another colour."""
-        worst = {layer.name for layer in self.worst()}
-        values = [min(layer.sqnr, 100.0) for layer in self.layers]
-        svg = plots.bars(
-            [layer.source or layer.name for layer in self.layers], values, [f"{value:.1f}" for value in values],
-            label="signal to quantisation noise, dB", limits=(min(0.0, *values), max(values) * 1.15),
-            colours=["#b91c1c" if layer.name in worst else plots.SPARSE for layer in self.layers],
-        )  # fmt: skip
-        Path(path).write_text(svg, encoding="utf-8")
+    def plot(self, path: str | Path, *, count: int = 5) -> None:
+        """Write the SQNR of every layer as a bar plot, SVG or PNG by the file's suffix; the ``count`` worst are named.
+
+        Raises
+        ------
+        ValueError
+            Another suffix.
+        """
+        file = Path(path)
+        if file.suffix not in (".svg", ".png"):
+            raise ValueError(f"a plot is written to .svg or .png, not to {file.name!r}")
+        values = [max(min(layer.sqnr, 100.0), -100.0) for layer in self.layers]
+        place = {id(layer): number for number, layer in enumerate(self.layers)}
+        names = {place[id(layer)]: f"{layer.source or layer.name} ({layer.operator})" for layer in self.worst(count)}
+        figure = plots.profile(values, names, label="signal to quantisation noise, dB")
+        if file.suffix == ".png":
+            file.write_bytes(plots.to_png(figure))
+        else:
+            file.write_text(plots.to_svg(figure), encoding="utf-8")
 
     def __str__(self) -> str:
         worst = {layer.name for layer in self.worst()}
@@ -86,7 +96,8 @@ class Comparison:
 def compare(program: Program | PartitionedProgram, model: nn.Module, inputs: Any) -> Comparison:
     """Run a model in float and its program in integers (by the reference), and compare every layer.
 
-    Errors add up along the network, as they do in use. Layers of the host are not listed: they add none of their own.
+    Errors add up along the network, as they do in use. Layers of the host are not listed: they add none of their own. Rows of
+    tokens that a padding mask leaves out do not count, as in calibration.
 
     Parameters
     ----------
@@ -143,11 +154,13 @@ def _layers(graph: Graph, program: Program, floats: Mapping[str, Tensor], given:
     integers = run_reference(network, quantise_inputs(program, given))
     seen: dict[str, Tensor] = {}
     graph.run(dict(floats), observe=lambda node, operands, value: seen.__setitem__(node.name, value))
+    rows = unmasked(graph, graph.bind(dict(floats)))
     for node in graph.nodes.values():
         if isinstance(node, Input | KeyMask | Fixed) or node.name not in network.tensors:
             continue
         got = dequantise(network, node.name, integers[node.name]).reshape(seen[node.name].shape)
-        yield _layer(node.name, node.source, node.operator, seen[node.name].double().numpy(), got.double().numpy())
+        wanted = rows(seen[node.name])
+        yield _layer(node.name, node.source, node.operator, wanted.double().numpy(), rows(got).double().numpy())
 
 
 def _layer(name: str, source: str, operator: str, wanted: np.ndarray[Any, Any], got: np.ndarray[Any, Any]) -> Layer:

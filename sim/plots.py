@@ -14,9 +14,15 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-__all__ = ["DENSE", "KINDS", "SPARSE", "bars", "columns", "grouped", "points", "short", "stacked", "to_svg"]
+from compiler.memory import MemoryMap
+
+__all__ = [
+    "DENSE", "KINDS", "SPARSE", "against", "bars", "beside", "columns", "grouped", "memory_picture", "points", "profile", "short",
+    "stacked", "to_png", "to_svg",
+]  # fmt: skip
 
 SPARSE, DENSE = "#0f766e", "#94a3b8"
 """Colours of the two networks, everywhere."""
@@ -24,7 +30,7 @@ SPARSE, DENSE = "#0f766e", "#94a3b8"
 KINDS = ("#1d4ed8", "#0f766e", "#b45309", "#7e22ce", "#be123c", "#4d7c0f", "#0369a1", "#64748b")
 """Colours of the kinds of a stacked plot, in order; distinct in grey as well as for the colour-blind."""
 
-_INK, _GRID = "#334155", "#e2e8f0"
+_INK, _GRID, _WORST = "#334155", "#e2e8f0", "#b91c1c"
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -152,10 +158,7 @@ def points(places: Sequence[float], series: Mapping[str, Sequence[float]], *, la
             axes.grid(True, color=_GRID, linewidth=0.8)
             axes.set_axisbelow(True)
             axes.margins(0.16, 0.2)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-        plt.close(figure)
-    return buffer.getvalue()
+        return to_png(figure)
 
 
 def columns(
@@ -182,9 +185,125 @@ def columns(
         axes.yaxis.grid(True, color=_GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper center", ncols=6)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-        plt.close(figure)
+        return to_png(figure)
+
+
+def profile(values: Sequence[float], names: Mapping[int, str], *, label: str, size: str = "layer") -> Figure:
+    """Vertical bars in order, those of ``names`` (by place) in another colour, numbered, and named below: few of many."""
+    with plt.rc_context(_STYLE):
+        height = 3.4 + 0.2 * len(names)
+        figure, axes = plt.subplots(figsize=(max(6.4, 0.11 * len(values)), height), layout="constrained")
+        places = range(len(values))
+        axes.bar(places, values, color=[_WORST if place in names else SPARSE for place in places], width=0.8)
+        for number, place in enumerate(names, 1):
+            axes.annotate(str(number), (place, max(values[place], 0.0)), (0, 3), textcoords="offset points", ha="center",
+                          color=_WORST, fontweight="bold")
+        axes.set(xlabel=f"{size}, in order of execution", ylabel=label)
+        axes.margins(x=0.01, y=0.12)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.grid(True, color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        told = [f"{number}  {name}: {values[place]:.1f}" for number, (place, name) in enumerate(names.items(), 1)]
+        marks = [Rectangle((0, 0), 1, 1, color=_WORST) for _ in told]
+        figure.legend(marks, told, loc="outside lower left", handlelength=0.8)
+        return figure
+
+
+def beside(
+    rows: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float | None]]], *, shares: Sequence[str] = ()
+) -> bytes:
+    """Panels of horizontal bars that share their rows, one colour a series; None: no bar. A PNG file.
+
+    Parameters
+    ----------
+    panels
+        By title: values of each series, one a row.
+    shares
+        Titles of the panels whose values are shares of 1.
+    """
+    count = max(len(series) for series in panels.values())
+    height = 0.84 / count
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            1, len(panels), sharey=True, squeeze=False, layout="constrained",
+            figsize=(4.4 + 3.2 * len(panels), 1.3 + len(rows) * (0.14 + 0.16 * count)),
+        )  # fmt: skip
+        for panel, (title, series) in zip(axes[0], panels.items()):
+            for number, ((name, values), colour) in enumerate(zip(series.items(), (DENSE, *KINDS))):
+                shift = (number - (len(series) - 1) / 2) * height
+                known = [(row + shift, value) for row, value in enumerate(values) if value is not None]
+                places, lengths = [place for place, _ in known], [value for _, value in known]
+                panel.barh(places, lengths, height * 0.92, color=colour, label=name)
+                texts = [f"{value:.0%}" if title in shares else f"{value:.2f}" for value in lengths]
+                for place, length, text in zip(places, lengths, texts, strict=True):
+                    panel.annotate(text, (length, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+            panel.set_yticks(range(len(rows)), rows)
+            panel.tick_params(axis="y", length=0)
+            panel.set_title(title)
+            panel.xaxis.grid(True, color=_GRID, linewidth=0.8)
+            panel.set_axisbelow(True)
+            panel.margins(x=0.12)
+            if title in shares:
+                panel.set_xlim(0, 1.1)
+                panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=count)
+        return to_png(figure)
+
+
+def against(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> bytes:
+    """Points and the line through the origin that fits them best, one panel a series, axes from zero. A PNG file."""
+    with plt.rc_context(_STYLE):
+        figure, panels = plt.subplots(1, len(series), figsize=(3.9 * len(series), 3.2), layout="constrained", squeeze=False)
+        for axes, (name, pairs), colour in zip(panels[0], series.items(), KINDS):
+            slope = sum(a * b for a, b in pairs) / sum(a * a for a, _ in pairs)
+            most = max(a for a, _ in pairs)
+            axes.plot([0, most], [0, slope * most], color=_GRID, linewidth=1.6)
+            axes.plot(*zip(*pairs), color=colour, marker="o", linestyle="")
+            axes.set(title=name, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axes.grid(True, color=_GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+        return to_png(figure)
+
+
+def memory_picture(found: MemoryMap) -> bytes:
+    """What lies where in memory, and when: a rectangle a region, instructions from left to right, addresses upwards.
+
+    Code and constants, which are there all the time, are told in words. A PNG file.
+    """
+    shown = [region for region in found.regions if region.content not in ("code", "constants")]
+    colours = dict(zip(("inputs", "outputs", "masks"), (KINDS[2], KINDS[1], KINDS[3])))
+    lowest = min((region.address for region in shown), default=0)
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(9.6, 5.0), layout="constrained")
+        for number, region in enumerate(sorted(shown, key=lambda region: region.first)):
+            start, stop = max(region.first, 0), min(region.last + 1, found.instructions)
+            colour = colours.get(region.content, ("#93c5fd", "#60a5fa", "#3b82f6")[number % 3])
+            axes.add_patch(Rectangle(
+                (start, region.address), max(stop - start, 1), region.size, facecolor=colour, edgecolor="white", linewidth=0.5,
+            ))  # fmt: skip
+        for name, colour in (*colours.items(), ("activations", "#60a5fa")):
+            if any(region.content == name for region in shown):
+                axes.bar(0, 0, color=colour, label=name)
+        axes.set_xlim(0, found.instructions)
+        axes.set_ylim(lowest, max(found.end, lowest + 1))
+        axes.set_xlabel("instruction")
+        axes.set_ylabel("address")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:.2f} MB"))
+        axes.set_title(
+            f"activations: {short(found.activations)}B, in use at one time {short(found.live)}B, "
+            f"without sharing {short(found.unshared)}B"
+        )
+        figure.legend(loc="outside lower center", ncols=4)
+        return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
     return buffer.getvalue()
 
 

@@ -110,9 +110,13 @@ def _integers(network: QuantNetwork, tensor: QuantTensor, value: Tensor) -> NDAr
 
 
 def dequantise(network: QuantNetwork, name: str, values: NDArray[Any]) -> Tensor:
-    """Real values of a tensor: float32 ``scale * values + offset``, same shape; most offsets are 0."""
-    offset = np.array([float(text) for text in network.meta.get(f"offset.{name}", "0").split()])
-    return torch.from_numpy(np.asarray(values, np.float64) * network.tensors[name].scale + offset).float()
+    """Real values of a tensor: float32 ``(scale * values + offset) * divided``, same shape; most offsets are 0, most tensors
+    divided by nothing (`compiler.smooth`)."""
+    offset, divided = (
+        np.array([float(text) for text in network.meta.get(f"{key}.{name}", default).split()])
+        for key, default in (("offset", "0"), ("divided", "1"))
+    )
+    return torch.from_numpy((np.asarray(values, np.float64) * network.tensors[name].scale + offset) * divided).float()
 
 
 def run_reference(
@@ -146,7 +150,7 @@ def run_reference(
     wanted = keep if keep is not None else lambda name: True
     values = {name: np.asarray(inputs[name]) for name in network.inputs}
     batch = next((len(value) for value in values.values()), 1)
-    values |= {name: np.broadcast_to(fixed, (batch, *fixed.shape[1:])) for name, fixed in network.constants.items()}
+    values |= {name: np.broadcast_to(fixed, (batch, *fixed.shape[1:])).copy() for name, fixed in network.constants.items()}
     last = {name: i for i, op in enumerate(network.ops) for name in _reads(op)}
     result = {name: value for name, value in values.items() if wanted(name)}
     for i, op in enumerate(network.ops):

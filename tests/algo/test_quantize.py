@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from algo.quantize import (
     MULT_MAX,
     MULT_MIN,
-    Observer,
     dequantize_weight,
     quantize_weight,
     requant_array,
@@ -48,71 +47,6 @@ def test_weight_errors():
         quantize_weight(torch.zeros(2, 2, dtype=torch.int8))
     with pytest.raises(ValueError, match=r"not \(2,\)"):
         quantize_weight(torch.zeros(2))
-
-
-def test_minmax_observer_streams():
-    observer = Observer()
-    for value in (0.5, -3.0, 2.0):
-        observer.update(torch.tensor([value, 0.1]))
-    assert observer.absmax == 3.0 and observer.count == 6
-    assert observer.scale() == 3.0 / 127 and observer.scale(16) == 3.0 / 32767
-
-
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
-def test_all_zero_gives_scale_one(method):
-    observer = Observer(method)
-    observer.update(torch.zeros(10))
-    assert observer.scale() == 1.0
-
-
-def test_percentile_clips_outliers():
-    torch.manual_seed(0)
-    observer = Observer("percentile", percentile=99.0)
-    for _ in range(10):
-        observer.update(torch.rand(10_000))
-    observer.update(torch.tensor([50.0]))
-    assert observer.absmax == 50.0
-    assert 0.95 < observer.threshold() < 1.05
-
-
-def test_mse_is_no_worse_than_minmax():
-    torch.manual_seed(0)
-    values = torch.randn(100_000)
-    values[0] = 40
-    observer = Observer("mse")
-    for part in values.split(10_000):
-        observer.update(part)
-
-    def error(scale, bits=8):
-        limit = (1 << (bits - 1)) - 1
-        return float(((values / scale).round().clamp(-limit, limit) * scale - values).square().mean())
-
-    assert error(observer.scale()) < 0.7 * error(observer.absmax / 127)
-    # at 16 bits clipping costs more than it gains
-    assert observer.threshold(16) == pytest.approx(40, rel=0.01)
-
-
-def test_histogram_widens_without_losing_counts():
-    observer = Observer("percentile")
-    for value in (0.001, 1.0, 100.0, 3.0):
-        observer.update(torch.full((7,), value))
-    observer.update(torch.zeros(3))
-    assert observer._histogram.sum() == observer.count == 31
-
-
-def test_observer_errors():
-    with pytest.raises(ValueError, match="must be one of minmax, percentile, mse, not 'max'"):
-        Observer("max")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"percentile must be in \(0, 100\], not 0"):
-        Observer("percentile", percentile=0)
-    with pytest.raises(ValueError, match="seen no values"):
-        Observer().scale()
-    with pytest.raises(ValueError, match="NaN or an infinity"):
-        Observer().update(torch.tensor([math.inf]))
-    observer = Observer()
-    observer.update(torch.ones(1))
-    with pytest.raises(ValueError, match="bits must be in 2..32, not 1"):
-        observer.scale(1)
 
 
 @given(st.floats(2.0**-33, 2.0**14, exclude_max=True))

@@ -122,6 +122,61 @@ def test_an_encoder_is_a_whole_program(tmp_path: Path) -> None:
     assert isinstance(program, Program) and program.inputs[0].shape == (2, 6, 16)
 
 
+def test_initialisers_in_a_file_of_their_own(tmp_path: Path) -> None:
+    weights = np.random.default_rng(1).standard_normal((64, 48)).astype(np.float32)
+    path = write(tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": (2, 64)}, initial={"w": weights})
+    inside, given = load_onnx(path)
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="m.bin", size_threshold=0)
+    assert (tmp_path / "m.bin").stat().st_size >= weights.nbytes
+    outside, _ = load_onnx(path)
+    assert torch.equal(inside(**given)[0], outside(**given)[0])
+    (tmp_path / "m.bin").unlink()
+    with pytest.raises(CompileError, match=r"m.onnx is no ONNX model that can be read: .*m.bin"):
+        load_onnx(path)
+
+
+class _Gated(nn.Module):
+    """RMSNorm written out, rotary positions, causal attention and SwiGLU, as LLaMA has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16) + 0.5)
+        self.qkv, self.out = nn.Linear(16, 48, bias=False), nn.Linear(16, 16, bias=False)
+        self.gate, self.up = nn.Linear(16, 24, bias=False), nn.Linear(16, 24, bias=False)
+        self.down = nn.Linear(24, 16, bias=False)
+
+    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        q, k, v = self.qkv(self._norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        angle = torch.arange(length)[:, None] / 10.0 ** torch.arange(4)
+        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        q, k = (part * cos + torch.cat([-part[..., 4:], part[..., :4]], -1) * sin for part in (q, k))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        y = self._norm(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+def test_a_block_of_llama_with_an_open_dimension(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x, path = _Gated().eval(), torch.randn(1, 5, 16), tmp_path / "block.onnx"
+    shapes = {"x": {1: torch.export.Dim("length", min=2, max=32)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), path, dynamo=True, verbose=False, external_data=True, dynamic_shapes=shapes)
+        with pytest.raises(CompileError, match=r"input 'x' of the ONNX model has an open dimension 1 \(length\)"):
+            load_onnx(path)
+        program, direct = (compile_model(source, x, arch="tiny", calibration=[x]) for source in (str(path), module))
+    assert sum(program.report().macs.values()) == sum(direct.report().macs.values())
+    assert any("norm" in f"{op.norm}".lower() for part in program.networks for op in part.ops if hasattr(op, "norm"))
+    run = simulate(program, x, engine="isa")
+    assert run.bit_exact
+    torch.testing.assert_close(run.outputs[0], module(x).detach(), atol=0.15, rtol=0)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +184,12 @@ def test_unknown_and_custom_operators_name_the_node(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", [helper.make_node("Einsum", ["x"], ["y"], name="mix", equation="ij->ji")], {"x": (2, 3)})
     with pytest.raises(CompileError, match=r"ONNX node 'mix' \(Einsum\): operator Einsum is not understood: compile the torch"):
         load_onnx(path)
+    for kind, inputs in (("LSTM", ["x", "w", "r"]), ("GRU", ["x", "w", "r"])):
+        node = helper.make_node(kind, inputs, ["y"], name="memory", hidden_size=2)
+        shapes = {"x": (3, 1, 2), "w": (1, 8 if kind == "LSTM" else 6, 2), "r": (1, 8 if kind == "LSTM" else 6, 2)}
+        message = rf"ONNX node 'memory' \({kind}\): operator {kind} is not understood: compile the torch"
+        with pytest.raises(CompileError, match=message):
+            load_onnx(write(tmp_path / "l.onnx", [node], shapes))
     node = helper.make_node("Magic", ["x"], ["y"], name="spell", domain="acme")
     path = write(tmp_path / "n.onnx", [node], {"x": (2, 3)}, domain="acme")
     with pytest.raises(CompileError, match=r"ONNX node 'spell' \(acme.Magic\): custom operators of domain 'acme' are not"):
@@ -136,9 +197,14 @@ def test_unknown_and_custom_operators_name_the_node(tmp_path: Path) -> None:
 
 
 def test_unknown_versions(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": (2, 3)}, opset=9)
-    with pytest.raises(CompileError, match=f"uses operators of version 9; {OPSETS[0]} to {OPSETS[-1]} are understood: convert"):
-        load_onnx(path)
+    for version in (9, OPSETS[0] - 1, OPSETS[-1] + 1, 99):
+        path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": (2, 3)}, opset=version)
+        message = f"uses operators of version {version}; {OPSETS[0]} to {OPSETS[-1]} are understood: convert"
+        with pytest.raises(CompileError, match=message):
+            load_onnx(path)
+    for version in (OPSETS[0], OPSETS[-1]):
+        path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {"x": (2, 3)}, opset=version)
+        assert load_onnx(path)
 
 
 def test_open_dimensions(tmp_path: Path) -> None:

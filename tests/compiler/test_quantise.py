@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from algo.nm import NM
-from algo.quantize import Observer
+from algo.observers import Observer
 from algo.sparsify import sparsify
 from algo.verify import violations
 from compiler.frontend import trace
@@ -214,11 +214,12 @@ def test_scores_too_fine_for_the_mask_are_made_coarser():
 
 
 @pytest.mark.parametrize(
-    "method", ["minmax", "percentile", "mse", lambda: Observer("percentile", percentile=99.0)]
+    "method",
+    ["minmax", "percentile", "percentile:99.9", "mse", "entropy", lambda: Observer("percentile", percentile=99.0)],
 )
 def test_observers(method):
     graph, inputs, _ = _made("mlp with dropout")
-    network = quantise(graph, [inputs], activation_observer=method)
+    network = quantise(graph, [inputs], observer=method)
     (exact,), (result,) = graph.run(inputs).values(), _run(network, graph, inputs)
     assert _sqnr(exact, result[0]) > (15 if callable(method) else 30)
 
@@ -263,9 +264,9 @@ def test_wrong_options():
         quantise(graph, [inputs], residual_bits=12)
     with pytest.raises(
         ValueError,
-        match="activation_observer must be one of minmax, percentile, mse or a function, not 'max'",
+        match="observer must be one of minmax, percentile, mse, entropy or a function, not 'max'",
     ):
-        quantise(graph, [inputs], activation_observer="max")
+        quantise(graph, [inputs], observer="max")
     with pytest.raises(ValueError, match="quantise needs at least one calibration batch"):
         quantise(graph, [])
     with pytest.raises(ValueError, match="input 'input' must be float32 like"):

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import nmforge.sources
 from compiler.compile import compile_network
 from hw.arch import get_arch
-from nmforge.commands import _sizes, build_program, run_program
+from nmforge.commands import _of_size, _sizes, build_program, compare_layers, quantisation_options, run_program
 from nmforge.errors import BadInputError
 from nmforge.sentiment import SentimentConfig
 from sim.memory import MemoryModel
@@ -41,3 +42,37 @@ def test_more_tokens_than_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             calibration=2, listing=None, seed=0,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"observer": "max"}, "--observer: observer must be one of minmax, percentile, mse, entropy"),
+    ({"observer": "mse:3"}, "--observer: only percentile has a parameter"),
+    ({"smooth": 2.0}, r"--smooth must be in \[0, 1\], not 2.0"),
+    ({"residual_bits": 12}, "--residual-bits must be 8 or 16, not 12"),
+    ({"bits16": ["auto", "layers.*"]}, "--bits16 auto chooses for itself"),
+])  # fmt: skip
+def test_options_of_quantisation(wrong: dict[str, object], message: str) -> None:
+    right = {"observer": "percentile:99.9", "smooth": 0.5, "bias_correction": True, "bits16": ["a", "b"], "residual_bits": 16}
+    assert quantisation_options(**right)["bits16"] == ("a", "b")  # type: ignore[arg-type]
+    with pytest.raises(BadInputError, match=message):
+        quantisation_options(**(right | wrong))  # type: ignore[arg-type]
+
+
+def test_layers_of_an_encoder_are_compared_and_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nmforge.sources, "create_model", lambda *_, **__: model().bert)
+    options = {
+        "pattern": None, "arch": get_arch("tiny"), "batch": 1, "length": 5, "pretrained": False, "calibration": 2, "seed": 0,
+        "whole": False, "host": "allow", "quantisation": {"smooth": 0.5},
+    }
+    with pytest.warns(UserWarning, match="calibrated on random tokens"):
+        result = compare_layers("tinybert_4", tmp_path / "layers.png", count=2, **options)
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert len(result["worst"]) == 2 and result["worst"][0]["sqnr"] == min(layer["sqnr"] for layer in result["layers"])
+    with pytest.raises(BadInputError, match="a plot is written to .svg or .png, not to 'layers.gif'"):
+        compare_layers("tinybert_4", tmp_path / "layers.gif", count=2, **options)
+
+
+def test_inputs_are_brought_to_the_size_of_the_program() -> None:
+    values = torch.arange(6).view(2, 3)
+    assert _of_size(values, 3, 2).tolist() == [[0, 1], [3, 4], [0, 1]]
+    assert _of_size(values, 1, 5).tolist() == [[0, 1, 2, 0, 0]]

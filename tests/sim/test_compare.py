@@ -43,6 +43,25 @@ def test_a_bad_layer_is_the_worst(tmp_path: Path) -> None:
     assert "<- worst" in str(bad) and "SQNR" in str(bad)
     bad.plot(tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+    bad.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="a plot is written to .svg or .png, not to 'plot.jpg'"):
+        bad.plot(tmp_path / "plot.jpg")
+
+
+def test_smoothed_layers_are_compared_with_what_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 12)).eval()
+    with torch.no_grad():
+        module[0].weight[3] *= 40
+        module[1].weight[:, 3] /= 40
+    x = torch.randn(9, 12)
+    plain, smoothed = (
+        compare(compile_model(module, x, arch="tiny", calibration=[x], smooth=alpha), module, x) for alpha in (None, 0.5)
+    )
+    assert len(smoothed.layers) == len(plain.layers)
+    assert smoothed.layers[-1].sqnr > plain.layers[-1].sqnr + 3
+    assert min(layer.sqnr for layer in smoothed.layers) > 20
 
 
 def test_parts_of_a_partitioned_program() -> None:
@@ -70,3 +89,15 @@ def test_equal_and_empty_tensors() -> None:
     assert (zero.sqnr, zero.cosine, zero.error) == (np.inf, 1.0, 0.0)
     assert _layer("a", "", "o", 0 * ones, ones).sqnr == -np.inf
     assert Comparison((zero,)).worst() == (zero,)
+
+
+def test_padding_does_not_count() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 3, 32, batch_first=True, dropout=0.0).eval()
+    x, padding = torch.randn(2, 7, 24), torch.arange(7) >= torch.tensor([[7], [3]])
+    program = compile_model(layer, {"src": x, "src_key_padding_mask": padding}, arch="tiny",
+                            calibration=[{"src": x, "src_key_padding_mask": padding}])
+    noisy = torch.where(padding[..., None], 50 * torch.randn(2, 7, 24), x)
+    plain, noise = (compare(program, layer, {"src": y, "src_key_padding_mask": padding}) for y in (x, noisy))
+    assert [one.sqnr for one in plain.layers] == pytest.approx([one.sqnr for one in noise.layers], abs=1e-3)
+    assert min(one.sqnr for one in plain.layers) > 25
