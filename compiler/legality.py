@@ -55,13 +55,12 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     for stage, kinds in {
         **dict.fromkeys(
             (
-                "trace", "match_norms", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products",
+                "trace", "match_norms", "fold_biases", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products",
                 "match_elementwise", "match_scores",
             ),
             {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
         ),
         "fold_masks": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
-        "fold_biases": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
         "fix_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Constant},
         "place_constants": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},
         "sink_views": {*_PLAIN, *_ATTENTION, *_MOVING, Rearrange},

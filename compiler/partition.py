@@ -242,7 +242,7 @@ class _Partitioner:
         found: dict[fx.Node, str] = {}
         for number, nodes in stages.items():
             if number % 2:
-                found |= self.not_worthwhile(nodes)
+                found |= self.not_worthwhile(nodes) | self.singular(nodes)
             else:
                 found |= self.near_zero(nodes)
         if not found:
@@ -298,6 +298,21 @@ class _Partitioner:
             todo += node.all_input_nodes
         return found
 
+    def singular(self, nodes: list[fx.Node]) -> dict[fx.Node, str]:
+        """Logarithms and quotients of what an operator rounded and others moved: no one table holds both functions."""
+        inside = set(nodes)
+        found: dict[fx.Node, str] = {}
+        for node in nodes:
+            if node.target not in SINGULAR:
+                continue
+            x: Any = node.args[node.target is aten.div.Tensor]
+            moved = False
+            while isinstance(x, fx.Node) and x in inside and x.target in MOVES:
+                x, moved = x.all_input_nodes[0], True
+            if moved and isinstance(x, fx.Node) and x in inside and x.target in ARITHMETIC:
+                found[node] = NEAR_ZERO
+        return found
+
     def illegal(self, number: int, nodes: list[fx.Node], stages: Mapping[int, list[fx.Node]]) -> dict[fx.Node, str]:
         """What the passes blame when they go over a stage; if nothing, the stage is one of `segments`."""
         inside = set(nodes)
@@ -325,6 +340,8 @@ class _Partitioner:
                 for node in map(by_name.get, item.origin)
                 if node in inside and self.place(node) is None
             }
+            # a mask that masks no attention: whoever takes it
+            blamed = blamed or {node: MASK for node in nodes if self.place(node) is None and set(self.masks[node]) & self.inlined}
             if not blamed:
                 raise
             cheap = {node: reason for node, reason in blamed.items() if node.target not in PRODUCTS}

@@ -46,6 +46,8 @@ class Layer(nn.Module):
         self.register_buffer("swap_q", _all_heads(swap, self.heads))
         self.register_buffer("swap_k", _all_heads(swap, self.kv_heads))
         self.adapted = prompt is not None
+        self.prompt_key: Tensor
+        self.prompt_value: Tensor
         if prompt is not None:
             with torch.no_grad():
                 key, value = (self._heads(layer(prompt.tokens)) for layer in (self.wk, own.wv))
@@ -212,12 +214,12 @@ class Generator:
             )
         padded = [*prompt, *[prompt[-1]] * (self.length - len(prompt))]
         run = simulate(self.prefill, self.embed(padded), engine=engine)
-        logits, *kept = run.outputs
+        logits, *kept = cast(list[Tensor], list(run.outputs))
         cache = [F.pad(part[:, : len(prompt)], (0, 0, 0, self.places - len(prompt))) for part in kept]
         tokens, cycles = [int(logits[0, len(prompt) - 1].argmax())], [run.cycles]
         while len(tokens) < new_tokens:
             run = simulate(self.step, self.inputs(tokens[-1], len(prompt) + len(tokens) - 1, cache), engine=engine)
-            logits, *cache = run.outputs
+            logits, *cache = cast(list[Tensor], list(run.outputs))
             tokens.append(int(logits[0, 0].argmax()))
             cycles.append(run.cycles)
         return Generation(tokens, cycles)

@@ -32,6 +32,7 @@ Pass = Callable[[Graph], Graph]
 
 PASSES: tuple[Pass, ...] = (
     match_norms,  # x * rsqrt(mean(x^2) + eps) becomes one norm
+    fold_biases,  # a constant vector added after a Linear becomes its bias
     match_rotations,  # rotary positions become two products and a sum
     fold_vectors,  # a product with a vector of channels goes into what was before it
     fold_functions,  # x * sigmoid(x) and the like become one function
@@ -39,7 +40,6 @@ PASSES: tuple[Pass, ...] = (
     match_elementwise,  # a * b of activations, and of a constant
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask
-    fold_biases,  # a constant vector added after a Linear becomes its bias
     fix_constants,  # other constants that data is multiplied with
     place_constants,  # other constants that are added or joined become tensors
     sink_views,  # reshapes and transposes move behind the operators that do not care

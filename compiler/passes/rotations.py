@@ -102,7 +102,8 @@ def _rotation(graph: Graph, target: Node) -> list[Node] | None:
 def _region(graph: Graph, target: Node) -> tuple[Node, list[Node]] | None:
     """The nearest node that all paths to a target come from, and the linear operators between; None if there are others."""
     place = {name: i for i, name in enumerate(graph.nodes)}
-    frontier, region = {target.name}, []
+    frontier: set[str] = {target.name}
+    region: list[Node] = []
     while True:
         node = graph.nodes[max(frontier, key=place.__getitem__)]
         linear = isinstance(node, View | Scale | Add) or (isinstance(node, Aten) and node.target in _LINEAR)
@@ -245,8 +246,8 @@ def fold_gathers(graph: Graph) -> Graph:
                 renamed[node.name] = linear.name
         elif isinstance(node, Attention):
             nodes |= {item.name: item for item in _without_order(node, nodes)}
-    order = {name: i for i, name in enumerate(graph.nodes)}
-    kept = sorted((n for n in nodes.values() if n.name not in renamed), key=lambda n: order.get(n.name, -1))
+    place = {name: i for i, name in enumerate(graph.nodes)}
+    kept = sorted((n for n in nodes.values() if n.name not in renamed), key=lambda n: place.get(n.name, -1))
     return graph.rewrite(kept, renamed=renamed)
 
 

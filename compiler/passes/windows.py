@@ -40,7 +40,8 @@ def _one_by_one(graph: Graph, node: ScaledDotProduct) -> list[Node]:
         x = graph.nodes[name]
         layout = Layout.contiguous(x.shape).reshape((count, *x.shape[-2:]))
         made.append(View(
-            name=f"{node.name}.{role}", inputs=(name,), shape=layout.shape, layout=layout, source=node.source, origin=node.origin
+            name=f"{node.name}.each.{role}", inputs=(name,), shape=layout.shape, layout=layout, source=node.source,
+            origin=node.origin,
         ))  # fmt: skip
     shape = (count, rows, width)
     whole = Attention(
@@ -81,7 +82,7 @@ def _of_rows(graph: Graph, node: ScaledDotProduct) -> list[Node]:
         if tensor.shape == (*chosen.shape, tensor.shape[-1]) and bool((chosen.flatten() == torch.arange(chosen.numel())).all()):
             names.append(tensor.name)
             continue
-        made.append(row_gather(f"{node.name}.{role}", tensor, chosen.flatten(), tuple(chosen.shape), node))
+        made.append(row_gather(f"{node.name}.rows.{role}", tensor, chosen.flatten(), tuple(chosen.shape), node))
         names.append(made[-1].name)
     mask = node.inputs[3:]
     if mask and graph.nodes[mask[0]].shape != (batch, 1, k_rows.shape[1]):

@@ -13,6 +13,7 @@ from compiler.graph import (
     CompileError,
     Constant,
     Convolution,
+    Fixed,
     Fold,
     Function,
     Graph,
@@ -87,6 +88,7 @@ def test_the_table_decides(kind, stage):
 def test_the_last_stage_has_only_what_the_quantiser_takes():
     assert LEGAL["fuse"] == {
         Input, KeyMask, Linear, Convolution, MaxPool, Unfold, Fold, Attention, Pointwise, Rearrange, Transpose, Product, Softmax,
+        MatMul, Fixed,
     }  # fmt: skip
 
 
