@@ -232,9 +232,12 @@ class Move(Aten):
     to their values, so that `compiler.passes.rows` learns what goes where by running it."""
 
     def evaluate(self, *operands: Tensor) -> Tensor:
-        if all(x.is_floating_point() for x in operands):
+        try:
             return super().evaluate(*operands)
-        return super().evaluate(*(x.double() for x in operands)).long()  # torch has some for floating point only
+        except RuntimeError:  # torch has some for floating point only, and numbers of elements are integers
+            if all(x.is_floating_point() for x in operands):
+                raise
+            return super().evaluate(*(x.double() for x in operands)).long()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -543,7 +543,7 @@ Zoo = Annotated[bool, typer.Option("--zoo", help="The co-design table of all see
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="MODEL", help="Of the table: these networks alone.")]
 Cache = Annotated[Path | None, typer.Option("--cache", help="Of the table: folder of its measurements.")]
 TableText = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
-PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the table.")]
+TablePlot = Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the table.")]
 Rtl = Annotated[bool, typer.Option("--rtl", help="Of the table: also run the RTL and compare every byte; needs --only.")]
 Again = Annotated[bool, typer.Option("--fresh", help="Of the table: measure again what earlier sources gave.")]
 
@@ -564,7 +564,7 @@ def report(
     arch: ArchName = "sta1024",
     cache: Cache = None,
     markdown: TableText = False,
-    plot: PlotFile = None,
+    plot: TablePlot = None,
     rtl: Rtl = False,
     fresh: Again = False,
     as_json: Json = False,

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from compiler.graph import Activation, Add, Aten, Constant, Graph, Input, Linear, Node, Scale, View
+from compiler.graph import Activation, Add, Aten, Constant, Graph, Linear, Node, Scale, View
 from compiler.layout import Layout
+from compiler.passes.elementwise import is_mask
 
 __all__ = ["broadcast_products"]
 
@@ -29,7 +30,7 @@ def _broadcast(node: Node, nodes: dict[str, Node]) -> list[Node] | None:
     if not isinstance(node, Aten) or node.target is not torch.ops.aten.mul.Tensor or len(set(node.inputs)) != 2:
         return None
     operands = [nodes[name] for name in node.inputs]
-    if any(isinstance(x, Constant) or (isinstance(x, Input) and not x.dtype.is_floating_point) for x in operands):
+    if any(isinstance(x, Constant) or is_mask(x, nodes) for x in operands):
         return None
     if len(node.shape) not in (3, 4) or any(len(x.shape) != len(node.shape) or x.shape[0] != node.shape[0] for x in operands):
         return None

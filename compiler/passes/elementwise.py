@@ -8,7 +8,7 @@ import torch
 
 from compiler.graph import Aten, Constant, Fixed, Graph, Input, Linear, MatMul, Mul, Node, Softmax, View
 
-__all__ = ["fix_constants", "match_elementwise"]
+__all__ = ["fix_constants", "is_mask", "match_elementwise"]
 
 aten = torch.ops.aten
 
@@ -30,7 +30,7 @@ def match_elementwise(graph: Graph) -> Graph:
 
 def _product(node: Node, nodes: dict[str, Node]) -> list[Node] | None:
     a, b = sorted((nodes[name] for name in node.inputs), key=lambda item: (isinstance(item, Constant), item.shape != node.shape))
-    if isinstance(a, Constant) or a.shape != node.shape or not (_is_data(a) and _is_data(b)):
+    if isinstance(a, Constant) or a.shape != node.shape or is_mask(a, nodes) or is_mask(b, nodes):
         return None
     whole = Mul(name=node.name, inputs=(a.name, b.name), shape=node.shape, source=node.source, origin=node.origin)
     if b.shape == node.shape or isinstance(b, Constant):
@@ -44,8 +44,14 @@ def _product(node: Node, nodes: dict[str, Node]) -> list[Node] | None:
     return [spread, replace(whole, inputs=(a.name, spread.name))]
 
 
-def _is_data(node: Node) -> bool:
-    return not (isinstance(node, Input) and not node.dtype.is_floating_point)
+def is_mask(node: Node, nodes: dict[str, Node]) -> bool:
+    """Whether a tensor is computed from integer or boolean inputs alone: mask arithmetic, which `fold_masks` understands."""
+    if isinstance(node, Input):
+        return not node.dtype.is_floating_point
+    if not isinstance(node, Aten | View):
+        return False
+    made_from = [nodes[name] for name in node.inputs if not isinstance(nodes[name], Constant)]
+    return bool(made_from) and all(is_mask(item, nodes) for item in made_from)
 
 
 def _gated(product: MatMul, nodes: dict[str, Node]) -> list[Node]:

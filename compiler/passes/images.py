@@ -23,7 +23,7 @@ def place_images(graph: Graph) -> Graph:
     users = graph.users()
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
-        if isinstance(node, View) and isinstance(x := graph.nodes[node.inputs[0]], Input) and _is_rows(node.layout, x.shape):
+        if isinstance(node, View) and isinstance(x := graph.nodes[node.inputs[0]], Input) and _are_rows(users[x.name], x):
             node = Unfold(
                 name=node.name, inputs=node.inputs, shape=node.shape, source=node.source, origin=node.origin,
                 out_size=(x.shape[2], x.shape[3]) if len(x.shape) == 4 else (1, x.shape[2]),
@@ -94,12 +94,14 @@ def _unfolded(node: Convolution, x: Unfold, nodes: dict[str, Node]) -> Linear:
     )  # fmt: skip
 
 
-def _is_rows(layout: Layout, shape: tuple[int, ...]) -> bool:
-    if len(shape) not in (3, 4):
+def _are_rows(users: list[Node], x: Input) -> bool:
+    """Whether an input is only ever seen as rows of pixels."""
+    if len(x.shape) not in (3, 4):
         return False
-    batch, channels, *size = shape
-    order = (0, *range(2, len(shape)), 1)
-    return layout == Layout.contiguous(shape).permute(order).reshape((batch, prod(size), channels))
+    batch, channels, *size = x.shape
+    order = (0, *range(2, len(x.shape)), 1)
+    rows = Layout.contiguous(x.shape).permute(order).reshape((batch, prod(size), channels))
+    return all(isinstance(user, View) and user.layout == rows for user in users)
 
 
 def _is_image(node: View, graph: Graph) -> bool:

@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def _with_indices(graph: Graph, node: Move) -> Move:
         return node
     found = {i: graph.nodes[name].value for i, name in enumerate(node.inputs) if i not in kept}  # type: ignore[attr-defined]
 
-    def bound(value: object) -> object:
+    def bound(value: Any) -> Any:
         if isinstance(value, Operand):
             return found[value.index] if value.index in found else Operand(kept.index(value.index))
         if isinstance(value, list | tuple):
@@ -164,7 +165,7 @@ def arrange_rows(graph: Graph) -> Graph:
         key = (shape, _digest(ids))
         if key in known:
             return known[key]
-        made = _arranged(graph, node, ids, shape, numbers)
+        made: Transpose | Rearrange | str | None = _arranged(graph, node, ids, shape, numbers)
         if _narrow(made) and shape[-1] > 1:
             turned = ids.reshape((1,) * (3 - len(shape)) + shape).transpose(1, 2).contiguous()
             base = _arranged(graph, replace(node, name=f"{node.name}.turned"), turned, tuple(turned.shape), numbers)
@@ -192,7 +193,7 @@ def arrange_rows(graph: Graph) -> Graph:
     return graph.rewrite(nodes.values(), outputs=tuple(outputs))
 
 
-def _narrow(made: Rearrange | str | None) -> bool:
+def _narrow(made: Transpose | Rearrange | str | None) -> bool:
     """Whether copies are of single columns, or cannot be."""
     if isinstance(made, Rearrange):
         return any(part.width == 1 for part in made.parts) and len(made.parts) > 1
@@ -222,7 +223,7 @@ def _joined_dimensions(graph: Graph) -> Graph:
             now[joined.name] = node.name
         on_rows = isinstance(node, Linear | LayerNorm | Activation | Scale | Add | Softmax)
         if on_rows and len(node.shape) not in (2, 3):
-            names = []
+            names: list[str] = []
             for name in node.inputs:
                 x = nodes[name]
                 flat = _reshaped(x, by_rows(x.shape), f"{node.name}.{len(names)}.flat", node)
@@ -288,7 +289,9 @@ def _arranged(graph: Graph, node: Node, ids: Tensor, shape: Shape, numbers: _Num
     if len(used) == 1 and not constants[0] and by_rows(tensors[0].shape) == shape == tensors[0].shape:
         if bool((ids.reshape(-1) == torch.arange(math.prod(shape)) + numbers.firsts[used[0]]).all()):
             return tensors[0].name
-    fill, parts, inputs = None, [], []
+    fill: Tensor | None = None
+    parts: list[Part] = []
+    inputs: list[str] = []
     for index, tensor, constant in zip(used, tensors, constants, strict=True):
         mine = owner == index
         local = flat - numbers.firsts[index]
