@@ -75,12 +75,23 @@ def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
         for move in found:
             copies[move.tile].append(_Copy(part, move))
     fills, known = _fills(emitter, index, op, out), dict[tuple[int, ...], int]()
-    if emitter.arch.row_groups == emitter.arch.rows:
+    if emitter.arch.row_groups == emitter.arch.rows and not _overlap(op, emitter.tensors[op.out].shape):
         copies = [_repeated(mine, emitter.arch.rows, known) for mine in copies]
     return [
         Task((*fills.get(tile, ()), *(step for copy in copies[tile] for step in _steps(emitter, index, op, copy))))
         for tile in range(out.tiles)
     ]
+
+
+def _overlap(op: Rearrange, shape: tuple[int, ...]) -> bool:
+    """Whether a part writes over another: then a tile does not keep what was copied into it."""
+    written = np.zeros((shape[0] * shape[1], shape[2]), bool)
+    for part in op.sources:
+        columns = slice(part.at, part.at + part.width)
+        if written[part.to, columns].any():
+            return True
+        written[part.to, columns] = True
+    return False
 
 
 def _steps(emitter: Emitter, index: int, op: Rearrange, copy: _Copy) -> Iterator[Step]:
