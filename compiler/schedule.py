@@ -96,12 +96,13 @@ def by_operator(tasks: Sequence[Task], *, depth: int) -> list[Step]:
     steps: list[Step] = []
     run: list[Task] = []
     for task in (*tasks, Task(())):
+        if not task.close or not all(earlier.writes.isdisjoint(task.reads) for earlier in run):
+            steps += pipelined([t.steps for t in run], [t.close for t in run], depth=depth)
+            run = []
         if task.close:
             run.append(task)
-            continue
-        steps += pipelined([t.steps for t in run], [t.close for t in run], depth=depth)
-        run = []
-        steps += task.steps
+        else:
+            steps += task.steps
     return steps
 
 
