@@ -28,7 +28,7 @@ def _tasks(seed: int, *, rows: bool = False) -> list[Task]:
 def test_every_step_once_and_after_what_it_reads(seed: int, rows: bool, order: Order) -> None:
     """207: a softmax of a softmax, whose exponentials must not overtake the shares that they read."""
     tasks = _tasks(seed, rows=rows)
-    steps = schedule(tasks, TINY, depth=seed % 3, order=order)
+    steps = schedule(tasks, TINY, depth=1 + seed % 2 if rows else seed % 3, order=order)
     given = [step for task in tasks for step in (*task.steps, *task.close)]
     assert sorted(map(id, steps)) == sorted(map(id, given))
     place = {id(step): i for i, step in enumerate(steps)}
