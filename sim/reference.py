@@ -168,6 +168,7 @@ def _check_inputs(network: QuantNetwork, inputs: Mapping[str, NDArray[Any]]) -> 
         raise ValueError(
             f"the network's inputs are {', '.join(network.inputs)}, not {', '.join(inputs) or 'none'}"
         )
+    batches: dict[int, int] = {}
     sizes: dict[int, int] = {}
     for name in network.inputs:
         tensor, value = network.tensors[name], np.asarray(inputs[name])
@@ -184,9 +185,9 @@ def _check_inputs(network: QuantNetwork, inputs: Mapping[str, NDArray[Any]]) -> 
         free, fixed = (2, 1) if tensor.dtype == "keymask" else (1, 2)
         if value.shape[fixed] != tensor.shape[fixed]:
             raise ValueError(f"input {name!r} must have a shape like {tensor.shape}, not {value.shape}")
-        # inputs of one length in the network must be of one length here
+        # inputs of one batch and length in the network must be of one batch and length here
         agreed = (
-            sizes.setdefault(0, value.shape[0]),
+            batches.setdefault(tensor.shape[0], value.shape[0]),
             sizes.setdefault(tensor.shape[free], value.shape[free]),
         )
         if agreed != (value.shape[0], value.shape[free]):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiler.graph import Aten, Constant, Graph, LayerNorm, Node, Norm, Operand
+from compiler.graph import Add, Aten, Constant, Graph, LayerNorm, Node, Norm, Operand
 
 __all__ = ["NORM_PARTS", "match_norms"]
 
@@ -17,6 +17,8 @@ aten = torch.ops.aten
 
 NORM_PARTS = frozenset({aten.mean.dim, aten.rsqrt.default})
 """Operators that only ever run on the accelerator as parts of a norm."""
+
+_SUMS = (aten.add.Tensor, aten.add.Scalar)
 
 Nodes = Mapping[str, Node]
 
@@ -76,15 +78,16 @@ def _eps(node: Node, x: str, nodes: Nodes) -> float | None:
     elif not _is(node, aten.rsqrt.default):
         return None
     total = nodes[node.inputs[0]]
-    if not isinstance(total, Aten) or total.target not in (aten.add.Tensor, aten.add.Scalar) or total.kwargs:
+    if not isinstance(total, Add) and (not isinstance(total, Aten) or total.target not in _SUMS or total.kwargs):
         return None
-    eps = next((item for item in total.args if isinstance(item, int | float)), None)
-    if eps is None and len(total.inputs) == 2:
-        constants = [nodes[name] for name in total.inputs if isinstance(nodes[name], Constant)]
-        eps = float(constants[0].value) if constants and constants[0].value.numel() == 1 else None  # type: ignore[attr-defined]
-    if eps is None:
+    eps = next((item for item in total.args if isinstance(item, int | float)), None) if isinstance(total, Aten) else None
+    constants = [c.value for name in total.inputs if isinstance(c := nodes[name], Constant) and c.value.numel() == 1]
+    if eps is None and constants:
+        eps = float(constants[0])
+    others = [nodes[name] for name in total.inputs if not isinstance(nodes[name], Constant)]
+    if eps is None or len(others) != 1:
         return None
-    mean = nodes[total.inputs[0]]
+    (mean,) = others
     rank = len(nodes[x].shape)
     if not isinstance(mean, Aten) or mean.target is not aten.mean.dim or len(mean.args) != 3 or not mean.args[2]:
         return None

@@ -26,7 +26,7 @@ def test_disassembly_shows_what_does_not_decode() -> None:
     code = good_tile().encode() + raw_with(good_tile(), source=3) + bytes(64)
     lines = disassemble(code)
     assert lines[0] == to_text(good_tile())
-    assert lines[1].startswith(".bytes 31")
+    assert lines[1].startswith(f".bytes {raw_with(good_tile(), source=3)[:8].hex()}")
     assert "source: 3 is no Source" in lines[1]
     assert lines[2] == "ILLEGAL"
     with pytest.raises(ValueError, match="multiple of 64 bytes, not 65"):

@@ -34,7 +34,7 @@ def test_what_it_is(program: PartitionedProgram) -> None:
         ("ids", (2, 6), "torch.int64"), ("mask", (2, 6), "torch.int64"),
     ]  # fmt: skip
     first, last = program.programs
-    assert [spec.name for spec in first.inputs] == ["embedding", "mask"]
+    assert [spec.name for spec in first.inputs] == ["embedding", "mask", "_to_copy"]  # the mask twice: keys, and a factor
     assert first.tensor("embedding").dtype == "int16"  # a residual reads it: not rounded to 8 bits
     assert program.macs == first.macs + last.macs and program.instruction_count > first.instruction_count
     assert program.memory_bytes == max(first.memory_bytes, last.memory_bytes)

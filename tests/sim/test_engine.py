@@ -60,11 +60,11 @@ def test_counters_and_cycles(engine: VerilatorEngine, program: Program) -> None:
 
 def test_error_names_code_address_and_instruction(engine: VerilatorEngine, program: Program) -> None:
     good = engine.harness.memory[:64].copy()
-    engine.harness.memory[0] = good[0] & 0xF0 | Opcode.ILLEGAL
+    engine.harness.memory[0] = good[0] & 0xF8 | Opcode.ILLEGAL
     with pytest.raises(AcceleratorError, match=r"stopped with OPCODE at the instruction at 0x0: Instruction\(ILLEGAL"):
         run(engine, program)
-    engine.harness.memory[0] = 15
-    with pytest.raises(AcceleratorError, match=r"OPCODE .*no instruction: instruction field opcode: 15 is no Opcode"):
+    engine.harness.memory[0] = 7
+    with pytest.raises(AcceleratorError, match=r"OPCODE .*no instruction: instruction field opcode: 7 is no Opcode"):
         run(engine, program)
     engine.harness.memory[:64] = good
     assert run(engine, program) > 0
