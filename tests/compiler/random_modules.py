@@ -62,6 +62,8 @@ class RandomTokens(nn.Module):
         self.shown = [int(i) for i in np.flatnonzero(self.rng.random(len(chosen) - 1) < 0.15)]
         self.host = HostBlock(int(self.rng.integers(HostBlock.COUNT))) if host else None
         self.place = int(self.rng.integers(1, len(chosen)))
+        self.end = self._draw("all", "rows", "flat")
+        self.head = nn.Linear(CHANNELS * (length if self.end == "flat" else 1), 8)
         for layer in self.modules():
             if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
                 nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -75,7 +77,8 @@ class RandomTokens(nn.Module):
                 x = self.host(x)
             if number in self.shown:
                 results.append(x)
-        return (*results, x)
+        ends = {"all": self.head, "rows": lambda x: self.head(x)[:, 1:], "flat": lambda x: self.head(x.flatten(1))}
+        return (*results, ends[self.end](x))
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -101,12 +104,17 @@ class RandomTokens(nn.Module):
 
     def _attention(self) -> nn.Module:
         kind, masked = self._draw("whole", "written", "causal", "bias"), self._draw(True, False)
+        angle = torch.arange(self.length)[:, None] / 10.0 ** torch.arange(CHANNELS // HEADS // 2)
+        cos, sin, turned = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2), self._draw(True, False)
         bias = torch.randn(HEADS, self.length, self.length)
         masked = masked and kind != "causal"
         self.masked |= masked
 
         def attend(m: Any, x: Tensor, mask: Tensor | None) -> Tensor:
             q, k, v = (_split(part(x)) for part in (m.q, m.k, m.v))
+            if turned:  # rotary positions
+                half = q.shape[-1] // 2
+                q, k = (y * cos + torch.cat([-y[..., half:], y[..., :half]], -1) * sin for y in (q, k))
             keep = mask if masked else None
             if kind == "whole":
                 mixed = F.scaled_dot_product_attention(q, k, v, None if keep is None else keep[:, None, None, :].bool())
@@ -160,10 +168,13 @@ class RandomTokens(nn.Module):
 
     def _moved(self) -> nn.Module:
         """Rows that are turned around, cut and joined."""
-        kind, layer = self._draw("rolled", "joined"), nn.Linear(CHANNELS, CHANNELS)
-        return _Parts(
-            lambda m, x, _: m.a(x.roll(1, 1) if kind == "rolled" else torch.cat([x[:, 1:], x[:, :1]], 1)), a=layer
-        )  # fmt: skip
+        kind, layer = self._draw("rolled", "rolled after", "joined"), nn.Linear(CHANNELS, CHANNELS)
+        ways: dict[str, Callable[..., Tensor]] = {
+            "rolled": lambda m, x, _: m.a(x.roll(1, 1)),
+            "rolled after": lambda m, x, _: m.a(x).roll(1, 1),
+            "joined": lambda m, x, _: m.a(torch.cat([x[:, 1:], x[:, :1]], 1)),
+        }
+        return _Parts(ways[kind], a=layer)
 
     def _matrix(self) -> nn.Module:
         weight, bias = nn.Parameter(torch.randn(CHANNELS, CHANNELS) / 4), nn.Parameter(torch.randn(CHANNELS))

@@ -43,13 +43,17 @@ def test_every_pass_keeps_the_result_of_a_random_module(seed):
             )
 
 
+ELSEWHERE = {"fold_gathers", "hoist_rows"}
+"""Passes that need more than chance builds here: their graphs are in test_rotations.py and test_token_networks.py."""
+
+
 def test_every_pass_has_something_to_do():
     """A pass that changes none of these graphs would be checked by none of them."""
     idle = {number for number, _ in enumerate(PASSES)}
     for seed in SEEDS:
         stages = _stages(seed)
         idle -= {number for number in idle if _shape(stages[number]) != _shape(stages[number + 1])}
-    assert not [PASSES[number].__name__ for number in idle]
+    assert {PASSES[number].__name__ for number in idle} <= ELSEWHERE
 
 
 def _shape(graph: Graph) -> list[tuple[object, ...]]:
