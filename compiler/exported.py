@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from algo.modes import evaluating, quiet_export
 from algo.sparsify import pattern_of
+from compiler.decompositions import decompositions
 from compiler.graph import CompileError, named_inputs
 
 __all__ = ["Exported", "dtype_name", "export", "is_getitem", "listed", "mapped", "module_path", "source_line"]
@@ -203,23 +204,14 @@ def _effective(module: nn.Module) -> nn.Module:
     return result
 
 
-def _einsum(equation: str, operands: list[Tensor], path: list[int] | None = None) -> Any:
-    """As products of matrices, which the accelerator may have."""
-    # torch's own kernel; `decompose` would come back here
-    return aten.einsum.default._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, equation, operands, path=path)
-
-
-_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum}
-"""Operators that are written in others before anything else happens."""
-
-
 def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> ExportedProgram:
     """The module as functional aten operators; linear, layer_norm and attention stay whole."""
     args = tuple(value.clone() for value in args)  # one tensor given twice is two inputs
     kwargs = {name: value.clone() for name, value in kwargs.items()}
     with evaluating(module), quiet_export(), torch.no_grad():
         try:
-            return torch.export.export(module, args, kwargs, strict=False).run_decompositions(_DECOMPOSITIONS)
+            program = torch.export.export(module, args, kwargs, strict=False)
+            return program.run_decompositions(decompositions(program))
         except Exception as error:  # torch.export raises whatever the module's own code raises
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if "data-dependent" in first:

@@ -123,7 +123,22 @@ def build(system: System, pattern: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     if pattern != DENSE:
         sparsify(part, parse_table(pattern), method="magnitude")
         finalize(part)
+    _settle(part, made)
     return part, tuple(made)
+
+
+def _settle(part: nn.Module, inputs: list[Tensor]) -> None:
+    """Give batch normalisations the statistics of random inputs: with their first ones, values of random weights grow or vanish
+    from layer to layer."""
+    norms = [module for module in part.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train().momentum = None
+    if norms:
+        with torch.no_grad():
+            part(*(torch.cat([x, x.flip(-1)]) for x in inputs))
+    for norm in norms:
+        norm.eval()
 
 
 def measure(system: System, pattern: str, arch: str, *, rtl: bool = False) -> dict[str, Any]:
