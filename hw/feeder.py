@@ -79,12 +79,15 @@ class PositionDecoder(wiring.Component):
 
 
 class _Decode(wiring.Component):
-    """Adds what the format implies to a command; one register, full throughput."""
+    """Adds what the format implies to a command; one register, full throughput. one_step : a group is a step; one_group : a
+    column tile is a group; one_tile : the command is a column tile."""
 
-    def __init__(self) -> None:
+    def __init__(self, arch: Arch) -> None:
+        self._lanes = arch.lanes
         fields = dict(array_command().members)
         del fields["format"]
-        self.layout = data.StructLayout({**fields, "dense": 1, "bitmap": 1, "bits": 3, "word_steps": 6, "word_span": 6})
+        flags = dict.fromkeys(("dense", "bitmap", "one_step", "one_group", "one_tile"), 1)
+        self.layout = data.StructLayout({**fields, **flags, "bits": 3, "word_steps": 6, "word_span": 6})
         super().__init__({"i": In(stream.Signature(array_command())), "o": Out(stream.Signature(self.layout))})
 
     def elaborate(self, platform: object) -> Module:
@@ -97,13 +100,15 @@ class _Decode(wiring.Component):
         groups = Array(32 // max(k, 1) for k in range(M_MAX + 1))[cmd.m]
         span = Array(32 // max(k, 1) * k for k in range(M_MAX + 1))[cmd.m]
         steps = product(groups, cmd.n, spare=True)  # six bits: no multiplier block for that
+        n, m_ = Mux(dense, 1, cmd.n), Mux(dense, 1, cmd.m)
         per_index_word = Array(32 // index_bits(k) for k in range(M_MAX + 1))[cmd.m]
         with m.If(self.i.ready):
             m.d.sync += self.o.valid.eq(self.i.valid)
         with m.If(self.i.ready & self.i.valid):
             m.d.sync += [
                 *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols", "held")),
-                out.n.eq(Mux(dense, 1, cmd.n)), out.m.eq(Mux(dense, 1, cmd.m)),
+                out.n.eq(n), out.m.eq(m_), out.one_step.eq(n == 1), out.one_group.eq(cmd.k <= m_),
+                out.one_tile.eq(cmd.cols <= self._lanes),
                 out.dense.eq(dense), out.bitmap.eq(bitmap), out.bits.eq(bits),
                 out.word_steps.eq(Mux(bitmap, steps, per_index_word)), out.word_span.eq(span),
             ]
@@ -113,7 +118,8 @@ class _Decode(wiring.Component):
 def _dense(taken):
     """The fields of a decoded command where all weights are dense: constants take the place of registers."""
     return SimpleNamespace(a_unsigned=taken.a_unsigned, k=taken.k, cols=taken.cols, n=C(1, 6), m=C(1, 6), dense=C(1), bitmap=C(0),
-                           bits=C(0, 3), word_steps=C(1, 6), word_span=C(0, 6))
+                           one_step=C(1), one_group=taken.one_group, one_tile=taken.one_tile, bits=C(0, 3), word_steps=C(1, 6),
+                           word_span=C(0, 6))
 
 
 class Feeder(wiring.Component):
@@ -146,36 +152,35 @@ class Feeder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         lanes = self._arch.lanes
-        m.submodules.decode = decode = _Decode()
+        m.submodules.decode = decode = _Decode(self._arch)
         wiring.connect(m, wiring.flipped(self.cmd), decode.i)
         cmd, taken, active = decode.o.payload, Signal(decode.layout), Signal()
         now = taken if self._arch.sparse else _dense(taken)
         base, next_base = Signal(self._bits + 1), Signal(self._bits + 1)
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
-        group, bit, in_word = Signal(16), Signal(5), Signal(6)
-        cols_left, word_valid, spent = Signal(16), Signal(), Signal()  # spent: the columns wait for the next command
-        fire, group_end, tile_end, cmd_end, word_end, start, free = (Signal() for _ in range(7))
+        rest, bit, in_word = Signal(16), Signal(5), Signal(6)  # columns from the group on
+        # whether the next step is the first or last of its tile, group, position word: known when it comes
+        first, group_last, last_group, word_last = (Signal(name=name) for name in ("first", "group_last", "last_group", "word_last"))
+        cols_left, last_tile = Signal(16), Signal()
+        word_valid, spent = Signal(), Signal()  # spent: the columns wait for the next command
+        fire, tile_end, cmd_end, word_end, start, free, supplied = (Signal() for _ in range(7))
 
-        enough = Signal()  # all columns of the next command are in the lanes
+        enough = Signal()  # all columns of the next command are in the lanes, known a cycle late
+        m.d.sync += enough.eq(decode.o.valid & ~start & (cmd.held | ((self.loaded - next_base)[: self._bits + 1] >= cmd.k)))
         m.d.comb += [
-            enough.eq(cmd.held | ((self.loaded - next_base)[: self._bits + 1] >= cmd.k)),
             free.eq((spent | (fire & cmd_end)) & decode.o.valid & ~cmd.held),
-            fire.eq(active & self.values.valid & (now.dense | word_valid) & self.advance),
-            group_end.eq(in_group + 1 == now.n),
-            tile_end.eq(group_end & (group + now.m >= now.k)),
-            cmd_end.eq(tile_end & (cols_left <= lanes)),
-            word_end.eq(tile_end | (in_word + 1 == now.word_steps)),
-            start.eq((~active | (fire & cmd_end)) & decode.o.valid & enough),
+            supplied.eq(self.values.valid & (now.dense | word_valid)),
+            fire.eq(active & supplied & self.advance),
+            tile_end.eq(group_last & last_group), cmd_end.eq(tile_end & last_tile), word_end.eq(tile_end | word_last),
+            start.eq((~active | (fire & cmd_end)) & enough),
             decode.o.ready.eq(start), self.values.ready.eq(fire),
             self.positions.ready.eq(~word_valid | (fire & word_end & ~now.dense)),
-            self.step.eq(fire), self.last.eq(tile_end), self.unsigned_a.eq(now.a_unsigned),
-            self.first.eq((group == 0) & (in_group == 0)),
-            self.tile_cols.eq(Mux(cols_left > lanes, lanes, cols_left)),
-            self.wait_weights.eq(active & ~(self.values.valid & (now.dense | word_valid))),
-            self.wait_columns.eq(~active & decode.o.valid & ~enough),
+            self.step.eq(fire), self.last.eq(tile_end), self.unsigned_a.eq(now.a_unsigned), self.first.eq(first),
+            self.tile_cols.eq(Mux(last_tile, cols_left, lanes)),
+            self.wait_weights.eq(active & ~supplied), self.wait_columns.eq(~active & decode.o.valid & ~enough),
         ]
         with m.If(start):
-            m.d.sync += [taken.eq(cmd), cols_left.eq(cmd.cols)]
+            m.d.sync += [taken.eq(cmd), cols_left.eq(cmd.cols), last_tile.eq(cmd.one_tile)]
             with m.If(~cmd.held):
                 m.d.sync += [base.eq(next_base), next_base.eq(next_base + cmd.k)]
         with m.If(fire | start):
@@ -186,20 +191,22 @@ class Feeder(wiring.Component):
             m.d.sync += spent.eq(0)
         with m.Elif(fire & cmd_end):
             m.d.sync += spent.eq(1)
-        self._walk(m, now, fire, group_end, tile_end, word_end, group, offset, in_group, in_word, bit)
+        self._walk(m, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit)
+        self._ends(m, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word,
+                   first, group_last, last_group, word_last)
         with m.If(fire & tile_end & ~cmd_end):
-            m.d.sync += cols_left.eq(cols_left - lanes)
+            m.d.sync += [cols_left.eq(cols_left - lanes), last_tile.eq(cols_left <= 2 * lanes)]
         with m.If(self.positions.ready):
             m.d.sync += word_valid.eq(self.positions.valid)
         self._lanes(m, platform, now, fire, word_end, base, offset, bit)
         return m
 
-    def _walk(self, m: Module, now, fire, group_end, tile_end, word_end, group, offset, in_group, in_word, bit) -> None:
+    def _walk(self, m: Module, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit) -> None:
         """Counters of step, group and position word."""
         with m.If(fire):
             m.d.sync += [in_group.eq(in_group + 1), in_word.eq(in_word + 1), bit.eq(bit + now.bits)]
-            with m.If(group_end):
-                m.d.sync += [in_group.eq(0), group.eq(group + now.m)]
+            with m.If(group_last):
+                m.d.sync += in_group.eq(0)
                 with m.If(~now.bitmap):
                     m.d.sync += offset.eq(offset + now.m)
             with m.If(word_end):
@@ -207,7 +214,23 @@ class Feeder(wiring.Component):
                 with m.If(now.bitmap):
                     m.d.sync += offset.eq(offset + now.word_span)
             with m.If(tile_end):
-                m.d.sync += [group.eq(0), offset.eq(0)]
+                m.d.sync += offset.eq(0)
+
+    def _ends(self, m: Module, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word,
+              first, group_last, last_group, word_last) -> None:
+        """What the step after this one ends, decided a cycle ahead."""
+        with m.If(fire):
+            m.d.sync += [
+                first.eq(tile_end), group_last.eq(Mux(group_last, now.one_step, in_group + 2 == now.n)),
+                word_last.eq(Mux(word_end, now.word_steps == 1, in_word + 2 == now.word_steps)),
+            ]
+            with m.If(tile_end):
+                m.d.sync += [rest.eq(now.k), last_group.eq(now.one_group)]
+            with m.Elif(group_last):
+                m.d.sync += [rest.eq(rest - now.m), last_group.eq(rest <= (now.m << 1))]
+        with m.If(start):
+            m.d.sync += [first.eq(1), group_last.eq(cmd.one_step), word_last.eq(cmd.word_steps == 1), rest.eq(cmd.k),
+                         last_group.eq(cmd.one_group)]
 
     def _lanes(self, m: Module, platform: object, now, fire, word_end, base, offset, bit) -> None:
         """One position decoder per lane; registers of address and weight."""
