@@ -118,8 +118,9 @@ class MacArray(wiring.Component):
         wiring.connect(m, drain.o, wiring.flipped(self.o))
 
         stage = data.StructLayout({"valid": 1, "first": 1, "last": 1, "unsigned_a": 1, "cols": feeder.tile_cols.shape()})
-        issue, address, ram, held, product, total = (Signal(stage, name=name) for name in
-                                                     ("issue", "address", "ram", "held", "product", "total"))
+        issue, decoded, address, ram, held, product, total = (
+            Signal(stage, name=name) for name in ("issue", "decoded", "address", "ram", "held", "product", "total"))
+        freed = Signal.like(self.freed)
         operands = held if arch.lane_register else ram
         advance, ended = Signal(), Signal()  # ended : the sums of a tile are complete
         m.d.comb += [
@@ -132,7 +133,8 @@ class MacArray(wiring.Component):
         ]
         with m.If(advance):
             # columns are given back when their last step has read the RAM, which a freeze may delay
-            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(operands), total.eq(product), self.freed.eq(feeder.freed),
+            m.d.sync += [decoded.eq(issue), address.eq(decoded), ram.eq(address), product.eq(operands), total.eq(product),
+                         freed.eq(feeder.freed), self.freed.eq(freed),
                          ended.eq(product.valid & product.last)]
             if arch.lane_register:
                 m.d.sync += held.eq(ram)

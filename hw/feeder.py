@@ -131,7 +131,7 @@ class Feeder(wiring.Component):
     loaded : columns written to the lanes' rings so far (wraps). freed : columns given back (wraps), once the next command
     is known not to hold them.
     advance : low freezes the array pipeline. step, first, last, unsigned_a : a step and its place in the column tile.
-    tile_cols : columns of the tile (with `last`). addr[l], weight[l] : registered, one cycle after `step`... see Array.
+    tile_cols : columns of the tile (with `last`). addr[l], weight[l] : registered, two moves after `step`.
     wait_weights, wait_columns : no step for lack of weights or activations (counters).
     """
 
@@ -233,15 +233,18 @@ class Feeder(wiring.Component):
                          last_group.eq(cmd.one_group)]
 
     def _lanes(self, m: Module, platform: object, now, fire, word_end, base, offset, bit) -> None:
-        """One position decoder per lane; registers of address and weight."""
-        mask, origin = Signal(5), Signal(self._bits)
-        m.d.comb += [mask.eq((C(1, 6) << now.bits) - 1), origin.eq(base + offset)]
+        """One position decoder per lane; registers of position and weight, then of address and weight."""
+        mask, origin, decoded = Signal(5), Signal(self._bits), Signal()
+        m.d.comb += mask.eq((C(1, 6) << now.bits) - 1)
+        with m.If(self.advance):
+            m.d.sync += [decoded.eq(fire), origin.eq(base + offset)]
         for lane in range(self._arch.lanes):
+            weight, place_ = Signal(8, name=f"weight{lane}"), Signal(5, name=f"place{lane}")
             with m.If(fire):
-                m.d.sync += self.weight[lane].eq(self.values.payload.word_select(lane, 8).as_signed())
+                m.d.sync += weight.eq(self.values.payload.word_select(lane, 8))
+            with m.If(decoded & self.advance):
+                m.d.sync += [self.weight[lane].eq(weight), self.addr[lane].eq(origin + place_)]
             if not self._arch.sparse:
-                with m.If(fire):
-                    m.d.sync += self.addr[lane].eq(origin)
                 continue
             position = PositionDecoder()
             place(m, platform, f"position{lane}", position, module="position")
@@ -251,4 +254,4 @@ class Feeder(wiring.Component):
                 position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask), position.advance.eq(fire),
             ]
             with m.If(fire):
-                m.d.sync += self.addr[lane].eq(Mux(now.dense, origin, origin + position.position))
+                m.d.sync += place_.eq(Mux(now.dense, 0, position.position))

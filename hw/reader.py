@@ -1,5 +1,7 @@
 """Read side of the memory interface: stream readers that run ahead, and the arbiter that owns AR and R."""
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
@@ -358,6 +360,11 @@ class Reader(wiring.Component):
             m.d.sync += slot.eq(slot + 1)
 
 
+def _lowest(bits: Value) -> Value:
+    """Expression: the lowest bit that is set, alone."""
+    return Cat(bit & ~bits[:k].any() for k, bit in enumerate(bits))
+
+
 class ReadArbiter(wiring.Component):
     """Give the AR and R channels of one AXI4 master to several readers, round robin, one burst at a time.
 
@@ -415,34 +422,27 @@ class ReadArbiter(wiring.Component):
         bus = self.bus
         m.submodules.owners = owners = SyncFIFOBuffered(width=max(1, (self.readers - 1).bit_length()),
                                                         depth=self.outstanding)
-        grant = Signal(range(self.readers))  # the first after the last one that has a request
-        last = Signal(range(self.readers))
-        with m.Switch(last):
-            for k in range(self.readers):
-                with m.Case(k):
-                    for distance in range(self.readers, 0, -1):
-                        index = (k + distance) % self.readers
-                        with m.If(self.request[index].valid):
-                            m.d.comb += grant.eq(index)
-
+        # the first after the last one that has a request, or the first of all
+        above = Signal(self.readers, init=(1 << self.readers) - 2)
+        requests = Cat(request.valid for request in self.request)
+        later = requests & above
+        grant = Mux(later.any(), _lowest(later), _lowest(requests))
         accept = Signal()
         m.d.comb += [
             accept.eq((~bus.arvalid | bus.arready) & owners.w_rdy & ~self.abort),
-            owners.w_data.eq(grant),
+            owners.w_data.eq(Cat(Cat(bit for k, bit in enumerate(grant) if k >> place & 1).any() for place in range(len(owners.w_data)))),
+            owners.w_en.eq(requests.any() & accept),
             bus.arid.eq(0),
             bus.arsize.eq(exact_log2(self.arch.bus_bytes)),
             bus.arburst.eq(1),
         ]
-        with m.If(bus.arready):
+        m.d.comb += [request.ready.eq(accept & bit) for request, bit in zip(self.request, grant, strict=True)]
+        with m.If(owners.w_en):
+            chosen = [Mux(bit, Cat(request.payload.addr, request.payload.len), 0) for request, bit in zip(self.request, grant, strict=True)]
+            m.d.sync += [Cat(bus.araddr, bus.arlen).eq(reduce(or_, chosen)), bus.arvalid.eq(1),
+                         above.eq(Cat(grant[:k].any() for k in range(self.readers)))]
+        with m.Elif(bus.arready):
             m.d.sync += bus.arvalid.eq(0)
-        for k, request in enumerate(self.request):
-            m.d.comb += request.ready.eq(accept & (grant == k))
-            with m.If(request.valid & request.ready):
-                m.d.comb += owners.w_en.eq(1)
-                m.d.sync += [
-                    last.eq(k), bus.arvalid.eq(1), bus.araddr.eq(request.payload.addr),
-                    bus.arlen.eq(request.payload.len),
-                ]
 
         m.d.comb += [
             bus.rready.eq(owners.r_rdy),

@@ -264,13 +264,15 @@ class Accelerator(wiring.Component):
         events = {"cycles": registers.busy, **{name: core.events[name] for name in EVENTS},
                   **{f"read_beats_{name}": core.data[i].valid for i, name in enumerate(READERS)},
                   "write_beats": writer.wvalid & writer.wready}
+        started = Signal()
+        m.d.sync += started.eq(core.start)
         for name, event in events.items():
             count = Signal(48, name=f"count_{name}")
             m.d.comb += registers.counters[name].eq(count)
             # a cycle late: the events come at the end of long paths
             now = Signal(name=f"now_{name}")
             m.d.sync += now.eq(event)
-            with m.If(core.start):
+            with m.If(started):
                 m.d.sync += count.eq(0)
             with m.Elif(now):
                 m.d.sync += count.eq(count + 1)
