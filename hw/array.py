@@ -126,7 +126,8 @@ class MacArray(wiring.Component):
         m.d.comb += [
             issue.eq(stage.const(None)), issue.valid.eq(feeder.step), issue.first.eq(feeder.first),
             issue.last.eq(feeder.last), issue.unsigned_a.eq(feeder.unsigned_a), issue.cols.eq(feeder.tile_cols),
-            advance.eq(~ended | drain.free), feeder.advance.eq(advance), drain.copy.eq(ended & drain.free), drain.cols.eq(total.cols),
+            advance.eq(~ended | drain.free), feeder.advance.eq(advance),
+            drain.copy.eq(ended & drain.free), drain.cols.eq(total.cols),
             feeder.loaded.eq(self.loaded),
             self.busy.eq(feeder.step), self.blocked.eq(~advance),
             self.wait_weights.eq(feeder.wait_weights), self.wait_columns.eq(feeder.wait_columns),

@@ -160,7 +160,8 @@ class Feeder(wiring.Component):
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
         rest, bit, in_word = Signal(16), Signal(5), Signal(6)  # columns from the group on
         # whether the next step is the first or last of its tile, group, position word: known when it comes
-        first, group_last, last_group, word_last = (Signal(name=name) for name in ("first", "group_last", "last_group", "word_last"))
+        first, group_last, last_group, word_last = (
+            Signal(name=name) for name in ("first", "group_last", "last_group", "word_last"))
         cols_left, last_tile = Signal(16), Signal()
         word_valid, spent = Signal(), Signal()  # spent: the columns wait for the next command
         fire, tile_end, cmd_end, word_end, start, free, supplied = (Signal() for _ in range(7))

@@ -430,7 +430,8 @@ class ReadArbiter(wiring.Component):
         accept = Signal()
         m.d.comb += [
             accept.eq((~bus.arvalid | bus.arready) & owners.w_rdy & ~self.abort),
-            owners.w_data.eq(Cat(Cat(bit for k, bit in enumerate(grant) if k >> place & 1).any() for place in range(len(owners.w_data)))),
+            owners.w_data.eq(Cat(Cat(bit for k, bit in enumerate(grant) if k >> place & 1).any()
+                                 for place in range(len(owners.w_data)))),
             owners.w_en.eq(requests.any() & accept),
             bus.arid.eq(0),
             bus.arsize.eq(exact_log2(self.arch.bus_bytes)),
@@ -438,7 +439,8 @@ class ReadArbiter(wiring.Component):
         ]
         m.d.comb += [request.ready.eq(accept & bit) for request, bit in zip(self.request, grant, strict=True)]
         with m.If(owners.w_en):
-            chosen = [Mux(bit, Cat(request.payload.addr, request.payload.len), 0) for request, bit in zip(self.request, grant, strict=True)]
+            chosen = [Mux(bit, Cat(request.payload.addr, request.payload.len), 0)
+                      for request, bit in zip(self.request, grant, strict=True)]
             m.d.sync += [Cat(bus.araddr, bus.arlen).eq(reduce(or_, chosen)), bus.arvalid.eq(1),
                          above.eq(Cat(grant[:k].any() for k in range(self.readers)))]
         with m.Elif(bus.arready):

@@ -158,7 +158,8 @@ class Store(wiring.Component):
             take.eq(Mux(transposed, transposer.i.valid & transposer.i.ready,
                         valid & ~transposing & self.o.ready)),
             self.post.ready.eq(take & ~cmd.from_rows), self.row_unit.ready.eq(take & cmd.from_rows),
-            self.cmd.ready.eq(take & columns.last), transposer.o.ready.eq(self.o.ready), self.busy.eq(self.o.valid & self.o.ready),
+            self.cmd.ready.eq(take & columns.last),
+            transposer.o.ready.eq(self.o.ready), self.busy.eq(self.o.valid & self.o.ready),
         ]
         with m.If(transposing):
             m.d.comb += [self.o.valid.eq(transposer.o.valid), self.o.payload.eq(transposer.o.payload)]

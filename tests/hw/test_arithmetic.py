@@ -11,7 +11,8 @@ from hw.arithmetic import fold, parts, rounded, saturate
 
 def values(shape, rng, count=20):
     low, high = (-(1 << (shape.width - 1)), (1 << (shape.width - 1)) - 1) if shape.signed else (0, (1 << shape.width) - 1)
-    return [low, high, 0, 1, *(rng.randint(low, high) for _ in range(count)), *(rng.randint(low, high) >> 9 for _ in range(count))]
+    some = [rng.randint(low, high) for _ in range(2 * count)]
+    return [low, high, 0, 1, *some[count:], *(value >> 9 for value in some[:count])]
 
 
 def evaluate(inputs, output, cases):
@@ -35,8 +36,9 @@ def evaluate(inputs, output, cases):
 @pytest.mark.parametrize("bits", [8, 16, 17])
 def test_clipping_and_rounding(width, bits):
     a, limit = Signal(signed(width)), 1 << (bits - 1)
-    edges = [edge * 2 + d for edge in (-limit, limit) for d in range(-4, 5)] + [edge + d for edge in (-limit, limit) for d in (-1, 0)]
-    cases = values(signed(width), random.Random(width)) + [edge for edge in edges if -(1 << (width - 1)) <= edge < 1 << (width - 1)]
+    edges = [scale * edge + d for edge in (-limit, limit) for scale in (1, 2) for d in range(-4, 5)]
+    cases = values(signed(width), random.Random(width))
+    cases += [edge for edge in edges if -(1 << (width - 1)) <= edge < 1 << (width - 1)]
     clip = [max(-limit, min(limit - 1, x)) for x in cases]
     assert evaluate([a], saturate(a, bits), [(x,) for x in cases]) == clip
     assert evaluate([a], rounded(a, bits), [(x,) for x in cases]) == [max(-limit, min(limit - 1, (x + 1) >> 1)) for x in cases]
