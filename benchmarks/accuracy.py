@@ -51,7 +51,8 @@ BATCH = 16
 """Examples in one run of a program."""
 CALIBRATION = 8
 """Calibration batches of that many training examples each."""
-EPOCHS = 5
+EPOCHS, MORE_EPOCHS = 5, {"vit": 20}
+"""Epochs of training, and of the networks that need more to learn anything."""
 FINE_TUNING = 3
 """Epochs after pruning to 2:4, at a third of the learning rate."""
 DIGITS = ("vit", "ceit", "resnet18", "odconv4", "dgnet444")
@@ -99,7 +100,7 @@ class Problem:
 def _digits(name: str) -> Problem:
     """A network of `benchmarks.train_classifiers` on MNIST-5k."""
     network = classifiers.NETWORKS[name]
-    config = replace(network.train, epochs=EPOCHS)
+    config = replace(network.train, epochs=MORE_EPOCHS.get(name, EPOCHS))
     task = get_task("mnist5k", **classifiers.DATA)
     hook: StepFn | None = temperature_schedule() if network.anneal else None
 
@@ -197,7 +198,8 @@ class Cell:
     @property
     def setting(self) -> dict[str, Any]:
         """All that decides the result, as JSON has it."""
-        training = {"epochs": EPOCHS, "fine_tuning": FINE_TUNING, "calibration": CALIBRATION, "batch": BATCH}
+        epochs = MORE_EPOCHS.get(self.network, EPOCHS)
+        training = {"epochs": epochs, "fine_tuning": FINE_TUNING, "calibration": CALIBRATION, "batch": BATCH}
         return json.loads(json.dumps({"cell": asdict(self), "training": training}))
 
     @property

@@ -13,19 +13,19 @@ import time
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from algo.sparsify import finalize, sparsify
 from benchmarks import Table
 from compiler.compile import compile_model
 from compiler.program import Program
 from hw.arch import PRESETS
-from models.llama import CONFIGS, Llama
+from models.llama import CONFIGS, Llama, LlamaConfig
 from models.llama_adapter import AdapterConfig, LlamaAdapter
 from nmforge.generation import FlatStep, Prefill, Step
 from sim.simulate import simulate
 
-__all__ = ["ARCH", "LENGTH", "PATTERNS", "PLACES", "layer_program", "run"]
+__all__ = ["ARCH", "LENGTH", "PATTERNS", "PLACES", "layer_of", "layer_program", "run"]
 
 ARCH = replace(PRESETS["sta1024"], name="sta1024_4096", row_depth=4096, psum_depth=4096)
 LENGTH, PLACES = 128, 256
@@ -35,8 +35,10 @@ LAYERS = {"plain": 2, "with prompt": 30}
 """How many layers of each kind the adapter's paper has."""
 
 
-def layer_program(kind: str, pattern: str, *, step: bool, arch=ARCH, config=CONFIG) -> Program:  # type: ignore[no-untyped-def]
-    """A layer's program for a prompt, or for one token with a cache."""
+def layer_of(
+    kind: str, pattern: str, *, step: bool, config: LlamaConfig = CONFIG
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A layer and its inputs for a prompt, or for one token with a cache."""
     torch.manual_seed(0)
     model: Llama | LlamaAdapter = Llama(config)
     if pattern != "dense":
@@ -52,10 +54,14 @@ def layer_program(kind: str, pattern: str, *, step: bool, arch=ARCH, config=CONF
         place = (torch.arange(PLACES) == LENGTH).float()[None, :, None]
         keep = (torch.arange(PLACES) <= LENGTH)[None]
         cache = [torch.randn(1, PLACES, inner) * keep[..., None] for _ in range(2)]
-        inputs = (torch.randn(1, 1, config.hidden), *turn, place, keep, *cache)
-    else:
-        module, inputs = Prefill(model, LENGTH, head=False).eval(), (torch.randn(1, LENGTH, config.hidden),)
-    return _whole(compile_model(module, inputs, arch=arch, calibration=[inputs], host="forbid", order="operator"))
+        return module, (torch.randn(1, 1, config.hidden), *turn, place, keep, *cache)
+    return Prefill(model, LENGTH, head=False).eval(), (torch.randn(1, LENGTH, config.hidden),)
+
+
+def layer_program(kind: str, pattern: str, *, step: bool) -> Program:
+    """The program of such a layer."""
+    module, inputs = layer_of(kind, pattern, step=step)
+    return _whole(compile_model(module, inputs, arch=ARCH, calibration=[inputs], host="forbid", order="operator"))
 
 
 def _head(rows: int) -> Program:
