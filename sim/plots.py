@@ -285,7 +285,8 @@ def memory_picture(found: MemoryMap) -> bytes:
             start, stop = max(region.first, 0), min(region.last + 1, found.instructions)
             colour = colours.get(region.content, ("#93c5fd", "#60a5fa", "#3b82f6")[number % 3])
             axes.add_patch(Rectangle(
-                (start, region.address - lowest), max(stop - start, 1), region.size, facecolor=colour, edgecolor="white", linewidth=0.5,
+                (start, region.address - lowest), max(stop - start, 1), region.size,
+                facecolor=colour, edgecolor="white", linewidth=0.5,
             ))  # fmt: skip
         for name, colour in (*colours.items(), ("activations", "#60a5fa")):
             if any(region.content == name for region in shown):
