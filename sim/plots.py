@@ -11,11 +11,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from numpy.polynomial import Polynomial
 
 from compiler.memory import MemoryMap
 
@@ -257,13 +259,12 @@ def beside(
 
 
 def against(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> bytes:
-    """Points and the line through the origin that fits them best, one panel a series, axes from zero. A PNG file."""
+    """Points and the line that fits them best, one panel a series, axes from zero. A PNG file."""
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(1, len(series), figsize=(3.9 * len(series), 3.2), layout="constrained", squeeze=False)
         for axes, (name, pairs), colour in zip(panels[0], series.items(), KINDS):
-            slope = sum(a * b for a, b in pairs) / sum(a * a for a, _ in pairs)
-            most = max(a for a, _ in pairs)
-            axes.plot([0, most], [0, slope * most], color=_GRID, linewidth=1.6)
+            fitted, most = Polynomial.fit(*zip(*pairs), deg=1), max(a for a, _ in pairs)
+            axes.plot([0, most], fitted(np.array([0, most])), color=DENSE, linewidth=1.4)
             axes.plot(*zip(*pairs), color=colour, marker="o", linestyle="")
             axes.set(title=name, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
