@@ -39,9 +39,9 @@ LAYERS = {"plain": 2, "with prompt": 30}
 """How many layers of each kind the adapter's paper has."""
 
 
-def layer_of(kind: str, pattern: str, *, step: bool, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def layer_of(kind: str, pattern: str, *, step: bool) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A layer and its inputs for a prompt, or for one token with a cache."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model: Llama | LlamaAdapter = Llama(CONFIG)
     if pattern != "dense":
         sparsify(model.layers, pattern, method="magnitude")
@@ -106,16 +106,26 @@ def run() -> list[Table]:
 
 
 def compile_all(pattern: str) -> None:
-    """Compile the prompt's programs of all 32 layers, each with weights of its own, one after the other; kept in `WHOLE`."""
+    """Compile the prompt's programs of all 32 layers one after the other; kept in `WHOLE`, goes on where it was stopped.
+
+    Each layer has weights of its own: making and pruning new ones takes longer than compiling, so they are those of the layer
+    before with the output channels of every matrix moved on by one.
+    """
     torch.set_num_threads(1)
+    kept = json.loads(WHOLE.read_text()) if WHOLE.is_file() else {}
+    seconds, size = (kept["cpu_seconds"], kept["bytes"]) if kept.get("pattern") == pattern else ([], 0)
     kinds = [kind for kind, count in LAYERS.items() for _ in range(count)]
-    seconds, size = [], 0
-    for number, kind in enumerate(kinds):
-        module, inputs = layer_of(kind, pattern, step=False, seed=number)
+    made: tuple[nn.Module, tuple[Tensor, ...]] | None = None
+    for number in range(len(seconds), len(kinds)):
+        if made is None or kinds[number] != kinds[number - 1]:
+            made = layer_of(kinds[number], pattern, step=False)
+        module, inputs = made
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.copy_(weight.roll(1, 0))
         start = time.process_time()
         size += _compiled(module, inputs).memory_bytes
         seconds.append(round(time.process_time() - start, 2))
-        del module, inputs
         gc.collect()
         print(f"layer {number + 1} of {len(kinds)}: {seconds[-1]} CPU s", flush=True)
         write_json(WHOLE, {"pattern": pattern, "layers": number + 1, "cpu_seconds": seconds, "bytes": size,

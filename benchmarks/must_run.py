@@ -1,7 +1,7 @@
 """Every kind of network through all engines: RTL = ISA engine = integer reference, byte for byte, and cycle engine = RTL.
 
-``python -m benchmarks.must_run [ROW ...] [--minutes M] [--fresh]``: each row is measured in a process of its own and kept in its
-own file, those of the co-design table (`nmforge.zoo`) beside its other measurements, the others in
+``python -m benchmarks.must_run [ROW ...] [--minutes M] [--fresh | --page]``: each row is measured in a process of its own and
+kept in its own file, those of the co-design table (`nmforge.zoo`) beside its other measurements, the others in
 ``benchmarks/results/must_run/``. What is there is not measured again, with ``--fresh`` what was measured of other sources is.
 ``python -m benchmarks must_run`` measures what is missing and writes the table of docs/bit-exact.md.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +34,18 @@ from benchmarks.llama import layer_of
 from models import create_model
 from nmforge.agreement import float_agreement
 from nmforge.generation import Generator
-from nmforge.zoo import DENSE, TRANSFORMER, ZOO, measure, measure_network, pattern_label, peak_bytes, point_file, sources
+from nmforge.zoo import (
+    DENSE,
+    TRANSFORMER,
+    ZOO,
+    inputs_of,
+    measure,
+    measure_network,
+    pattern_label,
+    peak_bytes,
+    point_file,
+    sources,
+)
 from sim.simulate import simulate
 
 __all__ = ["ROWS", "Row", "run", "run_missing"]
@@ -70,10 +82,11 @@ class Row:
 def _of_table(model: str, *patterns: str) -> Iterable[Row]:
     """A network of the co-design table."""
     system = ZOO[model]
-    size = "" if system.size is None else f"{system.size} x {system.size}"
+    shape = inputs_of(system)[0].shape
+    subject = f"{shape[2]} x {shape[3]}" if len(shape) == 4 else f"n = {shape[1]}"
     for pattern in patterns:
         yield Row(
-            label=system.label, pattern=pattern, subject=size, file=point_file(RESULTS / "zoo", model, pattern, rtl=True),
+            label=system.label, pattern=pattern, subject=subject, file=point_file(RESULTS / "zoo", model, pattern, rtl=True),
             measure=lambda pattern=pattern: measure(system, pattern, ARCH, rtl=True),
         )  # fmt: skip
 
@@ -213,6 +226,11 @@ def _measure_here(row: Row) -> None:
 def run() -> list[Table]:
     """Measure what is missing; the table, also on its page."""
     run_missing(ROWS)
+    return write_tables()
+
+
+def write_tables() -> list[Table]:
+    """The table of the rows that are there, on its page."""
     found = [_table()]
     write_page(DOCS / "bit-exact.md", "must_run", found)
     return found
@@ -230,7 +248,7 @@ def _cells(row: Row) -> tuple[str | int | float | None, ...]:
         return (row.label, row.subject, pattern, *(None,) * 5, None, f"fails: {found['error'][:80]}", None, None)
     return (
         row.label, row.subject, pattern, round(found["macs"]["accelerator"] / 1e6), found["programs"],
-        round(100 * found["host_share"], 1), found["cycles"], _word(found["counters_equal"]), found["bytes_checked"],
+        f"{100 * found['host_share']:.1f}", found["cycles"], _word(found["counters_equal"]), found["bytes_checked"],
         _word(found["bit_exact"] and found["results_equal"]), f"{found['cosine']:.4f}", f"{found['cosine_noisy']:.4f}",
     )  # fmt: skip
 
@@ -247,7 +265,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start none later than that")
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured of other sources")
     parser.add_argument("--here", action="store_true", help="measure the rows in this process, whatever is there")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page of what is there")
     given = parser.parse_args(arguments)
+    if given.page:
+        write_tables()
+        return 0
     for name in given.rows:
         if name not in rows:
             parser.error(f"unknown row {name!r}; the rows are {', '.join(rows)}")
@@ -255,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.here:
         for row in chosen:
             _measure_here(row)
+        os._exit(0)  # taking a large network's objects apart at the end takes as long as compiling it
     else:
         run_missing(chosen, minutes=given.minutes, fresh=given.fresh)
     return 0

@@ -57,7 +57,7 @@ def test_a_failure_is_kept_and_costs_no_other(tmp_path, capsys):
 
 def test_cells(tmp_path):
     cells = must_run._cells(row(tmp_path, **GOOD))
-    assert cells == ("A", "n = 3", "2:4", 3, 2, 12.5, 77, "equal", 1234, "equal", "0.9988", "0.5000")
+    assert cells == ("A", "n = 3", "2:4", 3, 2, "12.5", 77, "equal", 1234, "equal", "0.9988", "0.5000")
     for name in ("bit_exact", "results_equal"):
         assert must_run._cells(row(tmp_path, **GOOD | {name: False}))[9] == "DIFFERENT"
     assert must_run._cells(row(tmp_path, **GOOD | {"counters_equal": False}))[7] == "DIFFERENT"
