@@ -5,19 +5,18 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from statistics import linear_regression
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
-import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
-from numpy.polynomial import Polynomial
 
 from compiler.memory import MemoryMap
 
@@ -263,8 +262,8 @@ def against(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: s
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(1, len(series), figsize=(3.9 * len(series), 3.2), layout="constrained", squeeze=False)
         for axes, (name, pairs), colour in zip(panels[0], series.items(), KINDS):
-            fitted, most = Polynomial.fit(*zip(*pairs), deg=1), max(a for a, _ in pairs)
-            axes.plot([0, most], fitted(np.array([0, most])), color=DENSE, linewidth=1.4)
+            line, most = linear_regression(*zip(*pairs, strict=True)), max(a for a, _ in pairs)
+            axes.plot([0, most], [line.intercept, line.intercept + line.slope * most], color=DENSE, linewidth=1.4)
             axes.plot(*zip(*pairs), color=colour, marker="o", linestyle="")
             axes.set(title=name, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
