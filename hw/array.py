@@ -46,15 +46,15 @@ class Drain(wiring.Component):
 
     Members
     -------
-    copy, cols : the lanes copy a finished tile of `cols` columns to their shadow registers in this cycle.
-    free : `copy` is allowed in this cycle. shadow[l][i] : sums, see `hw.lane.sum_word`. o : columns of int32.
+    ended, cols : the sums of a tile of `cols` columns are complete. copy : the lanes copy them to their shadow registers in this
+    cycle. advance : low while that has to wait. shadow[l][i] : sums, see `hw.lane.sum_word`. o : columns of int32.
     """
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
         word, self._words = sum_word(arch)
         super().__init__({
-            "copy": In(1), "cols": In(range(arch.lanes + 1)), "free": Out(1),
+            "ended": In(1), "cols": In(range(arch.lanes + 1)), "copy": Out(1), "advance": Out(1),
             "shadow": In(word).array(arch.lanes, self._words),
             "o": Out(stream.Signature(column_layout(arch.rows, 32))),
         })
@@ -66,9 +66,10 @@ class Drain(wiring.Component):
         m.submodules.sums = sums = Queue(data.ArrayLayout(sum_word(self._arch)[0], self._words), depth=self._arch.sums_depth)
         m.d.comb += [
             take.eq(~none & room), self.o.valid.eq(sums.o.valid), sums.o.ready.eq(self.o.ready),
-            self.free.eq(none | (one & room)), ending.eq(left == 2),
+            # one level of logic from registers: the whole array waits for it
+            self.advance.eq(~self.ended | none | (one & room)), self.copy.eq(self.ended & (none | (one & room))),
+            ending.eq(left == 2),
         ]
-        # from registers, so that the freeze of the whole array is one level of logic
         m.d.sync += [room.eq(sums.level <= self._arch.sums_depth - SUMS_MARGIN), sums.i.valid.eq(take)]
         with m.If(self.copy):
             m.d.sync += [left.eq(self.cols), lane.eq(0), none.eq(0), one.eq(self.cols == 1)]
@@ -122,12 +123,11 @@ class MacArray(wiring.Component):
             Signal(stage, name=name) for name in ("issue", "decoded", "address", "ram", "held", "product", "total"))
         freed = Signal.like(self.freed)
         operands = held if arch.lane_register else ram
-        advance, ended = Signal(), Signal()  # ended : the sums of a tile are complete
+        advance, ended = Signal(), Signal()
         m.d.comb += [
             issue.eq(stage.const(None)), issue.valid.eq(feeder.step), issue.first.eq(feeder.first),
             issue.last.eq(feeder.last), issue.unsigned_a.eq(feeder.unsigned_a), issue.cols.eq(feeder.tile_cols),
-            advance.eq(~ended | drain.free), feeder.advance.eq(advance),
-            drain.copy.eq(ended & drain.free), drain.cols.eq(total.cols),
+            advance.eq(drain.advance), feeder.advance.eq(advance), drain.ended.eq(ended), drain.cols.eq(total.cols),
             feeder.loaded.eq(self.loaded),
             self.busy.eq(feeder.step), self.blocked.eq(~advance),
             self.wait_weights.eq(feeder.wait_weights), self.wait_columns.eq(feeder.wait_columns),

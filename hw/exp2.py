@@ -172,11 +172,10 @@ class ExpPass(wiring.Component):
         valid = Signal(EXP_STEPS)
         token = [Signal(_TOKEN, name=f"token{stage}", reset_less=True) for stage in range(EXP_STEPS)]
         blocked, en, take, load = Signal(), Signal(), Signal(), Signal()
-        active = Signal()
+        active = Signal()  # `left` is not 0
         step = Cat(take, valid & en.replicate(EXP_STEPS))
 
         m.d.comb += [
-            active.eq(left != 0),
             blocked.eq(self.scale.valid & ~self.scale.ready),
             en.eq(~blocked & (~valid[-1] | self.o.ready)),
             self.o.valid.eq(valid[-1] & ~blocked),
@@ -188,9 +187,9 @@ class ExpPass(wiring.Component):
         ]
         with m.If(load):
             offer = self.job.payload
-            m.d.sync += [job.eq(offer), left.eq(offer.cols), fresh.eq(offer.first)]
+            m.d.sync += [job.eq(offer), left.eq(offer.cols), fresh.eq(offer.first), active.eq(1)]
         with m.Elif(take):
-            m.d.sync += [left.eq(left - 1), fresh.eq(0)]
+            m.d.sync += [left.eq(left - 1), fresh.eq(0), active.eq(left != 1)]
         with m.If(en):
             m.d.sync += valid.eq(Cat(take, valid[:-1]))
         with m.If(take):

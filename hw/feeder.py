@@ -59,22 +59,21 @@ class PositionDecoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        left, filled, nibble = Signal(32), Signal(8), Signal(3)
-        low, rank, window = Signal(4), Signal(2), Signal(8)
+        left, filled, nibble = Signal(32), Signal(8), Signal(3)  # filled : nibbles of `left` with a set bit
+        low, rest, rank, window = Signal(4), Signal(4), Signal(2), Signal(8)
         # both formats look at one nibble: the first with a set bit, or the one in which the field starts
         m.d.comb += [
-            filled.eq(Cat(left.word_select(k, 4).any() for k in range(8))),
             nibble.eq(Mux(self.bitmap, _first(filled), self.bit[2:])),
-            low.eq(left.word_select(nibble, 4)), rank.eq(_first(low)),
+            low.eq(left.word_select(nibble, 4)), rank.eq(_first(low)), rest.eq(Cat(low[i] & low[:i].any() for i in range(4))),
             window.eq(Cat(low, Cat(left[4:], C(0, 4)).word_select(nibble, 4))),
             self.position.eq(Mux(self.bitmap, Cat(rank, nibble), window.bit_select(self.bit[:2], 5) & self.mask)),
         ]
         with m.If(self.load):
-            m.d.sync += left.eq(self.word)
+            m.d.sync += [left.eq(self.word), filled.eq(Cat(self.word.word_select(k, 4).any() for k in range(8)))]
         with m.Elif(self.advance & self.bitmap):
             for k in range(8):
                 with m.If(nibble == k):
-                    m.d.sync += left[4 * k:4 * k + 4].eq(Cat(low[i] & low[:i].any() for i in range(4)))
+                    m.d.sync += [left[4 * k:4 * k + 4].eq(rest), filled[k].eq(rest.any())]
         return m
 
 
@@ -160,11 +159,11 @@ class Feeder(wiring.Component):
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
         rest, bit, in_word = Signal(16), Signal(5), Signal(6)  # columns from the group on
         # whether the next step is the first or last of its tile, group, position word: known when it comes
-        first, group_last, last_group, word_last = (
-            Signal(name=name) for name in ("first", "group_last", "last_group", "word_last"))
+        first, group_last, last_group, word_last, tile_end, word_end = (
+            Signal(name=name) for name in ("first", "group_last", "last_group", "word_last", "tile_end", "word_end"))
         cols_left, last_tile = Signal(16), Signal()
         word_valid, spent = Signal(), Signal()  # spent: the columns wait for the next command
-        fire, tile_end, cmd_end, word_end, start, free, supplied = (Signal() for _ in range(7))
+        fire, cmd_end, start, free, supplied = (Signal() for _ in range(5))
 
         enough = Signal()  # all columns of the next command are in the lanes, known a cycle late
         m.d.sync += enough.eq(decode.o.valid & ~start & (cmd.held | ((self.loaded - next_base)[: self._bits + 1] >= cmd.k)))
@@ -172,10 +171,10 @@ class Feeder(wiring.Component):
             free.eq((spent | (fire & cmd_end)) & decode.o.valid & ~cmd.held),
             supplied.eq(self.values.valid & (now.dense | word_valid)),
             fire.eq(active & supplied & self.advance),
-            tile_end.eq(group_last & last_group), cmd_end.eq(tile_end & last_tile), word_end.eq(tile_end | word_last),
+            cmd_end.eq(tile_end & last_tile),
             start.eq((~active | (fire & cmd_end)) & enough),
             decode.o.ready.eq(start), self.values.ready.eq(fire),
-            self.positions.ready.eq(~word_valid | (fire & word_end & ~now.dense)),
+            self.positions.ready.eq(~word_valid | (fire & word_end)),
             self.step.eq(fire), self.last.eq(tile_end), self.unsigned_a.eq(now.a_unsigned), self.first.eq(first),
             self.tile_cols.eq(Mux(last_tile, cols_left, lanes)),
             self.wait_weights.eq(active & ~supplied), self.wait_columns.eq(~active & decode.o.valid & ~enough),
@@ -194,7 +193,7 @@ class Feeder(wiring.Component):
             m.d.sync += spent.eq(1)
         self._walk(m, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit)
         self._ends(m, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word,
-                   first, group_last, last_group, word_last)
+                   (first, group_last, last_group, word_last))
         with m.If(fire & tile_end & ~cmd_end):
             m.d.sync += [cols_left.eq(cols_left - lanes), last_tile.eq(cols_left <= 2 * lanes)]
         with m.If(self.positions.ready):
@@ -210,28 +209,36 @@ class Feeder(wiring.Component):
                 m.d.sync += in_group.eq(0)
                 with m.If(~now.bitmap):
                     m.d.sync += offset.eq(offset + now.m)
-            with m.If(word_end):
+            with m.If(word_end | tile_end):
                 m.d.sync += [in_word.eq(0), bit.eq(0)]
                 with m.If(now.bitmap):
                     m.d.sync += offset.eq(offset + now.word_span)
             with m.If(tile_end):
                 m.d.sync += offset.eq(0)
 
-    def _ends(self, m: Module, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word,
-              first, group_last, last_group, word_last) -> None:
-        """What the step after this one ends, decided a cycle ahead."""
-        with m.If(fire):
-            m.d.sync += [
-                first.eq(tile_end), group_last.eq(Mux(group_last, now.one_step, in_group + 2 == now.n)),
-                word_last.eq(Mux(word_end, now.word_steps == 1, in_word + 2 == now.word_steps)),
-            ]
-            with m.If(tile_end):
-                m.d.sync += [rest.eq(now.k), last_group.eq(now.one_group)]
-            with m.Elif(group_last):
-                m.d.sync += [rest.eq(rest - now.m), last_group.eq(rest <= (now.m << 1))]
+    def _ends(self, m: Module, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word, flags) -> None:
+        """What the step after this one ends, decided a cycle ahead. Dense weights have no position words that end."""
+        first, group_last, last_group, word_last = flags
+        following = [Signal(name=f"next_{flag.name}") for flag in flags]
+        next_first, next_group_last, next_last_group, next_word_last = following
+        dense = Mux(start, cmd.dense, now.dense)
+        m.d.comb += [
+            next_first.eq(tile_end), next_group_last.eq(Mux(group_last, now.one_step, in_group + 2 == now.n)),
+            next_word_last.eq(Mux(word_last | tile_end, now.word_steps == 1, in_word + 2 == now.word_steps)),
+            next_last_group.eq(Mux(tile_end, now.one_group, Mux(group_last, rest <= (now.m << 1), last_group))),
+        ]
         with m.If(start):
-            m.d.sync += [first.eq(1), group_last.eq(cmd.one_step), word_last.eq(cmd.word_steps == 1), rest.eq(cmd.k),
-                         last_group.eq(cmd.one_group)]
+            m.d.comb += [next_first.eq(1), next_group_last.eq(cmd.one_step), next_word_last.eq(cmd.word_steps == 1),
+                         next_last_group.eq(cmd.one_group)]
+            m.d.sync += rest.eq(cmd.k)
+        with m.Elif(fire & tile_end):
+            m.d.sync += rest.eq(now.k)
+        with m.Elif(fire & group_last):
+            m.d.sync += rest.eq(rest - now.m)
+        with m.If(start | fire):
+            ends = next_group_last & next_last_group
+            m.d.sync += [*(now_.eq(next_) for now_, next_ in zip(flags, following, strict=True)),
+                         tile_end.eq(ends), word_end.eq((ends | next_word_last) & ~dense)]
 
     def _lanes(self, m: Module, platform: object, now, fire, word_end, base, offset, bit) -> None:
         """One position decoder per lane; registers of position and weight, then of address and weight."""

@@ -217,7 +217,7 @@ class RowUnit(wiring.Component):
     row operation       last column in to first out   distance of like commands (C columns each)
     ==================  ============================  ============================================
     SOFTMAX, EXP        6 cycles                      max(C, T) + 1 (without row scale: C + 1)
-    LAYERNORM, RMSNORM  T + 31 cycles                 max(C + 4, T + 19)
+    LAYERNORM, RMSNORM  T + 32 cycles                 max(C + 4, T + 20)
     MAX                 no output                     C + 1
     ==================  ============================  ============================================
 

@@ -44,7 +44,7 @@ RSQRT_TABLE = tuple(round(2**19 / (sqrt(v) + sqrt(v + 255))) for v in range(1 <<
 VARIANCE_LATENCY = 8
 """Cycles from a row's moments to its normalised variance."""
 
-ROOT_LATENCY = 9
+ROOT_LATENCY = 10
 """Cycles from a variance to the row scale."""
 
 NORM_STEPS = 9
@@ -256,6 +256,7 @@ class InverseRoot(wiring.Component):
             v=v,
             t=entries[((v >> 8) - 64)[:8]],
         )
+        x = pipe.stage(mean=x.mean, shift=x.shift, v=x.v, t=x.t)  # the table may be a block RAM
         x = pipe.stage(mean=x.mean, shift=x.shift, v=x.v, t=x.t, square=x.t * x.t)
         x = pipe.stage(mean=x.mean, shift=x.shift, t=x.t, ratio=parts(x.square, x.v, bits=self._multiplier))
         x = pipe.stage(mean=x.mean, shift=x.shift, t=x.t, ratio=fold(x.ratio)[0][0])
@@ -277,7 +278,7 @@ class InverseRoot(wiring.Component):
 class NormScale(wiring.Component):
     """Mean, multiplier and shift of T rows from their moments: one job at a time, a row per cycle.
 
-    They are offered T + 18 cycles after the moments were taken.
+    They are offered T + 19 cycles after the moments were taken.
 
     Parameters
     ----------
@@ -444,11 +445,10 @@ class NormPass(wiring.Component):
         m = Module()
         left = Signal.like(self.job.payload.cols)  # columns of the job still to come
         valid = Signal(NORM_STEPS)
-        active, en, take, load = Signal(), Signal(), Signal(), Signal()
+        active, en, take, load = Signal(), Signal(), Signal(), Signal()  # active : `left` is not 0
         step = Cat(take, valid[:-1] & en.replicate(NORM_STEPS - 1))
         param = self.params.payload
         m.d.comb += [
-            active.eq(left != 0),
             en.eq(~self.o.valid | self.o.ready),
             take.eq(self.i.valid & self.params.valid & active & en),
             self.i.ready.eq(self.params.valid & active & en),
@@ -460,9 +460,9 @@ class NormPass(wiring.Component):
             self.idle.eq(~active & ~valid.any()),
         ]
         with m.If(load):
-            m.d.sync += left.eq(self.job.payload.cols)
+            m.d.sync += [left.eq(self.job.payload.cols), active.eq(1)]
         with m.Elif(take):
-            m.d.sync += left.eq(left - 1)
+            m.d.sync += [left.eq(left - 1), active.eq(left != 1)]
         with m.If(en):
             m.d.sync += valid.eq(Cat(take, valid[:-1]))
 

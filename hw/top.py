@@ -141,6 +141,7 @@ class Core(wiring.Component):
         m.submodules.results = results = Queue(post.to_store.payload.shape(), depth=arch.results_depth)
         # long paths end here: ready chains through several units, and what follows a block RAM
         m.submodules.normed = normed = StreamBuffer(row.o.payload.shape())
+        m.submodules.routed = routed = StreamBuffer(row.o.payload.shape())
         m.submodules.bypass = bypass = StreamBuffer(loader.bypass.payload.shape())
         m.submodules.posted = posted = StreamBuffer(post.to_store.payload.shape())
         m.submodules.stored = stored = StreamBuffer(store.o.payload.shape())
@@ -155,7 +156,7 @@ class Core(wiring.Component):
             (cmds["row"], row.cmd), (post.to_rows, row.i), (read["g"], row.params), (row.scale, scales.i),
             (cmds["row_out"], route.cmd), (row.o, normed.i), (normed.o, route.i),
             (cmds["store"], store.cmd), (post.to_store, results.i), (results.o, posted.i), (posted.o, store.post),
-            (route.store, store.row_unit), (store.o, stored.i), (stored.o, self.words),
+            (route.store, routed.i), (routed.o, store.row_unit), (store.o, stored.i), (stored.o, self.words),
         ):
             join(m, source, sink)
         if "x" in read:

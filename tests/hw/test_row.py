@@ -237,7 +237,7 @@ def test_norm_rate():
     rng = np.random.default_rng(7)
     jobs = [norm_job(rng, rng.integers(-3000, 3000, (8, 40))) for _ in range(4)]
     times = run(WIDE, jobs)
-    assert times["o"][0] - times["i"][39] == WIDE.rows + 31
+    assert times["o"][0] - times["i"][39] == WIDE.rows + 32
     assert (np.diff(times["o"][::40]) == 44).all()
 
 

@@ -187,7 +187,7 @@ public:
         scales_.visit(v);
         row_.visit(v);
         v.exact(static_cast<uint8_t>(normed_.held | bypass_.held << 2 | posted_.held << 4 | words_.held << 6));
-        v.exact(static_cast<uint8_t>(room_));
+        v.exact(static_cast<uint8_t>(room_ | routed_rows_.held << 1));
         results_.visit(v);
         if (const Commands* const route = queues_.head(unit::row_out)) v.progress(routed_, route->row_out.count);
         store_.visit(v, queues_.head(unit::store));
@@ -251,9 +251,9 @@ private:
         const Commands *const store = queues_.head(unit::store), *const route = queues_.head(unit::row_out);
         const bool row_offered = row_.valid(), row_valid = normed_.valid(), to_lanes = route && route->row_out.lanes;
         const bool word_ready = words_.ready(), post_column = posted_.valid();
-        const bool column = store && (store->store.from_rows ? route && !to_lanes && row_valid : post_column);
+        const bool column = store && (store->store.from_rows ? routed_rows_.valid() : post_column);
         const Store::Result stored = store_.decide(store, column, word_ready);
-        const bool stores_rows = stored.take && store->store.from_rows;
+        const bool stores_rows = stored.take && store->store.from_rows, rows_room = routed_rows_.ready();
         const bool post_ready = post_.out_rows() ? row_.ready() : results_.writable(arch_.results_depth);
         const bool result = post_.out_valid() && !post_.out_rows() && post_ready, result_taken = stored.take && !stores_rows;
         const bool result_moves = results_.out && posted_.ready();
@@ -278,9 +278,10 @@ private:
 
         moved_ = loader_.decide(load, valid(reader::a), to_lanes && row_valid, bypass_ready, ring_, arch_.lane_depth);
         const bool from_rows = moved_.column && load->load.from_rows;
-        const bool row_ready = route && (to_lanes ? from_rows : stores_rows), scale_ready = scales_.writable(kScalesDepth);
+        const bool row_ready = route && (to_lanes ? from_rows : rows_room), scale_ready = scales_.writable(kScalesDepth);
         const bool row_room = normed_.ready();
         moves |= normed_.tick(row_offered, row_ready);
+        moves |= routed_rows_.tick(route && !to_lanes && row_valid, stores_rows);
         const bool row_busy = row_.busy(), scale = row_.scale_valid(), routed = row_valid && row_ready;
         RowUnit::Result rowed{};
         const bool row_steps = to_rows || (row_busy && !row_.collecting()) || (!row_busy && queues_.head(unit::row)) ||
@@ -448,7 +449,7 @@ private:
     MacArray array_;
     Post post_;
     Fifo results_, scales_;
-    Buffer normed_, bypass_, posted_, words_;  // StreamBuffers between units
+    Buffer normed_, routed_rows_, bypass_, posted_, words_;  // StreamBuffers between units
     bool room_ = false;                        // every command queue had room
     RowUnit row_;
     Progress routed_;  // RowRoute
