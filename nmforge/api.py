@@ -12,6 +12,7 @@ from algo.nm import NM
 from algo.sparsify import model_patterns
 from algo.verify import verify as verify_patterns
 from compiler.compile import compile_model
+from compiler.dynamic import DynamicProgram
 from compiler.partitioned import PartitionedProgram
 from compiler.program import Program
 from sim.cxx import ToolMissingError
@@ -21,7 +22,7 @@ __all__ = ["compile", "verify"]
 
 
 @functools.wraps(compile_model)
-def compile(*args: Any, **options: Any) -> Program | PartitionedProgram:
+def compile(*args: Any, **options: Any) -> Program | PartitionedProgram | DynamicProgram:
     return compile_model(*args, **{"measure": _cycles, **options})
 
 
