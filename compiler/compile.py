@@ -3,48 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from algo.observers import Observer
+from compiler.boundary import Progress, argument, own_tensors, turning
 from compiler.dynamic import DynamicProgram
-from compiler.exported import Exported, export, module_path, source_line
 from compiler.fake_quantise import FakeQuantised
-from compiler.frontend import by_rows, import_whole
-from compiler.graph import CompileError, Fold, Graph, Unfold
-from compiler.host import HostOp, HostPart, host_part
+from compiler.host import HostPart, host_part
 from compiler.lower import Lowered, assemble, draft
 from compiler.mixed import check_patterns
-from compiler.network_io import share_arrays
-from compiler.onnx_import import load_onnx, open_dimensions
 from compiler.ops import QuantNetwork
-from compiler.partition import HostStage, Partition, Segment, check_arch, describe_host, partition
+from compiler.partition import HostStage, Partition, Segment, check_arch
 from compiler.partitioned import PartitionedProgram
-from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor, Program
-from compiler.quantise import alike, quantise_together
 from compiler.report import partition_rows
-from compiler.scales import stored_name
 from compiler.schedule import ORDERS, Order
-from compiler.shapes import DynamicShapes, Sizes, argument_names, dynamic_shapes, input_shapes, resized, sizes_text
 from compiler.steps import Constants
+from compiler.variants import Host, Part, Variant, make_variant, make_variants, quantised
 from hw.arch import Arch, get_arch
 
-__all__ = ["Host", "Measure", "Progress", "compile_model", "compile_network", "compile_networks", "float_boundary"]
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with a stage ("trace", "passes", "calibrate", "lower"), how far it is, and its end if that is
-known."""
-
-Host = Literal["allow", "forbid"]
-"""Whether what the accelerator cannot do may run on the host."""
+__all__ = ["Host", "Measure", "Progress", "compile_model", "compile_network", "compile_networks"]
 
 Measure = Callable[[Program], int]
 """Cycles of a program."""
@@ -137,150 +122,27 @@ def compile_model(
             stacklevel=2,
         )
     if dynamic is not None:
-        shapes, variants = _variants(model, example_inputs, dynamic, target, host, calibration, report)
+        shapes, variants = make_variants(model, example_inputs, dynamic, target, host, calibration, report)
         programs = _compiled(variants, target, scales, options)
         return DynamicProgram(
             shapes=shapes, variants=tuple((variant.sizes, made) for variant, made in zip(variants, programs, strict=True))
         )
     report("trace", 0, 1)
-    variant = _variant(model, example_inputs, target, host, report)
+    variant = make_variant(model, example_inputs, target, host, report)
     batches = [variant.example] if calibration is None else calibration
     (program,) = _compiled([replace(variant, batches=batches)], target, scales, options)
     return program
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Variant:
-    """A network for one set of shapes: its optimised graph, or its partition, and the calibration batches of these shapes."""
-
-    sizes: Sizes
-    example: Any
-    exported: Exported
-    graph: Graph
-    found: Partition | None
-    batches: Iterable[Any] = ()
-
-    def parts(self, report: Progress | None = None) -> list[_Part]:
-        """What is quantised and lowered by itself."""
-        if self.found is None:
-            return [_Part(graph=self.graph, batches=self.batches, values=[], exported=self.exported, stage=None)]
-        values = float_boundary(self.found, self.batches, report)
-        return [
-            _Part(graph=stage.graph, batches=_segment_batches(stage, values), values=values, exported=self.exported, stage=stage)
-            for stage in self.found.segments
-        ]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Part:
-    """A graph for one program; stage: of a partition, and values: what is at its boundary, batch by batch."""
-
-    graph: Graph
-    batches: Iterable[Any]
-    values: list[dict[str, Tensor]]
-    exported: Exported
-    stage: Segment | None
-
-    @property
-    def turned(self) -> dict[str, Any]:
-        """Inputs that come as heads and are needed as rows, by the graph's name."""
-        stage = self.stage
-        return {} if stage is None else {name: node for name, node in stage.inputs.items() if _by_rows(stage, name)}
-
-    def inputs(self, network: QuantNetwork) -> list[ModelTensor]:
-        if self.stage is None:
-            return [_model_tensor(self.graph, network, name) for name in network.inputs]
-        return [
-            _model_tensor(self.graph, network, name, _outside(self.stage, name) + (".rows" if name in self.turned else ""))
-            for name in network.inputs
-        ]
-
-    def outputs(self, network: QuantNetwork) -> list[ModelTensor]:
-        pairs = zip(self.exported.outputs, self.graph.outputs, strict=True) if self.stage is None else self.stage.outputs
-        return [
-            replace(
-                _model_tensor(self.graph, network, name, "" if self.stage is None else node.name),
-                shape=tuple(node.meta["val"].shape),
-            )
-            for node, name in pairs
-        ]
-
-
-def _variant(model: Any, example: Any, target: Arch, host: Host, report: Progress, sizes: Sizes | None = None) -> _Variant:
-    if isinstance(model, str | os.PathLike):
-        model, example = load_onnx(model, example)
-    exported = export(model, example)
-    graph, found = _divided(exported, target, host, report)
-    return _Variant(sizes=sizes or {}, example=example, exported=exported, graph=graph, found=found)
-
-
-def _variants(
-    model: Any, example: Any, dynamic: Any, target: Arch, host: Host, calibration: Iterable[Any] | None, report: Progress
-) -> tuple[DynamicShapes, list[_Variant]]:
-    """The network for every combination of sizes, each with the calibration batches of its shapes."""
-    if isinstance(model, str | os.PathLike):
-        example, names, shapes = _open_shapes(model, example, dynamic)
-    elif not isinstance(model, nn.Module) or example is None:
-        raise TypeError(f"compile takes a torch.nn.Module and example_inputs, not {type(model).__name__} and {example!r:.40}")
-    else:
-        names = argument_names(model, example)
-        shapes = dynamic_shapes(dynamic, names)
-    combinations = list(shapes.combinations())
-    batches: list[list[Any]] = [[] for _ in combinations]
-    for number, batch in enumerate(calibration or (), 1):
-        try:
-            sizes = shapes.sizes(input_shapes(batch, names, "the network"))
-        except ValueError as error:
-            raise ValueError(f"calibration batch {number}: {error}") from None
-        batches[combinations.index(sizes)].append(batch)
-    if calibration is not None and not any(batches):
-        raise ValueError("compiling needs at least one calibration batch")
-    made: list[_Variant] = []
-    for number, (sizes, those) in enumerate(zip(combinations, batches, strict=True)):
-        report("trace", number, len(combinations))
-        given = resized(example, names, shapes, sizes)
-        try:
-            variant = _variant(model, given, target, host, report, sizes)
-        except CompileError as error:
-            raise CompileError(f"{_blamed(shapes, sizes, made)}: {error}", error.problems) from error
-        made.append(replace(variant, batches=those if calibration is not None else [variant.example]))
-    return shapes, made
-
-
-def _open_shapes(
-    model: str | os.PathLike[str], example: Any, dynamic: Any
-) -> tuple[dict[str, Tensor], list[str], DynamicShapes]:
-    """Example inputs of an ONNX file whose open dimensions vary, their names, and the dimensions."""
-    dims = open_dimensions(model)
-    shapes = dynamic_shapes(dynamic, list(dims))
-    for name, axis, dim in shapes.places:
-        if axis not in dims[name]:
-            raise CompileError(
-                f"dimension {axis} of input {name!r} ({dim.name}) is fixed in {os.fspath(model)}, and its operators may rest on "
-                "that: export the model with this dimension open"
-            )
-    sizes: dict[str, dict[int, int]] = {}
-    for name, axis, dim in shapes.places:
-        sizes.setdefault(name, {})[axis] = dim.values[0]
-    return load_onnx(model, example, sizes=sizes)[1], list(dims), shapes
-
-
-def _blamed(shapes: DynamicShapes, sizes: Sizes, made: Sequence[_Variant]) -> str:
-    """What of sizes that cannot be compiled is at fault: dimensions whose values have not been compiled before, else any."""
-    new = [name for name, value in sizes.items() if all(variant.sizes[name] != value for variant in made)]
-    found = {name: sizes[name] for name in new or sizes}
-    return f"the network cannot have {sizes_text(found)} ({'; '.join(map(shapes.where, found))})"
-
-
 def _compiled(
-    variants: Sequence[_Variant], target: Arch, scales: dict[str, Any], options: dict[str, Any]
+    variants: Sequence[Variant], target: Arch, scales: dict[str, Any], options: dict[str, Any]
 ) -> list[Program | PartitionedProgram]:
     """The program of each variant; constants, and the scales of what has one name, are common to all."""
     report = options["progress"]
     parts = [variant.parts(report) for variant in variants]
     if any(variant.found is not None for variant in variants):
         check_patterns([part.graph for those in parts for part in those], scales["bits16"])
-    networks = _quantised(variants, parts, scales, report)
+    networks = quantised(variants, parts, scales, report)
     programs: list[list[Program]] = [[] for _ in variants]
     for number in range(max(map(len, parts))):
         having = [i for i, those in enumerate(parts) if len(those) > number]
@@ -301,84 +163,17 @@ def _compiled(
     return results
 
 
-def _quantised(
-    variants: Sequence[_Variant], parts: Sequence[Sequence[_Part]], scales: dict[str, Any], report: Progress
-) -> list[list[QuantNetwork]]:
-    """The integer network of each part of each variant."""
-    networks: list[list[QuantNetwork]] = [[] for _ in variants]
-    for family in _families(parts):
-        if len(variants) > 1 and not any(variants[i].batches for i in family):
-            raise ValueError(
-                f"no calibration batch has the shapes of {sizes_text(variants[family[0]].sizes)}, where the network has other "
-                "operators than for the other shapes: give a batch of these"
-            )
-        for number, part in enumerate(parts[family[0]]):
-            made = quantise_together(
-                [(parts[i][number].graph, parts[i][number].batches) for i in family], wide=part.stage is not None, **scales,
-                progress=None if part.stage is not None else lambda done, total: report("calibrate", done, total),
-            )  # fmt: skip
-            for i, network in zip(family, made, strict=True):
-                networks[i].append(network)
-    return networks if len(variants) == 1 else share_arrays(networks)
-
-
-def _families(parts: Sequence[Sequence[_Part]]) -> list[list[int]]:
-    """Variants that have the same operators, so that they can have the same scales."""
-    families: list[list[int]] = []
-    for i, those in enumerate(parts):
-        for family in families:
-            others = parts[family[0]]
-            if len(those) == len(others) and all(alike(a.graph, b.graph) for a, b in zip(those, others, strict=True)):
-                family.append(i)
-                break
-        else:
-            families.append([i])
-    return families
-
-
 def _compile_trained(model: FakeQuantised, target: Arch, **options: Any) -> Program:
     """The program of a fine-tuned model, with the grids that it was tuned for."""
     graph = model.graph()
     check_arch(graph, target)
     network = model.network()
-    part = _Part(graph=graph, batches=(), values=[], exported=model.exported, stage=None)
+    part = Part(graph=graph, batches=(), values=[], exported=model.exported, stage=None)
     return compile_network(network, target, inputs=part.inputs(network), outputs=part.outputs(network), **options)
 
 
-def _divided(exported: Exported, target: Arch, host: Host, report: Progress) -> tuple[Graph, Partition | None]:
-    """The optimised graph of a module that fits the accelerator as a whole; else its partition."""
-    try:
-        graph = import_whole(exported)
-        for done, transformed in enumerate(run_passes(graph)):
-            graph = transformed
-            report("passes", done + 1, len(PASSES))
-        check_arch(graph, target)
-        return graph, None
-    except CompileError as error:
-        found, whole = partition(exported, target), error
-    report("passes", len(PASSES), len(PASSES))
-    for node in exported.outputs:
-        if exported.constant(node) is not None:
-            raise CompileError(f"output {node.name!r} does not depend on an input: leave it out of the module's results")
-    if not found.segments:
-        raise CompileError(f"nothing of the module is work for the accelerator: {whole}") from whole
-    if host == "forbid":
-        raise CompileError(_forbidden(found))
-    return Graph({}, ()), found
-
-
-def _forbidden(found: Partition, shown: int = 5) -> str:
-    nodes = [node for node in found.host if node.target is not operator.getitem]
-    lines = [describe_host(node, found.reasons[node.name]) for node in nodes[:shown]]
-    more = [f"... and {len(nodes) - shown} more"] if len(nodes) > shown else []
-    return "\n  ".join([
-        'host="forbid", but the accelerator cannot do all of it: compile with host="allow", or take these operators out of '
-        "the module and do them before or after it:", *lines, *more,
-    ])  # fmt: skip
-
-
 def _partitioned(
-    found: Partition, parts: Sequence[_Part], programs: Sequence[Program], values: list[dict[str, Tensor]]
+    found: Partition, parts: Sequence[Part], programs: Sequence[Program], values: list[dict[str, Tensor]]
 ) -> PartitionedProgram:
     """Host parts and programs in order; values: of all calibration batches."""
     exported = found.exported
@@ -389,20 +184,14 @@ def _partitioned(
             stages.append(_host(found, stage))
             continue
         part, program = next(work)
-        stages += [_turning(part.turned), program] if part.turned else [program]
+        stages += [turning(part.turned), program] if part.turned else [program]
     return PartitionedProgram(
         stages=tuple(stages),
-        inputs=tuple(_argument(node.name, node.meta["val"]) for node in exported.inputs),
+        inputs=tuple(argument(node.name, node.meta["val"]) for node in exported.inputs),
         outputs=tuple(node.name for node in exported.outputs),
         rows=partition_rows(found),
         meta={f"range.{node.name}": _range(node.name, values) for node in exported.inputs if not _is_float(node)},
     )
-
-
-def _outside(stage: Segment, name: str) -> str:
-    """The exported node that a network's input stands for."""
-    node = stage.graph.nodes[name]
-    return stage.inputs[node.inputs[0] if isinstance(node, Unfold) else name].name
 
 
 def _is_float(node: Any) -> bool:
@@ -413,10 +202,6 @@ def _range(name: str, values: list[dict[str, Tensor]]) -> str:
     """Smallest and largest value of an input in the calibration data."""
     low, high = zip(*(batch[name].aminmax() for batch in values))
     return f"{int(min(low))} {int(max(high))}"
-
-
-def _argument(name: str, value: Tensor) -> ModelTensor:
-    return ModelTensor(name=name, tensor=name, shape=tuple(value.shape), dtype=str(value.dtype), scale=1.0)
 
 
 def _host(found: Partition, stage: HostStage) -> HostPart:
@@ -432,62 +217,6 @@ def _read_by(stage: HostStage | Segment) -> list[Any]:
     if isinstance(stage, Segment):
         return list(stage.inputs.values())
     return [item for node in stage.nodes for item in node.all_input_nodes]
-
-
-def float_boundary(found: Partition, batches: Iterable[Any], report: Progress | None = None) -> list[dict[str, Tensor]]:
-    """What goes to the accelerator in float, by exported name, for each batch of the module's inputs."""
-    exported = found.exported
-    needed = {node for stage in found.segments for node in stage.inputs.values()}
-    wanted = {node.name for node in needed} | {node.name for node in exported.inputs}
-    for node in reversed(exported.operators):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    live = [node for node in exported.operators if node in needed and exported.constant(node) is None]
-    whole = host_part(exported, live, exported.inputs, [])
-    result = []
-    for done, batch in enumerate(batches, 1):
-        seen: dict[str, Tensor] = {}
-
-        def observe(name: str, value: Any, seen: dict[str, Tensor] = seen) -> None:
-            if name in wanted:
-                seen[name] = value
-
-        inputs = exported.bind(batch)
-        whole.run(inputs, observe=observe)
-        result.append({**{name: value for name, value in inputs.items() if name in wanted}, **seen})
-        if report is not None:
-            report("calibrate", done, None)
-    return result
-
-
-def _segment_batches(stage: Segment, values: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [
-        {
-            name: by_rows(batch[node.name]) if _by_rows(stage, name) else batch[node.name]
-            for name, node in stage.inputs.items()
-        }
-        for batch in values
-    ]
-
-
-def _by_rows(stage: Segment, name: str) -> bool:
-    """Whether a graph's input is an exported tensor of heads, turned."""
-    node = stage.graph.nodes[name]
-    return (getattr(node, "given", None) or node.shape) != tuple(stage.inputs[name].meta["val"].shape)
-
-
-def _turning(turned: Mapping[str, Any]) -> HostPart:
-    """A host part that turns heads into rows."""
-    ops = []
-    for node in turned.values():
-        name, reference = node.name, {"ref": node.name}
-        common: dict[str, Any] = {"kwargs": {}, "source": module_path(node), "line": source_line(node)}
-        ops += [
-            HostOp(name=f"{name}.turned", target="aten.transpose.int", args=[reference, 1, 2], **common),
-            HostOp(name=f"{name}.rows", target="aten.flatten.using_ints", args=[{"ref": f"{name}.turned"}, 2], **common),
-        ]
-    names = [node.name for node in turned.values()]
-    return HostPart(ops=tuple(ops), constants={}, inputs=tuple(names), outputs=tuple(f"{name}.rows" for name in names))
 
 
 def compile_network(
@@ -589,8 +318,8 @@ def _program(
         tensors=lowered.tensors,
         operators=lowered.operators,
         masks=lowered.masks,
-        inputs=tuple(inputs) if inputs is not None else _own_tensors(network, network.inputs),
-        outputs=tuple(outputs) if outputs is not None else _own_tensors(network, network.outputs),
+        inputs=tuple(inputs) if inputs is not None else own_tensors(network, network.inputs),
+        outputs=tuple(outputs) if outputs is not None else own_tensors(network, network.outputs),
         network=network,
         meta=dict(network.meta),
     )
@@ -598,41 +327,3 @@ def _program(
 
 def _silent(stage: str, done: int, total: int | None) -> None:
     """No progress wanted."""
-
-
-def _model_tensor(graph: Graph, network: QuantNetwork, name: str, outside: str = "") -> ModelTensor:
-    """An input or output as the model has it, by the name that it has outside: data are float32, masks have the dtype of
-    the example."""
-    node, tensor = graph.nodes[name], network.tensors[stored_name(graph, name)]
-    image: tuple[int, ...] | None = None
-    if isinstance(node, Unfold):
-        image = (*node.out_size, *node.kernel, *node.stride, *node.padding, *node.dilation)
-        node = graph.nodes[node.inputs[0]]
-    elif isinstance(node, Fold):
-        image = node.size
-    return ModelTensor(
-        name=outside or node.name,
-        tensor=tensor.name,
-        image=image,
-        shape=tuple(getattr(node, "given", None) or node.shape),
-        dtype=str(getattr(node, "dtype", "torch.float32")),
-        scale=tensor.scale,
-        kind="keymask" if tensor.dtype == "keymask" else "activation",
-        inverted=tensor.dtype == "keymask" and network.meta.get(f"keep.{name}") == "0",
-    )
-
-
-def _own_tensors(network: QuantNetwork, names: Sequence[str]) -> tuple[ModelTensor, ...]:
-    """The network's integer tensors themselves as the model's."""
-    tensors = [network.tensors[name] for name in names]
-    return tuple(
-        ModelTensor(
-            name=tensor.name,
-            tensor=tensor.name,
-            shape=tensor.shape,
-            dtype=tensor.dtype,
-            scale=float(tensor.scale),
-            kind="keymask" if tensor.dtype == "keymask" else "activation",
-        )
-        for tensor in tensors
-    )

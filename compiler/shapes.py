@@ -87,8 +87,8 @@ class DynamicShapes:
         for values in itertools.product(*(dim.values for dim in self.dims)):
             yield dict(zip(names, values, strict=True))
 
-    def sizes(self, shapes: Mapping[str, Sequence[int]]) -> Sizes:
-        """The sizes that inputs of these shapes have.
+    def sizes(self, shapes: Mapping[str, Sequence[int]], *, nearest: bool = False) -> Sizes:
+        """The sizes that inputs of these shapes have; ``nearest``: for other values, the next larger or the largest.
 
         Raises
         ------
@@ -97,16 +97,17 @@ class DynamicShapes:
             what is allowed.
         """
         found: dict[str, tuple[int, str]] = {}
+        limits = {dim.name: dim.values for dim in self.dims}
         for name, axis, dim in self.places:
             shape, where = tuple(shapes[name]), f"input {name!r}, dimension {axis}"
             if axis >= len(shape):
                 raise ValueError(f"{where} ({dim.name}) is missing: its shape is {shape}")
-            if shape[axis] not in dim.values:
+            if shape[axis] not in dim.values and not nearest:
                 raise ValueError(f"{where} is {shape[axis]}, but {dim.name} may be {_listed(dim.values)} in this program")
             value, first = found.setdefault(dim.name, (shape[axis], where))
             if value != shape[axis]:
                 raise ValueError(f"{where} is {shape[axis]}, but {first} is {value}: both are {dim.name}")
-        return {name: value for name, (value, _) in found.items()}
+        return {name: next((v for v in limits[name] if v >= value), limits[name][-1]) for name, (value, _) in found.items()}
 
     def check(self, sizes: Mapping[str, int]) -> Sizes:
         """A value for every dimension, in order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -19,6 +19,14 @@ from sim.cxx import ToolMissingError
 from sim.cycle import run_cycles
 
 __all__ = ["compile", "verify"]
+
+
+@overload
+def compile(*args: Any, dynamic: None = None, **options: Any) -> Program | PartitionedProgram: ...
+
+
+@overload
+def compile(*args: Any, dynamic: object, **options: Any) -> Program | PartitionedProgram | DynamicProgram: ...
 
 
 @functools.wraps(compile_model)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compiler.boundary import float_boundary
 from compiler.calibrate import unmasked
-from compiler.compile import float_boundary
 from compiler.dynamic import DynamicProgram
 from compiler.exported import Exported, export
 from compiler.frontend import by_rows, import_whole
