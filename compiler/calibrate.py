@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from algo.observers import Observer, observer_factory
-from compiler.graph import CompileError, Convolution, Fixed, Graph, KeyMask, Linear, Node, Pointwise
+from compiler.graph import CompileError, Convolution, Graph, Input, KeyMask, Linear, Node, Pointwise
 
 __all__ = ["Calibration", "Progress", "calibrate", "calibrate_together", "unmasked"]
 
@@ -147,8 +147,8 @@ def calibrate_together(
 
 def _watch_constants(graph: Graph, calibration: Calibration) -> None:
     for node in graph.nodes.values():
-        if isinstance(node, Fixed):
-            calibration.update(node.name, "out", node.value, source=node.source)
+        if not node.inputs and not isinstance(node, Input):
+            calibration.update(node.name, "out", node.evaluate(), source=node.source)
 
 
 def unmasked(graph: Graph, inputs: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -116,22 +116,24 @@ def compile_model(
         "observer": observer, "residual_bits": residual_bits, "bits16": bits16, "smooth": smooth,
         "bias_correction": bias_correction,
     }  # fmt: skip
+    shapes = None
+    if dynamic is None:
+        report("trace", 0, 1)
+        variant = make_variant(model, example_inputs, target, host, report)
+        variants = [replace(variant, batches=[variant.example] if calibration is None else calibration)]
+    else:
+        shapes, variants = make_variants(model, example_inputs, dynamic, target, host, calibration, report)
     if calibration is None:
         warnings.warn(
             "no calibration data: scales are chosen from the example inputs alone, which costs accuracy",
             stacklevel=2,
         )
-    if dynamic is not None:
-        shapes, variants = make_variants(model, example_inputs, dynamic, target, host, calibration, report)
-        programs = _compiled(variants, target, scales, options)
-        return DynamicProgram(
-            shapes=shapes, variants=tuple((variant.sizes, made) for variant, made in zip(variants, programs, strict=True))
-        )
-    report("trace", 0, 1)
-    variant = make_variant(model, example_inputs, target, host, report)
-    batches = [variant.example] if calibration is None else calibration
-    (program,) = _compiled([replace(variant, batches=batches)], target, scales, options)
-    return program
+    programs = _compiled(variants, target, scales, options)
+    if shapes is None:
+        return programs[0]
+    return DynamicProgram(
+        shapes=shapes, variants=tuple((variant.sizes, made) for variant, made in zip(variants, programs, strict=True))
+    )
 
 
 def _compiled(

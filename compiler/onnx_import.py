@@ -131,9 +131,10 @@ def example_inputs(model: Any, *, sizes: OpenSizes) -> dict[str, Tensor]:
         for place, dim in enumerate(kind.shape.dim):
             size = dim.dim_value or sizes.get(_identifier(item.name), {}).get(place, 0)
             if not size:
-                open_dim = dim.dim_param or "?"
+                place_name = f"{_identifier(item.name)}:{place}"
                 raise CompileError(
-                    f"input {item.name!r} of the ONNX model has an open dimension {place} ({open_dim}): give example_inputs"
+                    f"input {item.name!r} of the ONNX model has an open dimension {place} ({dim.dim_param or '?'}): give "
+                    f"example_inputs, or what it may be: dynamic=, or --dynamic {dim.dim_param or place_name}=VALUES"
                 )
             shape.append(size)
         dtype = _dtype(kind.elem_type, f"input {item.name!r}")

@@ -155,13 +155,14 @@ def quantise_together(
 
 
 def alike(graph: Graph, other: Graph) -> bool:
-    """Whether nodes of one name are the same operator of the same module in both, with parameters of one shape."""
+    """Whether nodes of one name are the same operator of the same module in both, with as many channels; a mean over tokens is
+    a convolution whose kernel has their number."""
     return all(_identity(node) == _identity(other.nodes[name]) for name, node in graph.nodes.items() if name in other.nodes)
 
 
 def _identity(node: Node) -> tuple[Any, ...]:
-    weight = node.weight.shape if isinstance(node, Linear | Convolution) else None
-    return type(node), node.source, weight
+    channels = node.weight.shape[:2] if isinstance(node, Linear | Convolution) else None
+    return type(node), node.source, channels
 
 
 @dataclass(frozen=True)
