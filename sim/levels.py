@@ -56,6 +56,7 @@ class _Graph:
     starts: dict[Bit, int] = field(default_factory=dict)
     ends: dict[Bit, int] = field(default_factory=dict)
     end_names: dict[Bit, tuple[str, Any]] = field(default_factory=dict)  # of a pin, and the net that its register drives
+    inside: int = 0  # levels between registers of one cell
 
     def arc(self, source: Any, target: Any, levels: int) -> None:
         if isinstance(source, int) and isinstance(target, int):
@@ -84,7 +85,7 @@ def analyse(module: Mapping[str, Any], children: Mapping[str, Timing]) -> Timing
             timing.levels = arrival[bit] + inside
             pin, register = graph.end_names[bit]
             timing.path = (*_trace(bit, before, names), names.get(register, pin))
-    timing.levels = max(0, timing.levels)
+    timing.levels = max(graph.inside, timing.levels)
     _ports(module, graph, arrival, timing)
     return timing
 
@@ -145,7 +146,7 @@ def _number(value: Any) -> int:
 
 
 def _add_dsp(graph: _Graph, name: str, cell: Mapping[str, Any]) -> None:
-    """A multiplier with the registers that its parameters say."""
+    """A multiplier with the registers that its parameters say: of its operands, behind the multiplier, behind the adder."""
     given = cell.get("parameters", {})
     product, result = _number(given.get("MREG", 0)), _number(given.get("PREG", 0))
     outputs = [(port, bit) for port, _, bit in _bits(cell, ("output",)) if port in ("P", "Y", "PCOUT")]
@@ -154,14 +155,21 @@ def _add_dsp(graph: _Graph, name: str, cell: Mapping[str, Any]) -> None:
         if product or result:
             graph.start(bit, 0 if result else ADD)
     for port, _, source in _bits(cell, ("input",)):
-        multiplied = port[0] in "ABD" and not port.startswith("ALUMODE")
-        if product and multiplied:
-            graph.end(source, f"{name}.{port}", MULTIPLY)
-        elif result:
-            graph.end(source, f"{name}.{port}", MULTIPLY + ADD if multiplied else ADD if port[0] in "CP" else 0)
+        operand = port.rstrip("0123456789")
+        inside = MULTIPLY if operand in ("A", "B", "D") else ADD if operand in ("C", "PCIN", "CARRYIN") else 0
+        rest = inside + (ADD if inside == MULTIPLY and not product else 0)
+        if _number(given.get(f"{operand}REG", 0)):
+            graph.end(source, f"{name}.{port}")
+            if product or result:
+                graph.inside = max(graph.inside, rest)
+            else:
+                for _, bit in outputs:
+                    graph.start(bit, inside)
+        elif result or inside == 0 or (product and inside == MULTIPLY):
+            graph.end(source, f"{name}.{port}", rest)
         else:
             for _, target in outputs:
-                graph.arc(source, target, MULTIPLY if multiplied else ADD)
+                graph.arc(source, target, inside)
 
 
 def _add_child(graph: _Graph, name: str, cell: Mapping[str, Any], timing: Timing) -> None:

@@ -50,6 +50,19 @@ def test_multipliers(registers: tuple[int, int], levels: int) -> None:
     assert analyse(module(cells, {}, {}), {}).levels == levels
 
 
+def test_registers_of_a_multiplier() -> None:
+    """The way to a register of an operand ends there; enables pass neither multiplier nor adder."""
+    for options, levels in ({"AREG": "1", "MREG": "1", "PREG": "1"}, MULTIPLY), ({"AREG": "1", "PREG": "1"}, MULTIPLY + ADD):
+        dsp = cell("DSP48E2", {"A": [5], "CEP": [5]}, {"P": [4]}, **options)
+        cells = {"a": register(2, 3), "x": lut(3, 6), "y": lut(6, 5), "d": dsp, "b": register(4, 7)}
+        assert analyse(module(cells, {}, {}), {}).levels == levels
+    alone = cell("DSP48E2", {"A": [3]}, {"P": [4]}, AREG="1")
+    cells = {"a": register(2, 3), "d": alone, "x": lut(4, 5), "b": register(5, 6)}
+    assert analyse(module(cells, {}, {}), {}).levels == MULTIPLY + 1
+    enable = cell("DSP48E2", {"CEP": [3]}, {"P": [4]}, MREG="1", PREG="1")
+    assert analyse(module({"a": register(2, 3), "d": enable}, {}, {}), {}).levels == 0
+
+
 def test_paths_across_units() -> None:
     inner = Timing(launch={"q[0]": 2}, capture={"d[0]": 3}, through={"y[0]": {"x[0]": 4}})
     unit = cell("unit", {"d": [5], "x": [3]}, {"q": [6], "y": [5]})
