@@ -88,7 +88,9 @@ def test_random_rows(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("options", [{"packing": True}, {"sparse": False}, {"spare_dsps": True, "lane_register": True}], ids=str)
+@pytest.mark.parametrize("options", [
+    {"packing": True}, {"sparse": False}, {"spare_dsps": True, "lane_register": True, "multiplier_bits": 18},
+], ids=str)
 def test_random_program_on_a_variant(options, seed):
     """Two products per multiplier; dense weights only, where sparse layers are compiled with their zeros."""
     arch = replace(TINY, **options)

@@ -30,6 +30,7 @@ def test_unknown_preset():
     ({"clock_mhz": 0}, ValueError, "Arch.clock_mhz must be positive, not 0"),
     ({"row_depth": 32.0}, TypeError, "Arch.row_depth must be an int, not 32.0"),
     ({"name": 7}, TypeError, "Arch.name must be a str, not 7"),
+    ({"multiplier_bits": 28}, ValueError, r"Arch.multiplier_bits must be in 18\.\.27, not 28"),
     ({"packing": 1}, TypeError, "Arch.packing must be a bool, not 1"),
     ({"sparse": "no"}, TypeError, "Arch.sparse must be a bool, not 'no'"),
 ])
