@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeGuard
 
+import torch
 from torch import Tensor
 
 from compiler.graph import Add, Graph, Node, Rearrange
@@ -23,20 +23,17 @@ def move_fills(graph: Graph) -> Graph:
     for node in graph.nodes.values():
         if not isinstance(node, Add) or any(len(users[name]) > 1 or name in graph.outputs for name in node.inputs):
             continue
-        joined, constant = sorted((nodes[name] for name in node.inputs), key=_is_constant)
-        if _is_constant(constant) and isinstance(joined, Rearrange) and joined.parts and joined.fill is not None:
-            nodes[constant.name] = replace(constant, fill=constant.fill + _unwritten(joined, joined.fill))
-            nodes[joined.name] = replace(joined, fill=None)
+        filled = [x for x in (nodes[name] for name in node.inputs) if isinstance(x, Rearrange) and x.fill is not None]
+        joined, constant = [x for x in filled if x.parts], [x for x in filled if not x.parts]
+        if joined and constant:
+            nodes[constant[0].name] = replace(constant[0], fill=_fill(constant[0]) + _fill(joined[0]))
+            nodes[joined[0].name] = replace(joined[0], fill=None)
     return graph.rewrite(nodes.values())
 
 
-def _is_constant(node: Node) -> TypeGuard[Rearrange]:
-    return isinstance(node, Rearrange) and not node.parts
-
-
-def _unwritten(joined: Rearrange, fill: Tensor) -> Tensor:
+def _fill(node: Rearrange) -> Tensor:
     """The fill, 0 where a part writes."""
-    kept = fill.clone()
-    for part in joined.parts:
-        kept[part.to, part.at : part.at + part.width] = 0
-    return kept
+    fill = torch.zeros(1) if node.fill is None else node.fill.clone()
+    for part in node.parts:
+        fill[part.to, part.at : part.at + part.width] = 0
+    return fill
