@@ -98,7 +98,7 @@ def test_errors():
 
 
 @pytest.mark.parametrize(
-    ("share", "macs", "kept"), [(1 / 2, 2.0456, 13.8296), (1 / 4, 1.0238, 7.9658), (1 / 8, 0.5129, 5.034), (1 / 16, 0.2575, 3.5681)]
+    ("share", "macs", "kept"), [(0.5, 2.0456, 13.8296), (0.25, 1.0238, 7.9658), (0.125, 0.5129, 5.034), (0.0625, 0.2575, 3.5681)]
 )
 def test_resnet50_with_sparse_convolutions(share, macs, kept):
     """N:M in every convolution, the classifier dense (A. Zhou et al., arXiv 2102.04010): G MACs and M weights that are left."""
