@@ -250,7 +250,10 @@ def write_tables() -> list[Table]:
 def _table() -> Table:
     columns = ("network", "input", "weights", "M MACs", "programs", "MACs on the host (%)", "cycles", "cycle engine = RTL",
                "bytes compared", "RTL = ISA = reference", "cosine to float", "of float with noise")
-    return Table("Networks through all engines", columns, tuple(map(_cells, (row for row in ROWS if row.result is not None))))
+    there = [row for row in ROWS if row.result is not None]
+    earlier = sum((row.result or {})["sources"] != sources() for row in there)
+    note = f"{earlier} of the rows are of earlier sources of compiler or accelerator: `--fresh` measures them again." if earlier else ""
+    return Table("Networks through all engines", columns, tuple(map(_cells, there)), note)
 
 
 def _cells(row: Row) -> tuple[str | int | float | None, ...]:
