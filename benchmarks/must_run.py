@@ -252,7 +252,7 @@ def _table() -> Table:
                "bytes compared", "RTL = ISA = reference", "cosine to float", "of float with noise")
     there = [row for row in ROWS if row.result is not None]
     earlier = sum((row.result or {})["sources"] != sources() for row in there)
-    note = f"{earlier} of the rows are of earlier sources of compiler or accelerator: `--fresh` measures them again." if earlier else ""
+    note = f"{earlier} rows are of earlier sources of compiler or accelerator: `--fresh` measures them again." if earlier else ""
     return Table("Networks through all engines", columns, tuple(map(_cells, there)), note)
 
 
