@@ -97,7 +97,7 @@ def test_chance_is_refused_with_the_line() -> None:
 
 def test_dropout_in_training() -> None:
     op = HostOp(name="y", target="aten.dropout.default", args=[{"ref": "x"}, 0.5, True], kwargs={})
-    with pytest.raises(ValueError, match="dropout in training depends on chance"):
+    with pytest.raises(ValueError, match="called as in training, where it depends on chance"):
         HostPart(ops=(op,), constants={}, inputs=("x",), outputs=("y",)).run({"x": torch.zeros(2)})
 
 
