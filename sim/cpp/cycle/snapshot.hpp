@@ -30,7 +30,7 @@ struct Snapshot {
     Level level;
     Fetch fetch;
     Counts counts;
-    uint32_t totals[5];
+    uint32_t totals[6];
     Count* count;
     uint8_t* bytes;
 };
