@@ -73,6 +73,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
         "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
         "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
+        "move_fills": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
         "fold_pads": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
         "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose} - {Scale},
         "fuse": {

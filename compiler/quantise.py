@@ -36,6 +36,7 @@ from compiler.graph import (
     MaxPool,
     Node,
     Pointwise,
+    Rearrange,
     Unfold,
 )
 from compiler.mixed import check_patterns, matching, most_sensitive
@@ -155,14 +156,19 @@ def quantise_together(
 
 
 def alike(graph: Graph, other: Graph) -> bool:
-    """Whether nodes of one name are the same operator of the same module in both, with as many channels; a mean over tokens is
-    a convolution whose kernel has their number."""
-    return all(_identity(node) == _identity(other.nodes[name]) for name, node in graph.nodes.items() if name in other.nodes)
+    """Whether nodes of one name are the same operator of the same module in both, with as many channels where layers read them.
+    A mean over tokens is a convolution whose kernel has their number, scores have as many channels."""
+    users, others = graph.users(), other.users()
+    return all(
+        _identity(node, users[name]) == _identity(other.nodes[name], others[name])
+        for name, node in graph.nodes.items() if name in other.nodes
+    )  # fmt: skip
 
 
-def _identity(node: Node) -> tuple[Any, ...]:
-    channels = node.weight.shape[:2] if isinstance(node, Linear | Convolution) else None
-    return type(node), node.source, channels
+def _identity(node: Node, users: Sequence[Node]) -> tuple[Any, ...]:
+    parameters = node.weight.shape[:2] if isinstance(node, Linear | Convolution) else None
+    told_apart = any(isinstance(user, Linear | Convolution | Rearrange) for user in users)
+    return type(node), node.source, parameters, node.shape[-1] if told_apart else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from compiler.legality import check
 from compiler.passes.attention import match_heads, match_scores
 from compiler.passes.broadcasts import broadcast_operands
 from compiler.passes.elementwise import fix_constants, match_elementwise
+from compiler.passes.fills import move_fills
 from compiler.passes.flatten import flatten_images
 from compiler.passes.functions import fold_functions
 from compiler.passes.fuse import fuse
@@ -54,6 +55,7 @@ PASSES: tuple[Pass, ...] = (
     place_images,  # images come and go as rows of pixels
     hoist_rows,  # rows are chosen before they are multiplied
     arrange_rows,  # what still moves becomes copies of rows
+    move_fills,  # constants joined with data go into a constant added to both
     fold_pads,  # zeros around an image become padding
     fold_scales,  # scales go into weights and attention
     fuse,  # residual, function and norm go into the operator before them
