@@ -40,7 +40,7 @@ from compiler.graph import (
     Unfold,
 )
 from compiler.mixed import check_patterns, matching, most_sensitive
-from compiler.parameters import LOG2E_256, multiplier, norm_parameters, score_bias, weight_and_requant
+from compiler.parameters import LOG2E_256, finest_for_norm, multiplier, norm_parameters, score_bias, weight_and_requant
 from compiler.passes import optimise
 from compiler.row_operators import row_operator
 from compiler.scales import WIDE_MARGIN, Grids
@@ -221,8 +221,10 @@ class Builder(Grids):
                 self.pointwise(node)
             else:
                 row_operator(self, node)
-        given = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold)]
-        inputs = [name for name in given if name in self.tensors]
+        arguments = [node.name for node in self.graph.inputs]
+        read = [node for node in self.graph.nodes.values() if isinstance(node, Input | Unfold) and node.name in self.tensors]
+        read.sort(key=lambda node: arguments.index(node.inputs[0] if isinstance(node, Unfold) else node.name))
+        inputs = [node.name for node in read]
         return ops.QuantNetwork(
             tensors=self.tensors,
             ops=tuple(self.ops),
@@ -266,15 +268,16 @@ class Builder(Grids):
         out, post = self.out(node), node.post
         offset = self.offsets.get(node.name, np.zeros(1))
         grid, zero, table, norm, inner = out.scale, 0.0, None, None, 0.0
+        finest = 0.0 if post.norm is None else finest_for_norm(post.norm)
         if post.function is not None:
             last = post.norm is None
-            inner = out.scale if last else self.calibration.scale(node.name, "function")
+            inner = out.scale if last else max(finest, self.calibration.scale(node.name, "function"))
             at = float(offset[0]) if last else 0.0
             sample, symmetric = self.calibration.sample(node.name, "sum"), isinstance(node, Pointwise) or post.multiply
             grid, zero = table_input(post.function, sample, out_scale=inner, out_offset=at, symmetric=symmetric)
             table = activation_table(post.function, in_scale=grid, in_offset=zero, out_scale=inner, out_offset=at)
         elif post.norm is not None:
-            grid = max(self.peak(node, "sum"), 1e-30) / WIDE_MARGIN
+            grid = max(finest, self.peak(node, "sum") / WIDE_MARGIN, 1e-30)
         if post.norm is not None:
             summed = grid if post.function is None else inner
             norm = norm_parameters(post.norm, in_scale=summed, out_scale=out.scale, offset=offset)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from compiler.graph import Graph
 from compiler.legality import check
 from compiler.passes.attention import match_heads, match_scores
-from compiler.passes.broadcasts import broadcast_products
+from compiler.passes.broadcasts import broadcast_operands
 from compiler.passes.elementwise import fix_constants, match_elementwise
 from compiler.passes.fills import move_fills
 from compiler.passes.flatten import flatten_images
@@ -37,7 +37,7 @@ PASSES: tuple[Pass, ...] = (
     match_rotations,  # rotary positions become two products and a sum
     fold_vectors,  # a product with a vector of channels goes into what was before it
     fold_functions,  # x * sigmoid(x) and the like become one function
-    broadcast_products,  # x * y with fewer pixels or channels gets operands of equal shapes
+    broadcast_operands,  # x * y with fewer pixels or channels gets operands of equal shapes
     match_elementwise,  # a * b of activations, and of a constant
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask
