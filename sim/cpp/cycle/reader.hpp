@@ -27,7 +27,7 @@ public:
 
     // In the last cycle the command `held` could start but for its `dep`.
     bool waits() const { return waits_; }
-    uint32_t held() const { return hold_ref_; }
+    uint32_t held() const { return hold_ref_; }  // its place in the stream
 
     // Something may move although no input does.
     bool awake() const {
@@ -60,9 +60,9 @@ public:
         return true;
     }
 
-    // One cycle. ref : instruction of the command that is taken. data : a beat arrives. ready : of the output.
-    // granted : the request is taken. completed : the writer's counter.
-    void step(const ReadCommand* cmd, uint32_t ref, uint32_t dep, bool data, bool ready, bool granted, uint32_t completed) {
+    // One cycle. ref : place of the command that is taken. awaited : instructions that must have completed before, 0 for any.
+    // data : a beat arrives. ready : of the output. granted : the request is taken. completed : the writer's counter.
+    void step(const ReadCommand* cmd, uint32_t ref, uint32_t awaited, bool data, bool ready, bool granted, uint32_t completed) {
         const bool read = narrow_ ? step_narrow(cmd, ref, ready) : widen_ ? step_wide(ready) : ready;
         const bool pop = fifo_.out && read;
         issue(granted, completed, pop);
@@ -70,7 +70,7 @@ public:
             hold_ = true;
             held_ = *cmd;
             hold_ref_ = ref;
-            hold_dep_ = dep;
+            awaited_ = awaited;
         }
         fifo_.tick(data, read);
     }
@@ -103,7 +103,7 @@ public:
                                      framing_ << 6));
         v.exact(static_cast<uint16_t>(credit_));
         fifo_.visit(v);
-        if (hold_) v.held(hold_ref_, hold_dep_);
+        if (hold_) v.held(hold_ref_, awaited_);
         if (active_) {
             v.reference(ref_);
             v.exact(beat_);
@@ -150,8 +150,7 @@ private:
             following_ = (following_ + stride_) & span_;
         } else if (hold_ && (!active_ || (take && final))) {
             // 16-bit counts that wrap; a distance in the upper half is a wait
-            waits_ = held_.wait && hold_dep_ != kNeverWaits &&
-                     static_cast<uint16_t>(completed - (hold_ref_ - hold_dep_ + 1)) >> 15;
+            waits_ = awaited_ != 0 && static_cast<uint16_t>(completed - awaited_) >> 15;
             leave = !waits_;
             active_ = leave;
             if (leave) load();
@@ -222,19 +221,19 @@ private:
             framing_ = commands_.out;
             if (framing_) load_frame();
         }
-        if (push) waiting_.push_back({*cmd, ref});
+        if (push) waiting_.push_back({cmd, ref});
         if (push || accept || commands_.settling()) commands_.tick(push, accept);
     }
 
     void load_frame() {
         const Waiting& w = waiting_.front();
-        frame_first_ = w.cmd.addr >> byte_shift_ & (ratio_ - 1);
-        frame_stride_ = w.cmd.stride >> byte_shift_ & (ratio_ - 1);
+        frame_first_ = w.cmd->addr >> byte_shift_ & (ratio_ - 1);
+        frame_stride_ = w.cmd->stride >> byte_shift_ & (ratio_ - 1);
         frame_following_ = (frame_first_ + frame_stride_) & (ratio_ - 1);
-        frame_words_ = w.cmd.words;
-        frame_wide_ = w.cmd.wide;
-        frame_left_.load(w.cmd.words);
-        frame_repeats_.load(w.cmd.repeats);
+        frame_words_ = w.cmd->words;
+        frame_wide_ = w.cmd->wide;
+        frame_left_.load(w.cmd->words);
+        frame_repeats_.load(w.cmd->repeats);
         frame_ref_ = w.ref;
         waiting_.pop_front();
     }
@@ -257,7 +256,7 @@ private:
     }
 
     struct Waiting {
-        ReadCommand cmd;
+        const ReadCommand* cmd;
         uint32_t ref;
     };
 
@@ -266,7 +265,7 @@ private:
     // _Issuer
     bool hold_ = false, active_ = false, request_ = false, waits_ = false;
     uint8_t request_beats_ = 0, beat_ = 0;
-    uint32_t hold_ref_ = 0, hold_dep_ = 0, ref_ = 0, words_ = 0, stride_ = 0, following_ = 0, credit_ = 0;
+    uint32_t hold_ref_ = 0, awaited_ = 0, ref_ = 0, words_ = 0, stride_ = 0, following_ = 0, credit_ = 0;
     ReadCommand held_{};
     Countdown left_, repeats_;
     Fifo fifo_;

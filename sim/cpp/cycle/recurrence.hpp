@@ -26,16 +26,7 @@ struct Checkpoint {
 
 class Comparison {
 public:
-    Comparison(const Program& program, uint8_t* waited) : program_{program}, waited_{waited} {}
-
-    const Program& program() const { return program_; }
-
-    // The instructions from `first` have been followed again by as many from `second` on: they have waited alike.
-    void repeat_waits(uint64_t first, uint64_t second, uint64_t count) const {
-        for (uint64_t i = 0; i < count; ++i) {
-            if (program_.dep(first + i) == program_.dep(second + i)) waited_[second + i] |= waited_[first + i];
-        }
-    }
+    Comparison(const Program& program, const Waits& waits) : program_{program}, waits_{waits} {}
 
     // How many more periods between the snapshots are certain: 0 if none is.
     uint64_t periods(const Snapshot& from, const Present& to) const {
@@ -57,20 +48,19 @@ public:
         for (uint32_t i = 0; i < to.count_size; ++i) {
             if (from.count[i].value != to.count[i].value) return false;
         }
-        return same_behind(from, to);
+        return true;
     }
 
     // The last of the checkpoints recorded after `from` that `to` will come to, too; null if there is none.
-    const Checkpoint* reach(const Snapshot& from, const Snapshot& to,
-                            const std::vector<const Checkpoint*>& history) const {
+    const Checkpoint* reach(const Snapshot& from, const Present& to, const std::vector<const Checkpoint*>& history) const {
         const Checkpoint* best = nullptr;
-        uint64_t alike = 0;
+        uint64_t dispatched = to.index, alike[unit::kCount];
+        std::copy(std::begin(to.held), std::end(to.held), alike);
         for (uint64_t i = from.history; i < history.size(); ++i) {
             const Checkpoint& next = *history[i];
             if (next.fetches != from.fetch.bursts) break;
-            const uint64_t length = next.index - from.index;
-            if (alike <= length) alike = common(from, to, 0, length + 1, kMany);
-            if (alike <= length || !fetch_lasts(to.fetch, length * to.fetch.beats_per_word)) break;
+            if (!fetch_lasts(to.fetch, (next.index - from.index) * to.fetch.beats_per_word)) break;
+            if (!same_program(from, to, next, dispatched, alike)) break;
             if (next.resting && fetch_lasts(to.fetch, taken(next, from))) best = &next;
         }
         return best;
@@ -126,41 +116,66 @@ private:
         return fetch.level >= beats + 2 && fetch.credit + beats < fetch.burst;
     }
 
-    // The instructions in the machine are alike.
-    bool same_behind(const Snapshot& from, const Snapshot& to) const {
-        const uint64_t behind = to.oldest;
-        return from.index == to.index || common(from, to, behind, behind, kMany) >= behind;
-    }
-
-    // How many instructions from `behind` before `from` on are like those from `behind` before `to` on, up to `limit`.
-    // What waited in the first of several periods of `length` instructions may wait in all of them.
-    uint64_t common(const Snapshot& from, const Snapshot& to, uint64_t behind, uint64_t limit, uint64_t length) const {
-        const uint64_t first = from.index - behind, second = to.index - behind;
-        limit = least(limit, program_.size() - second);
-        uint64_t count = 0;
-        while (count < limit && program_.kind(first + count) == program_.kind(second + count) &&
-               same_wait(first + count, second + count, first + count % length, to.completed)) {
-            ++count;
+    // From `to` on up to where `next` is after `from`, nobody can tell the program from what it was there. dispatched, alike :
+    // instructions, and commands of each stream, up to which that is known.
+    bool same_program(const Snapshot& from, const Present& to, const Checkpoint& next, uint64_t& dispatched,
+                      uint64_t* alike) const {
+        const uint64_t last = to.index + (next.index - from.index);
+        dispatched = same_dispatch(dispatched, last + 1, to.index - from.index);
+        if (dispatched <= last) return false;
+        for (unsigned unit = 0; unit < unit::kCount; ++unit) {
+            const uint64_t end = to.seen[unit] + (next.core.seen(unit) - from.seen[unit]);
+            alike[unit] = same_commands(from, to, unit, alike[unit], end, kMany);
+            if (alike[unit] < end) return false;
         }
-        return count;
+        return true;
     }
 
-    // The second instruction waits for the same, or neither waits at all: `base` stands for the first.
-    bool same_wait(uint64_t first, uint64_t second, uint64_t base, uint64_t completed) const {
-        const uint64_t dep = program_.dep(second);
-        if (dep == program_.dep(first)) return true;
-        return !waited_[base] && (dep > program_.dep(first) || second + 1 <= completed + dep);
+    // For how many more periods the program repeats itself, at most `limit`.
+    uint64_t of_program(const Snapshot& from, const Present& to, uint64_t limit) const {
+        const uint64_t length = to.index - from.index;
+        const uint64_t dispatched = same_dispatch(to.index, to.index + limit * length + 1, length) - to.index;
+        limit = dispatched == 0 ? 0 : (dispatched - 1) / length;
+        for (unsigned unit = 0; unit < unit::kCount; ++unit) {
+            const uint64_t period = to.seen[unit] - from.seen[unit];
+            if (period == 0) continue;
+            const uint64_t alike = same_commands(from, to, unit, to.held[unit], to.seen[unit] + limit * period, period);
+            limit = alike < to.seen[unit] ? 0 : least(limit, (alike - to.seen[unit]) / period);
+        }
+        return limit;
     }
 
-    // So are as many that follow, with the one the dispatcher looks at.
-    uint64_t of_program(const Snapshot& from, const Snapshot& to, uint64_t limit) const {
-        const uint64_t length = to.index - from.index, behind = to.oldest;
-        const uint64_t alike = common(from, to, behind, behind + limit * length + 1, length);
-        return alike <= behind ? 0 : (alike - behind - 1) / length;
+    // The dispatcher cannot tell the instructions from `i` on from those `later` before them: up to which, at most `end`?
+    uint64_t same_dispatch(uint64_t i, uint64_t end, uint64_t later) const {
+        end = least(end, program_.size());
+        while (i < end && program_.dispatch(i) == program_.dispatch(i - later)) ++i;
+        return i;
+    }
+
+    // A unit cannot tell the commands of its stream from `i` on from those it saw after `from` in the place of those after
+    // `to`: up to which, at most `end`? It may have waited for them in the first `period` of these.
+    uint64_t same_commands(const Snapshot& from, const Present& to, unsigned unit, uint64_t i, uint64_t end, uint64_t period) const {
+        const uint64_t further = to.seen[unit] - from.seen[unit], first = to.held[unit];
+        end = least(end, program_.told(unit));
+        for (; i < end && program_.number(unit, i) == program_.number(unit, i - further); ++i) {
+            if (unit < unit::load && !same_wait(from, to, unit, i, first + (i - first) % period)) break;
+        }
+        return i;
+    }
+
+    // The command at place `i` waits like the one it is like, or neither waits at all: `base` stands for the latter.
+    bool same_wait(const Snapshot& from, const Present& to, unsigned unit, uint64_t i, uint64_t base) const {
+        const uint32_t further = to.seen[unit] - from.seen[unit], later = to.index - from.index;
+        const uint32_t before = program_.awaited(unit, i - further), now = program_.awaited(unit, i);
+        if ((before == 0) == (now == 0) && (now == 0 || now - before == later)) return true;
+        if (waits_.waited(unit, base - further)) return false;
+        const bool sooner = before != 0 && static_cast<int32_t>(now - before - later) < 0;
+        const bool over = static_cast<int32_t>(now - to.completed) <= 0;
+        return now == 0 || sooner || over;
     }
 
     const Program& program_;
-    uint8_t* const waited_;
+    const Waits& waits_;
 };
 
 // Snapshots and checkpoints, each in as much memory as it needs. They go all at once.
