@@ -72,6 +72,7 @@ private:
         now_.stores = stored_;
         now_.history = history_.size();
         now_.era = era_;
+        now_.decided = core_.dispatcher().decided();
         now_.counts = core_.counts;
         if (copy()) return;
         if (core_.issued || cycle_ >= next_record_) record();
@@ -103,7 +104,7 @@ private:
         core_.copy(to.core, Comparison::taken(to, from));
         move(from, 1, later);
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
-            waits_.repeat(unit, now_.held[unit], core_.seen(unit), now_.seen[unit] - from.seen[unit]);
+            waits_.repeat(unit, now_.held[unit], core_.queues().seen(unit), now_.seen[unit] - from.seen[unit]);
         }
         core_.counts = now_.counts;
         add(core_.counts, from.counts, to.counts, 1);
@@ -134,7 +135,7 @@ private:
         move(from, periods, periods * period);
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             const uint32_t further = now_.seen[unit] - from.seen[unit];
-            if (further != 0) waits_.repeat(unit, now_.held[unit], core_.seen(unit), further);
+            if (further != 0) waits_.repeat(unit, now_.held[unit], core_.queues().seen(unit), further);
         }
         add(core_.counts, from.counts, now_.counts, periods);
         for (uint64_t i = 0; i < periods * stores; ++i) {
@@ -146,9 +147,7 @@ private:
 
     // Moves the core on, `times` as far in the program as the present is from `from`.
     void move(const Snapshot& from, uint32_t times, uint64_t cycles) {
-        uint32_t places[unit::kCount];
-        for (unsigned unit = 0; unit < unit::kCount; ++unit) places[unit] = times * (now_.seen[unit] - from.seen[unit]);
-        Move move{program_, places, times * (now_.index - from.index)};
+        Move move{program_, from, now_, times};
         core_.visit(move, 0);
         core_.move(cycles);
     }

@@ -16,6 +16,8 @@ public:
     bool requesting() const { return state_ == kRequest; }
     bool done(uint32_t completed) const { return state_ == kFinish && completed == index_; }
     bool wants_queues() const { return state_ == kIssue; }
+    bool decided() const { return state_ > kDecide; }
+    bool finishing() const { return state_ == kFinish; }
     uint32_t index() const { return index_; }
 
     // issue : every queue has room. fetched : an instruction is offered.
@@ -76,7 +78,9 @@ class CommandQueues {
 public:
     const Commands* head(unsigned unit) const { return heads_[unit]; }
     uint32_t place(unsigned unit) const { return taken_[unit]; }  // in the unit's stream, of the head
+    bool offers(unsigned unit) const { return fifos_[unit].out; }
     uint32_t seen(unsigned unit) const { return taken_[unit] + fifos_[unit].out; }
+    uint32_t behind(unsigned unit) const { return fifos_[unit].inner; }  // commands behind the head
     bool writable() const { return full_ == 0; }
     uint32_t offered() const { return offered_; }  // one bit for each unit with a command at its queue
 
@@ -96,15 +100,16 @@ public:
     template <class Visitor>
     void visit(Visitor& v) {
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
-            v.stream(unit, taken_[unit], fifos_[unit].out);
-            fifos_[unit].visit(v);
+            v.stream(unit, taken_[unit], fifos_[unit]);
         }
     }
 
-    // The places in the streams have changed.
+    // The places in the streams have changed, and how many commands wait behind the heads.
     void move(const Program& program) {
+        full_ = 0;
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             if (heads_[unit]) heads_[unit] = &program.command(unit, taken_[unit]);
+            full_ |= !fifos_[unit].writable(kQueueDepth) << unit;
         }
     }
 
@@ -185,6 +190,7 @@ public:
     template <class Visitor>
     void visit(Visitor& v, uint64_t cycle) {
         dispatcher_.visit(v);
+        if (dispatcher_.finishing()) v.exact(dispatcher_.index() - writer_.completed());
         queues_.visit(v);
         memory_.visit(v, cycle);
         arbiter_.visit(v);
@@ -215,7 +221,8 @@ public:
         queues_.move(*program_);
     }
 
-    uint32_t seen(unsigned unit) const { return queues_.seen(unit); }  // of the unit's stream
+    const CommandQueues& queues() const { return queues_; }
+    const Dispatcher& dispatcher() const { return dispatcher_; }
     const Reader& fetch() const { return readers_[reader::fetch]; }
 
     // The state of `other`, where this one's fetch channel rests after it has lost `beats` more.

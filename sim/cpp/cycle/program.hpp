@@ -206,11 +206,9 @@ public:
     const Commands& operator[](uint64_t index) const { return table_[kinds_[index]]; }
     uint64_t size() const { return kinds_.size(); }
 
-    // All that the dispatcher tells instructions apart by.
-    uint32_t dispatch(uint64_t index) const {
-        const Commands& c = (*this)[index];
-        return c.units | c.halt << 30 | c.counted << 31;
-    }
+    // All that the dispatcher tells instructions apart by: first what it does before it issues them, then where to.
+    uint32_t decision(uint64_t index) const { return (*this)[index].halt | (*this)[index].counted << 1; }
+    uint32_t dispatch(uint64_t index) const { return decision(index) | (*this)[index].units << 2; }
 
     // A unit's stream: its length, and by place the commands, and a number that equal commands share.
     uint64_t told(unsigned unit) const { return streams_[unit].size(); }

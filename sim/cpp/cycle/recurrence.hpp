@@ -30,7 +30,7 @@ public:
 
     // How many more periods between the snapshots are certain: 0 if none is.
     uint64_t periods(const Snapshot& from, const Present& to) const {
-        if (!same_bytes(from, to)) return 0;
+        if (!same_bytes(from, to) || !same_queues(from, to)) return 0;
         const bool near = from.era == to.era;
         uint64_t limit = kMany;
         for (uint32_t i = 0; i < to.count_size && limit != 0; ++i) {
@@ -60,7 +60,7 @@ public:
             const Checkpoint& next = *history[i];
             if (next.fetches != from.fetch.bursts) break;
             if (!fetch_lasts(to.fetch, (next.index - from.index) * to.fetch.beats_per_word)) break;
-            if (!same_program(from, to, next, dispatched, alike)) break;
+            if (!same_program(from, to, next, dispatched, alike) || !queues_last(from, to, next)) break;
             if (next.resting && fetch_lasts(to.fetch, taken(next, from))) best = &next;
         }
         return best;
@@ -76,6 +76,25 @@ private:
 
     static bool same_bytes(const Snapshot& from, const Snapshot& to) {
         return from.size == to.size && std::memcmp(from.bytes, to.bytes, to.size) == 0;
+    }
+
+    static bool same_queues(const Snapshot& from, const Snapshot& to) {
+        return std::equal(std::begin(from.behind), std::end(from.behind), to.behind);
+    }
+
+    // If other numbers of commands wait in the queues, none may run empty up to `next`, and nothing may be issued.
+    static bool queues_last(const Snapshot& from, const Snapshot& to, const Checkpoint& next) {
+        if (same_queues(from, to)) return true;
+        if (next.index != from.index) return false;
+        const CommandQueues& queues = next.core.queues();
+        bool blocked = !next.core.dispatcher().wants_queues();
+        for (unsigned unit = 0; unit < unit::kCount; ++unit) {
+            const uint32_t there = queues.behind(unit), here = there + to.behind[unit] - from.behind[unit];
+            const bool moves = queues.seen(unit) != from.seen[unit];
+            if (there != here && moves && (!queues.offers(unit) || static_cast<int32_t>(here) < 0)) return false;
+            blocked |= there == here && there == kQueueDepth - 1;
+        }
+        return blocked;
     }
 
     // near : no copy lies between the two, so that equal `loads` mean that the count was not reloaded.
@@ -120,11 +139,13 @@ private:
     // instructions, and commands of each stream, up to which that is known.
     bool same_program(const Snapshot& from, const Present& to, const Checkpoint& next, uint64_t& dispatched,
                       uint64_t* alike) const {
-        const uint64_t last = to.index + (next.index - from.index);
-        dispatched = same_dispatch(dispatched, last + 1, to.index - from.index);
-        if (dispatched <= last) return false;
+        const uint64_t later = to.index - from.index, last = next.index + later;
+        dispatched = same_dispatch(dispatched, last, later);
+        if (dispatched < last) return false;
+        const bool decides = next.core.dispatcher().decided() && (next.index != from.index || !from.decided);
+        if (decides && (last >= program_.size() || program_.decision(next.index) != program_.decision(last))) return false;
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
-            const uint64_t end = to.seen[unit] + (next.core.seen(unit) - from.seen[unit]);
+            const uint64_t end = to.seen[unit] + (next.core.queues().seen(unit) - from.seen[unit]);
             alike[unit] = same_commands(from, to, unit, alike[unit], end, kMany);
             if (alike[unit] < end) return false;
         }
@@ -165,7 +186,7 @@ private:
 
     // The command at place `i` waits like the one it is like, or neither waits at all: `base` stands for the latter.
     bool same_wait(const Snapshot& from, const Present& to, unsigned unit, uint64_t i, uint64_t base) const {
-        const uint32_t further = to.seen[unit] - from.seen[unit], later = to.index - from.index;
+        const uint32_t further = to.seen[unit] - from.seen[unit], later = to.completed - from.completed;
         const uint32_t before = program_.awaited(unit, i - further), now = program_.awaited(unit, i);
         if ((before == 0) == (now == 0) && (now == 0 || now - before == later)) return true;
         if (waits_.waited(unit, base - further)) return false;

@@ -27,12 +27,14 @@ struct Snapshot {
     uint64_t cycle, hash;       // hash : of the bytes
     uint64_t whole;             // of bytes and counts
     uint64_t stores, history;   // stores noted, checkpoints recorded by now
+    bool decided;  // the dispatcher has looked at its instruction
     uint32_t era, index, completed, size, count_size, total_size;
     Level level;
     Fetch fetch;
     Counts counts;
     uint32_t totals[5];
-    uint32_t seen[unit::kCount];  // of each stream: commands that the unit has seen
+    uint32_t seen[unit::kCount];    // of each stream: commands that the unit has seen
+    uint32_t behind[unit::kCount];  // and that wait behind these
     Count* count;
     uint8_t* bytes;
 };
@@ -67,19 +69,17 @@ public:
     }
 
     void instruction(uint32_t index) { to_.index = index; }
-    void completed(uint32_t count) {
-        to_.completed = count;
-        exact(to_.index - count);
-    }
-
+    void completed(uint32_t count) { to_.completed = count; }
     void unit(unsigned unit) { unit_ = unit; }
 
-    // Of the unit visited from now on: the place of its next command, and whether it sees it.
-    void stream(unsigned unit, uint32_t taken, bool offered) {
+    // A unit's queue. taken : the place of its next command.
+    void stream(unsigned unit, uint32_t taken, const Fifo& queue) {
         unit_ = unit;
         to_.held[unit] = taken;
-        to_.seen[unit] = taken + offered;
-        if (offered) exact(program_.number(unit, taken));
+        to_.seen[unit] = taken + queue.out;
+        to_.behind[unit] = queue.inner;
+        exact(static_cast<uint8_t>(queue.out | queue.settling() << 1));
+        if (queue.out) exact(program_.number(unit, taken));
     }
 
     void reference(uint32_t place) {
@@ -116,7 +116,6 @@ public:
             std::memcpy(&word, to_.bytes + i, sizeof word);
             h = mix(h, word);
         }
-        if (to_.index < program_.size()) h = mix(h, program_.dispatch(to_.index));
         to_.hash = h;
         for (uint32_t i = program_counts_; i < to_.count_size; ++i) h = mix(h, to_.count[i].value);
         to_.whole = mix(h, to_.level.inner);
@@ -142,22 +141,27 @@ private:
 // Visitor that moves the machine on in the program, as if it had met its state there.
 class Move {
 public:
-    // places[i], instructions : how much further the stream of unit i is, and the dispatcher.
-    Move(const Program& program, const uint32_t* places, uint32_t instructions)
-        : program_{program}, instructions_{instructions} {
-        std::copy(places, places + unit::kCount, places_);
+    // As much further, `times` over, as `to` is than `from`.
+    Move(const Program& program, const Snapshot& from, const Snapshot& to, uint32_t times)
+        : program_{program}, instructions_{times * (to.index - from.index)},
+          completed_{times * (to.completed - from.completed)} {
+        for (unsigned unit = 0; unit < unit::kCount; ++unit) {
+            places_[unit] = times * (to.seen[unit] - from.seen[unit]);
+            behind_[unit] = to.behind[unit] - from.behind[unit];
+        }
     }
 
     template <class T>
     void exact(T) {}
     void instruction(uint32_t& index) { index += instructions_; }
-    void completed(uint32_t& count) { count += instructions_; }
+    void completed(uint32_t& count) { count += completed_; }
     void unit(unsigned unit) { unit_ = unit; }
     void program_read() {}
 
-    void stream(unsigned unit, uint32_t& taken, bool) {
+    void stream(unsigned unit, uint32_t& taken, Fifo& queue) {
         unit_ = unit;
         taken += places_[unit];
+        queue.inner += behind_[unit];
     }
 
     void reference(uint32_t& place) { place += places_[unit_]; }
@@ -176,8 +180,8 @@ public:
 
 private:
     const Program& program_;
-    const uint32_t instructions_;
-    uint32_t places_[unit::kCount + 1] = {};  // the fetch channel's stays
+    const uint32_t instructions_, completed_;
+    uint32_t places_[unit::kCount + 1] = {}, behind_[unit::kCount];  // the fetch channel's place stays
     unsigned unit_ = 0;
 };
 
@@ -192,7 +196,7 @@ public:
     void instruction(uint32_t) {}
     void completed(uint32_t) {}
     void unit(unsigned) {}
-    void stream(unsigned, uint32_t, bool) {}
+    void stream(unsigned, uint32_t, const Fifo&) {}
     void reference(uint32_t) {}
     void held(uint32_t, uint32_t) {}
     void program_read() {}
