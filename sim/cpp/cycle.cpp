@@ -72,7 +72,7 @@ private:
         now_.stores = stored_;
         now_.history = history_.size();
         now_.era = era_;
-        now_.decided = core_.dispatcher().decided();
+        now_.dispatcher = core_.dispatcher();
         now_.counts = core_.counts;
         if (copy()) return;
         if (core_.issued || cycle_ >= next_record_) record();
@@ -103,6 +103,7 @@ private:
         const uint64_t cycles = to.cycle - from.cycle, later = now_.cycle - from.cycle;
         core_.copy(to.core, Comparison::taken(to, from));
         move(from, 1, later);
+        if (to.index == from.index && now_.dispatcher.rests()) core_.replace(now_.dispatcher);
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             waits_.repeat(unit, now_.held[unit], core_.queues().seen(unit), now_.seen[unit] - from.seen[unit]);
         }

@@ -18,6 +18,7 @@ public:
     bool wants_queues() const { return state_ == kIssue; }
     bool decided() const { return state_ > kDecide; }
     bool finishing() const { return state_ == kFinish; }
+    bool rests() const { return state_ >= kIssue; }  // until there is room in the queues, or all has completed
     uint32_t index() const { return index_; }
 
     // issue : every queue has room. fetched : an instruction is offered.
@@ -55,7 +56,7 @@ public:
 
     template <class Visitor>
     void visit(Visitor& v) {
-        v.exact(static_cast<uint8_t>(state_));
+        v.exact(static_cast<uint8_t>(rests() ? kIssue : state_));
         v.exact(division_);
         v.instruction(index_);
     }
@@ -190,7 +191,6 @@ public:
     template <class Visitor>
     void visit(Visitor& v, uint64_t cycle) {
         dispatcher_.visit(v);
-        if (dispatcher_.finishing()) v.exact(dispatcher_.index() - writer_.completed());
         queues_.visit(v);
         memory_.visit(v, cycle);
         arbiter_.visit(v);
@@ -223,6 +223,8 @@ public:
 
     const CommandQueues& queues() const { return queues_; }
     const Dispatcher& dispatcher() const { return dispatcher_; }
+    void replace(const Dispatcher& dispatcher) { dispatcher_ = dispatcher; }
+    uint32_t completed() const { return writer_.completed(); }
     const Reader& fetch() const { return readers_[reader::fetch]; }
 
     // The state of `other`, where this one's fetch channel rests after it has lost `beats` more.

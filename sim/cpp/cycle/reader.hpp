@@ -75,10 +75,11 @@ public:
         fifo_.tick(data, read);
     }
 
-    // Words wait at the output and nothing is on its way: whoever takes the words cannot tell how many are left, until the
-    // next burst is requested or there are none. Not for words narrower than the bus.
+    // Nothing is on its way, and words wait at the output, or none are to come: whoever takes the words cannot tell how many
+    // are left, until the next burst is requested or there are none. Not for words narrower than the bus.
     bool resting() const {
-        return !narrow_ && !hold_ && !request_ && fifo_.out && (!widen_ || full_) && credit_ + fifo_.level() == room_;
+        const bool words = fifo_.out && (!widen_ || full_), none = !active_ && !full_ && fifo_.level() == 0;
+        return !narrow_ && !hold_ && !request_ && (words || none) && credit_ + fifo_.level() == room_;
     }
 
     uint32_t level() const { return fifo_.level(); }

@@ -59,9 +59,12 @@ public:
         for (uint64_t i = from.history; i < history.size(); ++i) {
             const Checkpoint& next = *history[i];
             if (next.fetches != from.fetch.bursts) break;
-            if (!fetch_lasts(to.fetch, (next.index - from.index) * to.fetch.beats_per_word)) break;
-            if (!same_program(from, to, next, dispatched, alike) || !queues_last(from, to, next)) break;
-            if (next.resting && fetch_lasts(to.fetch, taken(next, from))) best = &next;
+            if (!same_program(from, to, next, dispatched, alike)) break;
+            const bool rests = next.index == from.index && to.dispatcher.rests();
+            if (!same_queues(from, to) && !(rests && rest_lasts(from, to, next))) break;
+            if (rests ? to.fetch.credit >= to.fetch.burst
+                      : !fetch_lasts(to.fetch, (next.index - from.index) * to.fetch.beats_per_word)) break;
+            if (next.resting && (rests || fetch_lasts(to.fetch, taken(next, from)))) best = &next;
         }
         return best;
     }
@@ -78,23 +81,23 @@ private:
         return from.size == to.size && std::memcmp(from.bytes, to.bytes, to.size) == 0;
     }
 
+    // As many commands wait in the queues, and the dispatcher does the same with them.
     static bool same_queues(const Snapshot& from, const Snapshot& to) {
-        return std::equal(std::begin(from.behind), std::end(from.behind), to.behind);
+        return from.dispatcher.finishing() == to.dispatcher.finishing() &&
+               std::equal(std::begin(from.behind), std::end(from.behind), to.behind);
     }
 
-    // If other numbers of commands wait in the queues, none may run empty up to `next`, and nothing may be issued.
-    static bool queues_last(const Snapshot& from, const Snapshot& to, const Checkpoint& next) {
-        if (same_queues(from, to)) return true;
-        if (next.index != from.index) return false;
+    // The dispatcher rests here as it does from there to `next`, and no queue runs empty in one of the two alone.
+    static bool rest_lasts(const Snapshot& from, const Snapshot& to, const Checkpoint& next) {
         const CommandQueues& queues = next.core.queues();
-        bool blocked = !next.core.dispatcher().wants_queues();
+        bool full = false;
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             const uint32_t there = queues.behind(unit), here = there + to.behind[unit] - from.behind[unit];
             const bool moves = queues.seen(unit) != from.seen[unit];
             if (there != here && moves && (!queues.offers(unit) || static_cast<int32_t>(here) < 0)) return false;
-            blocked |= there == here && there == kQueueDepth - 1;
+            full |= here == kQueueDepth - 1;
         }
-        return blocked;
+        return to.dispatcher.finishing() ? to.completed + (next.core.completed() - from.completed) < to.index : full;
     }
 
     // near : no copy lies between the two, so that equal `loads` mean that the count was not reloaded.
@@ -142,7 +145,7 @@ private:
         const uint64_t later = to.index - from.index, last = next.index + later;
         dispatched = same_dispatch(dispatched, last, later);
         if (dispatched < last) return false;
-        const bool decides = next.core.dispatcher().decided() && (next.index != from.index || !from.decided);
+        const bool decides = next.core.dispatcher().decided() && (next.index != from.index || !from.dispatcher.decided());
         if (decides && (last >= program_.size() || program_.decision(next.index) != program_.decision(last))) return false;
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             const uint64_t end = to.seen[unit] + (next.core.queues().seen(unit) - from.seen[unit]);

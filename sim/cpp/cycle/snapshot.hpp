@@ -27,7 +27,7 @@ struct Snapshot {
     uint64_t cycle, hash;       // hash : of the bytes
     uint64_t whole;             // of bytes and counts
     uint64_t stores, history;   // stores noted, checkpoints recorded by now
-    bool decided;  // the dispatcher has looked at its instruction
+    Dispatcher dispatcher;
     uint32_t era, index, completed, size, count_size, total_size;
     Level level;
     Fetch fetch;
