@@ -21,9 +21,9 @@ struct Result {
 class Simulation {
 public:
     Simulation(const ArchConfig& arch, const MemoryConfig& memory, const Program& program, const Options& options,
-               uint64_t* stores, uint64_t stores_size)
+               uint64_t* stores, uint64_t stores_size, SnapshotStore& store)
         : options_{options}, program_{program}, waits_{program}, core_{arch, memory, program, waits_},
-          comparison_{program, waits_}, inner_{kInnerSets}, outer_{kOuterSets},
+          comparison_{program, waits_}, inner_{kInnerSets}, outer_{kOuterSets}, store_{store},
           stores_{stores}, stores_size_{stores_size} {}
 
     Result run() {
@@ -35,7 +35,7 @@ public:
             if (core_.stored) note_store(cycle_ + 1);
             ++cycle_;
             if (!skip) continue;
-            if (core_.issued || (core_.requested && simulated_ >= next_sample)) {
+            if (core_.issued || (core_.requested && simulated_ >= next_sample && core_.bursts_left % rarity() == 0)) {
                 next_sample = simulated_ + kSampleDistance;
                 look_back();
             }
@@ -46,8 +46,8 @@ public:
     }
 
 private:
-    static constexpr uint32_t kInnerSets = 1021, kOuterSets = 8191, kMostCheckpoints = 65536;
-    static constexpr uint64_t kSampleDistance = 16, kRecordDistance = RD, kLeastCopy = 32;
+    static constexpr uint32_t kInnerSets = 1021, kOuterSets = 2047;
+    static constexpr uint64_t kSampleDistance = 16, kRecordDistance = 256, kLeastCopy = 32;
 
     // The core is reset while the memory ports finish.
     void stop() {
@@ -58,6 +58,12 @@ private:
             ++cycle_;
             ++simulated_;
         }
+    }
+
+    // Where nothing recurs for long, fewer moments are looked at; which ones depends on the state alone.
+    uint32_t rarity() const {
+        const uint64_t steps = simulated_ - last_skip_;
+        return steps < 1024 ? 1 : steps < 4096 ? 2 : 4;
     }
 
     void note_store(uint64_t cycle) {
@@ -77,7 +83,7 @@ private:
         if (copy()) return;
         if (core_.issued || cycle_ >= next_record_) record();
         repeat();
-        if (store_.full() || history_.size() == kMostCheckpoints) forget();
+        if (store_.full()) forget();
         const Snapshot* const kept = store_.keep(now_);
         inner_.insert(kept->hash, kept);
         outer_.insert(kept->whole, kept);
@@ -112,6 +118,7 @@ private:
         for (uint64_t i = from.stores; i < to.stores; ++i) note_store(i < stores_size_ ? stores_[i] + later : 0);
         cycle_ += cycles;
         ++era_;
+        last_skip_ = simulated_;
         ++skips_;
     }
 
@@ -143,6 +150,7 @@ private:
             note_store(stored_ < stores_size_ ? stores_[stored_ - stores] + period : 0);
         }
         cycle_ += periods * period;
+        last_skip_ = simulated_;
         ++skips_;
     }
 
@@ -182,11 +190,11 @@ private:
     const Comparison comparison_;
     SnapshotTable inner_, outer_;
     std::vector<const Checkpoint*> history_;
-    SnapshotStore store_;
+    SnapshotStore& store_;
     Present now_;
     uint64_t* const stores_;
     const uint64_t stores_size_;
-    uint64_t cycle_ = 0, simulated_ = 0, stored_ = 0, next_record_ = 0, skips_ = 0;
+    uint64_t cycle_ = 0, simulated_ = 0, stored_ = 0, next_record_ = 0, last_skip_ = 0, skips_ = 0;
     uint32_t era_ = 0;
 };
 
@@ -202,7 +210,9 @@ void nm_cycle_close(Program* program) { delete program; }
 // stores : room for the cycle in which the last write of each storing instruction was answered.
 void nm_cycle_run(const Program* program, const ArchConfig* arch, const MemoryConfig* memory, const Options* options,
                   uint64_t* stores, uint64_t stores_size, Result* result) {
-    auto simulation = std::make_unique<Simulation>(*arch, *memory, *program, *options, stores, stores_size);
+    static thread_local SnapshotStore store;  // fresh memory would cost more than its use
+    store.clear();
+    auto simulation = std::make_unique<Simulation>(*arch, *memory, *program, *options, stores, stores_size, store);
     *result = simulation->run();
 }
 }

@@ -163,6 +163,7 @@ public:
 
     // In the last cycle: a read burst was requested, an instruction was issued, the last write of one was answered.
     bool requested = false, issued = false, stored = false;
+    uint32_t bursts_left = 0;  // of the command whose burst was requested
     bool done = false;  // HALT was reached and everything completed
     Counts counts;
 
@@ -371,6 +372,7 @@ private:
         const uint32_t granted_beats = granted >= 0 ? readers_[granted].request_beats() : 0;
         if (owner >= 0) ++counts.read_beats[owner];
         requested = granted >= 0;
+        bursts_left = requested ? readers_[granted].left() / kBurstBeats : 0;
         fetches_ += granted == static_cast<int>(reader::fetch);
         const bool fetched = dispatcher_.fetching() && valid(reader::fetch), requesting = dispatcher_.requesting();
         if (dispatcher_.fetching()) ready |= 1u << reader::fetch;

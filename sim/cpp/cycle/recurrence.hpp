@@ -2,7 +2,8 @@
 //
 // Inside an instruction only counts change from period to period: whole periods are skipped until one of them nears its
 // end (`Comparison::periods`). Across instructions the state recurs as a whole, at another place of the program: then what
-// followed is copied, up to a checkpoint recorded there, as long as the instructions are alike (`Comparison::reach`).
+// followed is copied, up to a checkpoint recorded there, as long as each unit sees equal commands (`Comparison::reach`). While
+// the dispatcher can issue nothing, the numbers of commands that wait in the queues may differ.
 #pragma once
 
 #include <sys/mman.h>
@@ -62,8 +63,8 @@ public:
             if (!same_program(from, to, next, dispatched, alike)) break;
             const bool rests = next.index == from.index && to.dispatcher.rests();
             if (!same_queues(from, to) && !(rests && rest_lasts(from, to, next))) break;
-            if (rests ? to.fetch.credit >= to.fetch.burst
-                      : !fetch_lasts(to.fetch, (next.index - from.index) * to.fetch.beats_per_word)) break;
+            const uint64_t words = next.index - from.index;  // that the dispatcher fetches
+            if (rests ? to.fetch.credit >= to.fetch.burst : !fetch_lasts(to.fetch, words * to.fetch.beats_per_word)) break;
             if (next.resting && (rests || fetch_lasts(to.fetch, taken(next, from)))) best = &next;
         }
         return best;
@@ -138,8 +139,8 @@ private:
         return fetch.level >= beats + 2 && fetch.credit + beats < fetch.burst;
     }
 
-    // From `to` on up to where `next` is after `from`, nobody can tell the program from what it was there. dispatched, alike :
-    // instructions, and commands of each stream, up to which that is known.
+    // From `to` on up to where `next` is after `from`, dispatcher and units cannot tell the program from what it was there.
+    // dispatched, alike : instructions, and commands of each stream, up to which that is known already.
     bool same_program(const Snapshot& from, const Present& to, const Checkpoint& next, uint64_t& dispatched,
                       uint64_t* alike) const {
         const uint64_t later = to.index - from.index, last = next.index + later;
@@ -176,9 +177,10 @@ private:
         return i;
     }
 
-    // A unit cannot tell the commands of its stream from `i` on from those it saw after `from` in the place of those after
-    // `to`: up to which, at most `end`? It may have waited for them in the first `period` of these.
-    uint64_t same_commands(const Snapshot& from, const Present& to, unsigned unit, uint64_t i, uint64_t end, uint64_t period) const {
+    // A unit cannot tell the commands of its stream from `i` on from those that it saw instead of them after `from`: up to
+    // which, at most `end`? Which of the latter have waited is known of the first `period`.
+    uint64_t same_commands(const Snapshot& from, const Present& to, unsigned unit, uint64_t i, uint64_t end,
+                           uint64_t period) const {
         const uint64_t further = to.seen[unit] - from.seen[unit], first = to.held[unit];
         end = least(end, program_.told(unit));
         for (; i < end && program_.number(unit, i) == program_.number(unit, i - further); ++i) {
@@ -187,7 +189,8 @@ private:
         return i;
     }
 
-    // The command at place `i` waits like the one it is like, or neither waits at all: `base` stands for the latter.
+    // The command at place `i` waits like the one before it that it equals, or neither waits at all: that the latter has not
+    // is known of the one that `base` equals.
     bool same_wait(const Snapshot& from, const Present& to, unsigned unit, uint64_t i, uint64_t base) const {
         const uint32_t further = to.seen[unit] - from.seen[unit], later = to.completed - from.completed;
         const uint32_t before = program_.awaited(unit, i - further), now = program_.awaited(unit, i);
@@ -202,7 +205,7 @@ private:
     const Waits& waits_;
 };
 
-// Snapshots and checkpoints, each in as much memory as it needs. They go all at once.
+// Snapshots and checkpoints, each in as much memory as it needs. They go all at once; the memory stays.
 class SnapshotStore {
 public:
     const Checkpoint* keep(const Checkpoint& moment) { return new (reserve(sizeof moment)) Checkpoint(moment); }
@@ -218,10 +221,10 @@ public:
         return kept;
     }
 
-    bool full() const { return chunks_.size() == kMostChunks; }
+    bool full() const { return next_ == kMostChunks; }
 
     void clear() {
-        chunks_.clear();
+        next_ = 0;
         used_ = kChunk;
     }
 
@@ -235,18 +238,23 @@ private:
     uint8_t* reserve(size_t size) {
         size = (size + 7) / 8 * 8;
         if (used_ + size > kChunk) {
-            auto* const chunk = static_cast<uint8_t*>(std::aligned_alloc(kChunk, kChunk));
-            if (chunk == nullptr) throw std::bad_alloc{};
-            madvise(chunk, kChunk, MADV_HUGEPAGE);  // one page fault instead of 512
-            chunks_.emplace_back(chunk);
+            if (next_ == chunks_.size()) chunks_.emplace_back(allocate());
+            ++next_;
             used_ = 0;
         }
         used_ += size;
-        return chunks_.back().get() + used_ - size;
+        return chunks_[next_ - 1].get() + used_ - size;
+    }
+
+    static uint8_t* allocate() {
+        auto* const chunk = static_cast<uint8_t*>(std::aligned_alloc(kChunk, kChunk));
+        if (chunk == nullptr) throw std::bad_alloc{};
+        madvise(chunk, kChunk, MADV_HUGEPAGE);  // one page fault instead of 512
+        return chunk;
     }
 
     std::vector<std::unique_ptr<uint8_t, Free>> chunks_;
-    size_t used_ = kChunk;
+    size_t next_ = 0, used_ = kChunk;  // chunks in use, bytes of the last
 };
 
 // Snapshots by a hash: a few of each, the oldest gives way.
