@@ -15,8 +15,8 @@ FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "data
 """Modules that take a few minutes each."""
 
 SLOW: tuple[str, ...] = (
-    "accuracy", "comparison", "compile_time", "convolutions", "cycle_set", "fisher", "llama", "placement", "silicon",
-    "sparse_training",
+    "accuracy", "comparison", "compile_time", "convolutions", "cycle_set", "fisher", "llama", "must_run", "placement",
+    "silicon", "sparse_training",
     "train_classifiers", "train_detr", "train_group_rcnn", "train_llama", "train_masks",
 )
 """Modules that run only when named, or with ``--slow``."""

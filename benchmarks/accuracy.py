@@ -47,11 +47,12 @@ __all__ = ["CELLS", "NETWORKS", "Cell", "Problem", "evaluate", "run"]
 
 RESULT = RESULTS / "accuracy"
 WORK = Path(__file__).parent.parent / "out" / "accuracy"
-BATCH = 16
-"""Examples in one run of a program."""
-CALIBRATION = 8
-"""Calibration batches of that many training examples each."""
-EPOCHS = 5
+BATCH, SMALLER = 16, {"odconv4": 4}
+"""Examples in one run of a program; fewer of a network that has kernels, and so operators, for each example."""
+CALIBRATION = 128
+"""Training examples to calibrate with."""
+EPOCHS, MORE_EPOCHS = 5, {"vit": 20}
+"""Epochs of training, and of the networks that need more to learn anything."""
 FINE_TUNING = 3
 """Epochs after pruning to 2:4, at a third of the learning rate."""
 DIGITS = ("vit", "ceit", "resnet18", "odconv4", "dgnet444")
@@ -99,7 +100,7 @@ class Problem:
 def _digits(name: str) -> Problem:
     """A network of `benchmarks.train_classifiers` on MNIST-5k."""
     network = classifiers.NETWORKS[name]
-    config = replace(network.train, epochs=EPOCHS)
+    config = replace(network.train, epochs=MORE_EPOCHS.get(name, EPOCHS))
     task = get_task("mnist5k", **classifiers.DATA)
     hook: StepFn | None = temperature_schedule() if network.anneal else None
 
@@ -195,9 +196,15 @@ class Cell:
         return RESULT / f"{self.network}-{self.pattern.replace(':', 'of')}.json"
 
     @property
+    def batch(self) -> int:
+        """Examples in one run of its program."""
+        return SMALLER.get(self.network, BATCH)
+
+    @property
     def setting(self) -> dict[str, Any]:
         """All that decides the result, as JSON has it."""
-        training = {"epochs": EPOCHS, "fine_tuning": FINE_TUNING, "calibration": CALIBRATION, "batch": BATCH}
+        training = {"epochs": MORE_EPOCHS.get(self.network, EPOCHS), "fine_tuning": FINE_TUNING,
+                    "calibration": CALIBRATION // self.batch, "batch": self.batch}
         return json.loads(json.dumps({"cell": asdict(self), "training": training}))
 
     @property
@@ -233,14 +240,17 @@ def trained(name: str, pattern: str) -> nn.Module:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, program: Any, held_out: Iterable[tuple[tuple[Tensor, ...], Tensor]]) -> dict[str, float]:
-    """Accuracies in float and in integers, the share of equal answers, and the cosine of the logits, over all examples."""
+def evaluate(
+    model: nn.Module, program: Any, held_out: Iterable[tuple[tuple[Tensor, ...], Tensor]], batch: int = BATCH
+) -> dict[str, float]:
+    """Accuracies in float and in integers, the share of equal answers, and the cosine of the logits, over all examples, of which
+    the program takes ``batch`` at a time."""
     sums: Counter[str] = Counter()
     with parametrize.cached():
         for inputs, labels in held_out:
-            for start in range(0, len(labels), BATCH):
-                part, wanted = [x[start : start + BATCH] for x in inputs], labels[start : start + BATCH]
-                missing = BATCH - len(wanted)
+            for start in range(0, len(labels), batch):
+                part, wanted = [x[start : start + batch] for x in inputs], labels[start : start + batch]
+                missing = batch - len(wanted)
                 full = tuple(torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) for x in part)
                 logits = torch.as_tensor(nf.simulate(program, full, engine="reference").outputs[0])[: len(wanted)]
                 sums.update(_scores(model(*part).double(), logits.double(), wanted))
@@ -262,12 +272,12 @@ def _scores(exact: Tensor, integers: Tensor, labels: Tensor) -> dict[str, float]
 def run_cell(cell: Cell) -> None:
     """Train or load, compile, evaluate; kept in its file."""
     model, found = trained(cell.network, cell.pattern), problem(cell.network)
-    batches = found.calibration()
-    calibration = [inputs for inputs, _ in zip((_first(batch) for batch in batches), range(CALIBRATION))]
+    first = (_first(inputs, cell.batch) for inputs in found.calibration())
+    calibration = [inputs for inputs, _ in zip(first, range(CALIBRATION // cell.batch))]
     start = time.process_time()
     program = nf.compile(model, calibration[0], calibration=calibration, order="operator")
     seconds = time.process_time() - start
-    scores = evaluate(model, program, found.held_out())
+    scores = evaluate(model, program, found.held_out(), cell.batch)
     worst = nf.compare(program, model, calibration[0]).worst(3)
     RESULT.mkdir(parents=True, exist_ok=True)
     write_json(cell.path, {
@@ -278,8 +288,8 @@ def run_cell(cell: Cell) -> None:
     print(cell, scores, flush=True)
 
 
-def _first(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x[:BATCH].contiguous() for x in inputs)
+def _first(inputs: tuple[Tensor, ...], batch: int = BATCH) -> tuple[Tensor, ...]:
+    return tuple(x[:batch].contiguous() for x in inputs)
 
 
 def run_missing(cells: Iterable[Cell], minutes: float = float("inf")) -> None:
@@ -323,9 +333,9 @@ def _main_table() -> Table:
         "worst layer",
     )  # fmt: skip
     note = (
-        f"All held-out examples (of LLaMA: tokens). {CALIBRATION} calibration batches of {BATCH} training examples. The networks "
-        f"were trained for {EPOCHS} epochs (MiniLM: one), and {FINE_TUNING} more after pruning by magnitude: they are here for "
-        "the difference, not for their accuracy."
+        f"All held-out examples (of LLaMA: tokens), calibrated with {CALIBRATION} training examples. The networks were trained "
+        f"for {EPOCHS} epochs (MiniLM: one, ViT: {MORE_EPOCHS['vit']}), and {FINE_TUNING} more after pruning by magnitude: they "
+        "are here for the difference, not for their accuracy."
     )
     return Table("int8 against float", columns, tuple(rows), note)
 
@@ -341,7 +351,7 @@ def compare_options(sentences: int = 32) -> None:
     def embedded(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return model.bert.embeddings(inputs[0]).detach(), inputs[1]
 
-    calibration = [embedded(_first(inputs)) for inputs, _ in zip(found.calibration(), range(CALIBRATION // 2))]
+    calibration = [embedded(_first(inputs)) for inputs, _ in zip(found.calibration(), range(CALIBRATION // BATCH // 2))]
     inputs, _ = next(iter(found.held_out()))
     hidden = embedded(tuple(x[:sentences] for x in inputs))
     graph = optimise(trace(model.bert.encoder, hidden))
@@ -374,8 +384,8 @@ def _options_table() -> Table:
         for row in found["rows"]
     )
     note = (
-        f"Encoder of the dense MiniLM-L6, {found['sentences']} held-out sentences, {CALIBRATION // 2} calibration batches of "
-        f"{BATCH}; signal to quantisation noise of the encoder's result without padding, and of the classifier's logits."
+        f"Encoder of the dense MiniLM-L6, {found['sentences']} held-out sentences, {CALIBRATION // 2} calibration "
+        "examples; signal to quantisation noise of the encoder's result without padding, and of the classifier's logits."
     )
     return Table("Options", ("options", "operators", "encoder (dB)", "cosine", "logits (dB)"), rows, note)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import nmforge as nf
-from benchmarks import DOCS, Table
+from benchmarks import DOCS, Table, write_page
 from sim.plots import against
 
 __all__ = ["LAYERS", "PIXELS", "run"]
@@ -55,5 +55,9 @@ def run() -> list[Table]:
             lines.setdefault(name.split(",")[0], []).append((count, seconds))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     (DOCS / "compile-time.png").write_bytes(against(lines, x="instructions", y="CPU seconds"))
-    return [Table("Compile time on sta1024", ("network", "size", "MACs", "instructions", "CPU seconds", "ms an instruction"),
-                  tuple(rows), f"2:4, random weights; torch with one thread. Most memory of the process: {peak:.2f} GiB.")]
+    found = [Table(
+        "Compile time on sta1024", ("network", "size", "MACs", "instructions", "CPU seconds", "ms an instruction"), tuple(rows),
+        f"2:4, random weights; torch with one thread. Most memory of the process: {peak:.2f} GiB.",
+    )]  # fmt: skip
+    write_page(DOCS / "compiler.md", "compile_time", found)
+    return found

@@ -295,6 +295,7 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
     addresses |= plan.addresses
     ranges = live_ranges(steps)
     completed = {buffer: index for index, step in enumerate(steps) for buffer, _ in step.writes}
+    spans = _spans(steps)
     infos = [
         info
         if info.layout == "keymask"
@@ -312,7 +313,7 @@ def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse:
         constants_address=constants_address,
         memory_bytes=plan.end,
         tensors=tuple(_mark_kept(infos, {plan.addresses[name]: size for name, size in emitter.tails.items()}, arch)),
-        operators=tuple(_operator_info(emitter, network, index, steps) for index in range(len(network.ops))),
+        operators=tuple(_operator_info(emitter, network, index, spans.get(index, ())) for index in range(len(network.ops))),
         masks=tuple(replace(table, address=addresses[name]) for name, table in masks.items()),
     )
 
@@ -351,7 +352,7 @@ def _mark_kept(infos: list[TensorInfo], scratch: Mapping[int, int], arch: Arch) 
 
 
 def _operator_info(
-    emitter: Emitter, network: QuantNetwork, index: int, steps: Sequence[Step]
+    emitter: Emitter, network: QuantNetwork, index: int, spans: Sequence[tuple[int, int]]
 ) -> OperatorInfo:
     op, tensors = network.ops[index], network.tensors
     batch, rows, channels = tensors[op.out].shape
@@ -399,15 +400,17 @@ def _operator_info(
         weight_bytes_dense=op.weight.size if isinstance(op, Linear | Conv) else 0,
         weight_bytes=weight_bytes,
         weight_format=weight_format.lower(),
-        spans=_spans([i for i, step in enumerate(steps) if step.op == index]),
+        spans=tuple(spans),
     )
 
 
-def _spans(indices: list[int]) -> tuple[tuple[int, int], ...]:
-    spans: list[tuple[int, int]] = []
-    for i in indices:
+def _spans(steps: Sequence[Step]) -> dict[int, list[tuple[int, int]]]:
+    """Instructions of each operator, by its number: first and one behind the last of each piece."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for i, step in enumerate(steps):
+        spans = found.setdefault(step.op, [])
         if spans and spans[-1][1] == i:
             spans[-1] = (spans[-1][0], i + 1)
         else:
             spans.append((i, i + 1))
-    return tuple(spans)
+    return found

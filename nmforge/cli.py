@@ -592,6 +592,8 @@ def report(
     if only or cache or markdown or plot or rtl or fresh:
         raise BadInputError("--only, --cache, --markdown, --plot, --rtl and --fresh go with --zoo")
     if source.suffix == ".nmf":
+        if output is not None:
+            raise BadInputError("a program's report is text, --memory draws its memory: give --output with a summary of a run")
         from nmforge.reports import program_report
 
         return program_report(source, memory, quiet=as_json)

@@ -154,10 +154,13 @@ class FlatStep(nn.Module):
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens : the new ones. cycles : of the prompt's program and of each step's (None by an engine without time)."""
+    """tokens : the new ones. cycles : of the prompt's program and of each step's (None by an engine without time). bit_exact :
+    whether every byte of every run agreed with the integer reference (None: not compared). bytes_checked : how many."""
 
     tokens: list[int]
     cycles: list[int | None]
+    bit_exact: bool | None
+    bytes_checked: int
 
 
 class Generator:
@@ -213,16 +216,17 @@ class Generator:
                 f"not {len(prompt)} and {new_tokens}"
             )
         padded = [*prompt, *[prompt[-1]] * (self.length - len(prompt))]
-        run = simulate(self.prefill, self.embed(padded), engine=engine)
-        logits, *kept = cast(list[Tensor], list(run.outputs))
+        runs = [simulate(self.prefill, self.embed(padded), engine=engine)]
+        logits, *kept = cast(list[Tensor], list(runs[0].outputs))
         cache = [F.pad(part[:, : len(prompt)], (0, 0, 0, self.places - len(prompt))) for part in kept]
-        tokens, cycles = [int(logits[0, len(prompt) - 1].argmax())], [run.cycles]
+        tokens = [int(logits[0, len(prompt) - 1].argmax())]
         while len(tokens) < new_tokens:
-            run = simulate(self.step, self.inputs(tokens[-1], len(prompt) + len(tokens) - 1, cache), engine=engine)
-            logits, *cache = cast(list[Tensor], list(run.outputs))
+            runs.append(simulate(self.step, self.inputs(tokens[-1], len(prompt) + len(tokens) - 1, cache), engine=engine))
+            logits, *cache = cast(list[Tensor], list(runs[-1].outputs))
             tokens.append(int(logits[0, 0].argmax()))
-            cycles.append(run.cycles)
-        return Generation(tokens, cycles)
+        exact = [run.bit_exact for run in runs]
+        return Generation(tokens, [run.cycles for run in runs], None if None in exact else all(exact),
+                          sum(run.bytes_checked for run in runs))
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Embeddings (1, S, C) of tokens."""

@@ -25,14 +25,19 @@ from algo.count import count
 from algo.sparsify import finalize, sparsify
 from compiler.partitioned import PartitionedProgram
 from compiler.program import Program
+from hw.arch import Arch
 from models.info import Input
 from models.registry import create_model, model_info
+from nmforge.agreement import rtl_agreement
 from nmforge.api import compile
 from nmforge.arguments import parse_table
 from nmforge.console import write_text
 from sim.simulate import simulate
 
-__all__ = ["DENSE", "ZOO", "System", "build", "inputs_of", "measure", "pattern_label", "point_file", "settings", "sources"]
+__all__ = [
+    "DENSE", "ZOO", "System", "build", "inputs_of", "measure", "measure_network", "pattern_label", "peak_bytes", "point_file",
+    "settings", "sources",
+]  # fmt: skip
 
 DENSE = "dense"
 TRANSFORMER = "*atten*=2:4,*=1:8"
@@ -144,21 +149,37 @@ def _settle(part: nn.Module, inputs: list[Tensor]) -> None:
 def measure(system: System, pattern: str, arch: str, *, rtl: bool = False) -> dict[str, Any]:
     """Compile one network with one pattern and run it on the cycle engine, or with ``rtl`` on the RTL, checked; JSON values."""
     network, inputs = build(system, pattern)
-    start = time.monotonic()
+    return {
+        "system": settings(system), "pattern": pattern, "arch": arch, "parameters": _parameters(system),
+        "macs_network": count(network, inputs).macs, **measure_network(network, inputs, arch, rtl=rtl),
+    }  # fmt: skip
+
+
+def measure_network(
+    network: nn.Module, inputs: Any, arch: str | Arch, *, rtl: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Compile any network, calibrated on its inputs, and run it on the cycle engine, or with ``rtl`` on the RTL; JSON values.
+
+    With ``rtl`` also: whether every byte agreed, whether the cycle engine has every counter of the RTL, whether the results of
+    the RTL are those of the integer reference, and how far they are from the float network's (`nmforge.agreement`).
+    ``options`` are those of `nmforge.compile`.
+    """
+    start, cpu = time.monotonic(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights, calibrated on one random input: what the table says of itself
-        program = compile(network, inputs, arch=arch, calibration=[inputs])
-    seconds = time.monotonic() - start
+        program = compile(network, inputs, arch=arch, calibration=[inputs], **options)
     found = {
-        "system": settings(system), "pattern": pattern, "arch": arch, "parameters": _parameters(system),
-        "sources": sources(), "macs_network": count(network, inputs).macs, **_places(program), "compile_s": round(seconds, 1),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "sources": sources(), **_places(program), "compile_s": round(time.monotonic() - start, 1),
+        "compile_cpu_s": round(time.process_time() - cpu, 1), "peak_rss_bytes": peak_bytes(),
     }  # fmt: skip
-    run = simulate(program, inputs if rtl else None, engine="verilator" if rtl else "cycle")
-    found |= {"engine": run.engine, "cycles": run.cycles, "utilisation": run.utilisation, "memory": run.memory.to_dict()}
-    if rtl:
-        found |= {"bit_exact": run.bit_exact, "bytes_checked": run.bytes_checked, "outputs_sha256": run.outputs_sha256}
-    return found
+    cycle = simulate(program, engine="cycle")
+    found |= {"engine": "cycle", "cycles": cycle.cycles, "utilisation": cycle.utilisation, "memory": cycle.memory.to_dict()}
+    return found | rtl_agreement(network, program, inputs, cycle) if rtl else found
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def settings(system: System) -> dict[str, Any]:

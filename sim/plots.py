@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from statistics import linear_regression
 from typing import Any
 
 import matplotlib
@@ -223,6 +224,12 @@ def beside(
     """
     count = max(len(series) for series in panels.values())
     height = 0.84 / count
+
+    def place(row: int, number: int, series: Mapping[str, Sequence[float | None]]) -> float:
+        """Of a bar among those that the row has."""
+        there = [other for other, values in enumerate(series.values()) if values[row] is not None]
+        return row + (there.index(number) - (len(there) - 1) / 2) * height
+
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
             1, len(panels), sharey=True, squeeze=False, layout="constrained",
@@ -230,13 +237,12 @@ def beside(
         )  # fmt: skip
         for panel, (title, series) in zip(axes[0], panels.items()):
             for number, ((name, values), colour) in enumerate(zip(series.items(), (DENSE, *KINDS))):
-                shift = (number - (len(series) - 1) / 2) * height
-                known = [(row + shift, value) for row, value in enumerate(values) if value is not None]
-                places, lengths = [place for place, _ in known], [value for _, value in known]
+                known = [(place(row, number, series), value) for row, value in enumerate(values) if value is not None]
+                places, lengths = [where for where, _ in known], [value for _, value in known]
                 panel.barh(places, lengths, height * 0.92, color=colour, label=name)
                 texts = [f"{value:.0%}" if title in shares else f"{value:.2f}" for value in lengths]
-                for place, length, text in zip(places, lengths, texts, strict=True):
-                    panel.annotate(text, (length, place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+                for where, length, text in zip(places, lengths, texts, strict=True):
+                    panel.annotate(text, (length, where), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
             panel.set_yticks(range(len(rows)), rows)
             panel.tick_params(axis="y", length=0)
             panel.set_title(title)
@@ -252,13 +258,12 @@ def beside(
 
 
 def against(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str) -> bytes:
-    """Points and the line through the origin that fits them best, one panel a series, axes from zero. A PNG file."""
+    """Points and the line that fits them best, one panel a series, axes from zero. A PNG file."""
     with plt.rc_context(_STYLE):
         figure, panels = plt.subplots(1, len(series), figsize=(3.9 * len(series), 3.2), layout="constrained", squeeze=False)
         for axes, (name, pairs), colour in zip(panels[0], series.items(), KINDS):
-            slope = sum(a * b for a, b in pairs) / sum(a * a for a, _ in pairs)
-            most = max(a for a, _ in pairs)
-            axes.plot([0, most], [0, slope * most], color=_GRID, linewidth=1.6)
+            line, most = linear_regression(*zip(*pairs, strict=True)), max(a for a, _ in pairs)
+            axes.plot([0, most], [line.intercept, line.intercept + line.slope * most], color=DENSE, linewidth=1.4)
             axes.plot(*zip(*pairs), color=colour, marker="o", linestyle="")
             axes.set(title=name, xlabel=x, ylabel=y, xlim=(0, None), ylim=(0, None))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
@@ -268,9 +273,8 @@ def against(series: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: s
 
 
 def memory_picture(found: MemoryMap) -> bytes:
-    """What lies where in memory, and when: a rectangle a region, instructions from left to right, addresses upwards.
-
-    Code and constants, which are there all the time, are told in words. A PNG file.
+    """What lies where in memory, and when: a rectangle a region, instructions from left to right, addresses upwards, counted from
+    the first byte of an activation. Code and constants, which are there all the time, are left out. A PNG file.
     """
     shown = [region for region in found.regions if region.content not in ("code", "constants")]
     colours = dict(zip(("inputs", "outputs", "masks"), (KINDS[2], KINDS[1], KINDS[3])))
@@ -281,16 +285,17 @@ def memory_picture(found: MemoryMap) -> bytes:
             start, stop = max(region.first, 0), min(region.last + 1, found.instructions)
             colour = colours.get(region.content, ("#93c5fd", "#60a5fa", "#3b82f6")[number % 3])
             axes.add_patch(Rectangle(
-                (start, region.address), max(stop - start, 1), region.size, facecolor=colour, edgecolor="white", linewidth=0.5,
+                (start, region.address - lowest), max(stop - start, 1), region.size,
+                facecolor=colour, edgecolor="white", linewidth=0.5,
             ))  # fmt: skip
         for name, colour in (*colours.items(), ("activations", "#60a5fa")):
             if any(region.content == name for region in shown):
                 axes.bar(0, 0, color=colour, label=name)
         axes.set_xlim(0, found.instructions)
-        axes.set_ylim(lowest, max(found.end, lowest + 1))
+        axes.set_ylim(0, max(found.end - lowest, 1))
         axes.set_xlabel("instruction")
-        axes.set_ylabel("address")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:.2f} MB"))
+        axes.set_ylabel(f"bytes above address {lowest:#x}")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.set_title(
             f"activations: {short(found.activations)}B, in use at one time {short(found.live)}B, "
             f"without sharing {short(found.unshared)}B"

@@ -42,6 +42,7 @@ def test_a_picture_of_the_memory(program, tmp_path):
         (["--zoo", "--only", "resnet"], "unknown network of the table 'resnet'"),
         (["x.nmf", "--plot", "x.png"], "go with --zoo"),
         (["x.json", "--memory", "x.png"], "--memory draws a program"),
+        (["x.nmf", "-o", "x.html"], "give --output with a summary of a run"),
     ],
 )
 def test_wrong_use(arguments, message):

@@ -3,8 +3,9 @@
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from matplotlib.axes import Axes
 
-from sim.plots import bars, grouped, short, stacked
+from sim.plots import against, bars, beside, grouped, short, stacked
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,21 @@ def test_svg() -> None:
         assert "width" not in root.attrib and "height" not in root.attrib
     again = stacked(["a", "b"], {"x": [1, 2], "y": [3, 4]}, label="cycles")
     assert again == made[0]
+
+
+def test_png() -> None:
+    lines = {"a": [(1, 2), (2, 3)], "b": [(1, 5), (4, 6), (9, 7)]}
+    panels = {"speed": {"dense": [1, 1], "mix": [None, 2]}, "use": {"dense": [0.5, 1], "mix": [None, 1]}}
+    made = [against(lines, x="size", y="seconds"), beside(["a", "b"], panels, shares=["use"])]
+    assert all(picture[:4] == b"\x89PNG" for picture in made)
+    assert made[0] == against(lines, x="size", y="seconds")
+
+
+def test_bars_of_a_row_stand_around_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, list[float]] = {}
+    draw = Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda axes, places, *rest, label, **more: (
+        found.update({label: list(places)}), draw(axes, places, *rest, label=label, **more))[1])
+    beside(["a", "b"], {"speed": {"dense": [1, 1], "2:4": [2, 2], "mix": [3, None]}})
+    assert found["2:4"][0] == 0 and found["dense"][0] == -found["mix"][0]
+    assert found["dense"][1] + found["2:4"][1] == 2

@@ -64,6 +64,11 @@ def test_page_without_time(program: Program) -> None:
         assert page.count("<svg") == 1 and ("not checked" in page) is not check
 
 
+def test_page_of_the_cycle_engine_says_so(program: Program) -> None:
+    page = render(run_record(program, simulate(program, engine="cycle")))
+    assert "not checked" in page and "counted in RTL" not in page and 'class="badge bad"' not in page
+
+
 def test_page_of_a_mismatch(record: dict[str, Any]) -> None:
     page = render({**record, "bit_exact": False, "mismatches": ["RTL against ISA engine: y[0] is <3>"]})
     assert "NOT bit-exact" in page and "y[0] is &lt;3&gt;" in page
