@@ -15,7 +15,7 @@ FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "data
 """Modules that take a few minutes each."""
 
 SLOW: tuple[str, ...] = (
-    "accuracy", "comparison", "compile_time", "convolutions", "cycle_set", "fisher", "llama", "must_run", "placement",
+    "accuracy", "comparison", "compile_time", "convolutions", "cycle_set", "dynamic", "fisher", "llama", "must_run", "placement",
     "silicon", "sparse_training",
     "train_classifiers", "train_detr", "train_group_rcnn", "train_llama", "train_masks",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from algo.observers import Observer, observer_factory
-from compiler.graph import CompileError, Convolution, Graph, KeyMask, Linear, Node, Pointwise
+from compiler.graph import CompileError, Convolution, Graph, Input, KeyMask, Linear, Node, Pointwise
 
-__all__ = ["Calibration", "Progress", "calibrate", "unmasked"]
+__all__ = ["Calibration", "Progress", "calibrate", "calibrate_together", "unmasked"]
 
 Progress = Callable[[int, "int | None"], None]
 """Called after each calibration batch with the batches done and the number of batches, if known."""
@@ -33,6 +33,9 @@ class _Watched:
     def update(self, values: Tensor) -> None:
         self.observer.update(values)
         rows = values.reshape(-1, values.shape[-1])
+        if len(self.rows) and self.rows.shape[-1] != rows.shape[-1]:  # as many columns as tokens: channels mean nothing
+            rows, self.rows = rows.reshape(-1, 1), self.rows.reshape(-1, 1)
+            self.low, self.high = self.low.min().view(1), self.high.max().view(1)
         low, high = rows.aminmax(dim=0)
         if len(self.rows):
             low, high = torch.minimum(low, self.low), torch.maximum(high, self.high)
@@ -66,25 +69,31 @@ class Calibration:
         if watched:
             self._watched.setdefault((name, stage), _Watched(self._make())).update(values)
 
+    def _of(self, name: str, stage: str) -> _Watched:
+        found = self._watched.get((name, stage))
+        if found is None:
+            raise CompileError(f"calibration: no batch has a value {name!r}: give one of each shape that has its own operators")
+        return found
+
     def peak(self, name: str, stage: str) -> float:
         """Largest magnitude; 0 for a stage that the node does not have."""
         return self._peaks.get((name, stage), 0.0)
 
     def scale(self, name: str, stage: str) -> float:
         """Real value of one int8 step by the observer's method."""
-        return self._watched[name, stage].observer.scale(8)
+        return self._of(name, stage).observer.scale(8)
 
     def sample(self, name: str, stage: str) -> Tensor:
         """Some of the values (rows, C)."""
-        return self._watched[name, stage].rows
+        return self._of(name, stage).rows
 
     def mean(self, name: str, stage: str) -> NDArray[np.float64]:
         """Mean of each channel."""
-        return self._watched[name, stage].rows.double().mean(0).numpy()
+        return self._of(name, stage).rows.double().mean(0).numpy()
 
     def centred(self, name: str, stage: str) -> tuple[float, NDArray[np.float64]]:
         """Scale of an int8 step, and the middle of each channel's range, for the values less the middle."""
-        watched = self._watched[name, stage]
+        watched = self._of(name, stage)
         middle = ((watched.low + watched.high) / 2).double()
         observer = self._make()
         observer.update(watched.rows - middle)
@@ -93,7 +102,7 @@ class Calibration:
 
     def from_low(self, name: str, stage: str) -> tuple[float, float]:
         """Scale of an int8 step and the value at 0, from the smallest value to the largest worth keeping."""
-        watched = self._watched[name, stage]
+        watched = self._of(name, stage)
         limit = watched.observer.threshold(9)
         low, high = max(float(watched.low.min()), -limit), min(float(watched.high.max()), limit)
         if not high > low:
@@ -109,17 +118,37 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Calibration:
     """Run the fused graph on each batch and watch its values; rows of masked keys do not count."""
+    return calibrate_together([(graph, batches)], observer, progress)
+
+
+def calibrate_together(
+    parts: Sequence[tuple[Graph, Iterable[Any]]],
+    observer: str | Callable[[], Observer] = "mse",
+    progress: Progress | None = None,
+) -> Calibration:
+    """`calibrate` graphs of one network for several shapes, each with its own batches: a value has the range that it has in all
+    of them. A graph without batches adds its constants alone."""
     calibration = Calibration(observer_factory(observer))
-    total = len(batches) if isinstance(batches, Sized) else None
+    sizes = [len(batches) if isinstance(batches, Sized) else None for _, batches in parts]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
     done = 0
-    for done, batch in enumerate(batches, 1):
-        inputs = graph.bind(batch)
-        _watch(graph, inputs, calibration)
-        if progress is not None:
-            progress(done, total)
+    for graph, batches in parts:
+        before = done
+        for done, batch in enumerate(batches, before + 1):
+            _watch(graph, graph.bind(batch), calibration)
+            if progress is not None:
+                progress(done, total)
+        if done == before and len(parts) > 1:
+            _watch_constants(graph, calibration)
     if not done:
         raise ValueError("quantise needs at least one calibration batch")
     return calibration
+
+
+def _watch_constants(graph: Graph, calibration: Calibration) -> None:
+    for node in graph.nodes.values():
+        if not node.inputs and not isinstance(node, Input):
+            calibration.update(node.name, "out", node.evaluate(), source=node.source)
 
 
 def unmasked(graph: Graph, inputs: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:

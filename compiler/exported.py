@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,7 +220,7 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tenso
                     " (what runs depends on values: use torch.where, or take the branch out of the module; "
                     "with a mask for nn.TransformerEncoder, also give is_causal=True or False)"
                 )
-            line = _line(str(error))
+            line = _line(str(error)) or _raised_at(error)
             raise CompileError(
                 f"torch.export cannot trace {type(module).__name__} with inputs "
                 f"{[tuple(value.shape) for value in (*args, *kwargs.values())]}: {first}{f' at {line}' if line else ''}"
@@ -247,6 +248,13 @@ def _line(trace: str) -> str:
     lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
     own = [(file, line) for file, line in lines if "/torch/" not in file] or lines
     return f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
+
+
+def _raised_at(error: BaseException) -> str:
+    """The last line of the module's own code, or what it calls, that an exception went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename not in (__file__, "<string>")]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
 
 
 def is_getitem(node: fx.Node) -> bool:

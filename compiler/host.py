@@ -109,9 +109,13 @@ class HostPart:
 
     def to_bytes(self) -> tuple[bytes, bytes]:
         """JSON of the operators, safetensors of the constants."""
-        body = {"ops": [asdict(op) for op in self.ops], "inputs": list(self.inputs), "outputs": list(self.outputs)}
         constants = {name: value.contiguous().clone() for name, value in sorted(self.constants.items())}
-        return json.dumps(body, indent=1, sort_keys=True).encode(), save_tensors(constants)
+        return self.structure(), save_tensors(constants)
+
+    def structure(self) -> bytes:
+        """JSON of the operators."""
+        body = {"ops": [asdict(op) for op in self.ops], "inputs": list(self.inputs), "outputs": list(self.outputs)}
+        return json.dumps(body, indent=1, sort_keys=True).encode()
 
     @classmethod
     def from_bytes(cls, structure: bytes, constants: bytes) -> HostPart:
@@ -122,13 +126,18 @@ class HostPart:
         ValueError, KeyError, TypeError
             Damaged, or an operator that is not allowed.
         """
-        body = json.loads(structure)
         try:
             tensors = load_tensors(constants)
         except SafetensorError as error:
             raise ValueError(f"constants: {error}") from error
+        return cls.from_structure(structure, tensors)
+
+    @classmethod
+    def from_structure(cls, structure: bytes, constants: Mapping[str, Tensor]) -> HostPart:
+        """Inverse of `structure`, with the constants; raises as `from_bytes`."""
+        body = json.loads(structure)
         part = cls(
-            ops=tuple(HostOp(**op) for op in body["ops"]), constants=tensors,
+            ops=tuple(HostOp(**op) for op in body["ops"]), constants=constants,
             inputs=tuple(body["inputs"]), outputs=tuple(body["outputs"]),
         )  # fmt: skip
         part.check()

@@ -52,7 +52,9 @@ from compiler.verify_network import LoweringError, check_network
 from hw.arch import Arch
 from hw.isa import INSTRUCTION_BYTES, Format, Opcode
 
-__all__ = ["Lowered", "LoweringError", "choose_layouts", "emit_tasks", "lower", "order_operators"]
+__all__ = [
+    "Draft", "Lowered", "LoweringError", "assemble", "choose_layouts", "draft", "emit_tasks", "lower", "order_operators",
+]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,6 +68,27 @@ class Lowered:
     tensors: tuple[TensorInfo, ...]
     operators: tuple[OperatorInfo, ...]
     masks: tuple[MaskTable, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Draft:
+    """A network's instructions before they have addresses.
+
+    Members
+    -------
+    emitter
+        Whose constants other drafts may share: then all of them are made before the first is assembled.
+    orders
+        The finished steps, in each of the wanted orders.
+    """
+
+    network: QuantNetwork
+    emitter: Emitter
+    orders: tuple[list[Step], ...]
+
+    def code_bytes(self, order: int) -> int:
+        """Bytes of the code, up to where the next may begin."""
+        return align_up(len(self.orders[order]) * INSTRUCTION_BYTES, burst_alignment(self.emitter.arch))
 
 
 def lower(
@@ -101,15 +124,28 @@ def lower(
     compiler.plan.PlanError
         More than 4 GiB of memory.
     """
+    made = draft(network, arch, Constants(arch), pipeline_depth=pipeline_depth, orders=orders)
+    image = made.emitter.constants.image
+    return [
+        assemble(made, order, constants=image, constants_address=made.code_bytes(order), reuse=reuse)
+        for order in range(len(orders))
+    ]
+
+
+def draft(
+    network: QuantNetwork, arch: Arch, constants: Constants, *, pipeline_depth: int = 1, orders: Sequence[Order] = ("cost",)
+) -> Draft:
+    """The first half of `lower`: the instructions; what they need of constants is added to ``constants``."""
     if pipeline_depth not in (0, 1, 2):
         raise ValueError(f"pipeline_depth must be 0, 1 or 2, not {pipeline_depth!r}")
     check_network(network, arch)
     layouts = choose_layouts(network, arch)
     _check_sizes(network, layouts, arch)
-    emitter = Emitter(arch, Constants(arch), layouts)
+    emitter = Emitter(arch, constants, layouts)
     tasks = emit_tasks(emitter, network)
     depth = _safe_depth(network, arch, pipeline_depth)
-    return [_assemble(emitter, network, _finish(schedule(tasks, arch, depth=depth, order=order)), reuse) for order in orders]
+    steps = tuple(_finish(schedule(tasks, arch, depth=depth, order=order)) for order in orders)
+    return Draft(network=network, emitter=emitter, orders=steps)
 
 
 def _check_sizes(network: QuantNetwork, infos: Mapping[str, TensorInfo], arch: Arch) -> None:
@@ -271,11 +307,11 @@ def _writes_transposed(op: Op, head_dim: int, arch: Arch) -> bool:
     return not isinstance(op, MatMul) and op.norm is None
 
 
-def _assemble(emitter: Emitter, network: QuantNetwork, steps: list[Step], reuse: bool) -> Lowered:
-    """Memory plan, code and tables of the finished list of steps."""
+def assemble(made: Draft, order: int, *, constants: NDArray[np.uint8], constants_address: int, reuse: bool) -> Lowered:
+    """The second half of `lower`: memory plan, code and tables of one order of a draft; activations come behind the
+    constants, the image of the draft's `Constants`."""
+    emitter, network, steps = made.emitter, made.network, made.orders[order]
     arch, align = emitter.arch, burst_alignment(emitter.arch)
-    constants_address = align_up(len(steps) * INSTRUCTION_BYTES, align)
-    constants = emitter.constants.image
     sizes = {
         info.name: info.nbytes(arch) for info in emitter.tensors.values() if info.layout != "keymask"
     } | emitter.tails

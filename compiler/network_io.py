@@ -1,7 +1,9 @@
 """A `QuantNetwork` as bytes and back: JSON for the structure, one block of raw little-endian arrays beside
 it. No pickle."""
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ from compiler.ops import (
     Window,
 )
 
-__all__ = ["network_from_bytes", "network_to_bytes"]
+__all__ = ["ArrayPool", "network_from_bytes", "network_to_bytes", "share_arrays"]
 
 _TYPES = {
     kind.__name__: kind
@@ -42,9 +44,28 @@ _TYPES = {
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8")
 
 
-def network_to_bytes(network: QuantNetwork) -> tuple[bytes, bytes]:
-    """(JSON, arrays). Deterministic."""
-    blob = bytearray()
+class ArrayPool:
+    """Arrays one behind the other; equal bytes are stored once."""
+
+    def __init__(self) -> None:
+        self._blob = bytearray()
+        self._places: dict[bytes, int] = {}
+
+    def add(self, array: NDArray[np.integer]) -> int:
+        """Where the array's bytes begin, little-endian."""
+        raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+        place = self._places.setdefault(hashlib.sha256(raw).digest(), len(self._blob))
+        if place == len(self._blob):
+            self._blob += raw
+        return place
+
+    def to_bytes(self) -> bytes:
+        return bytes(self._blob)
+
+
+def network_to_bytes(network: QuantNetwork, pool: ArrayPool | None = None) -> tuple[bytes, bytes]:
+    """(JSON, arrays). Deterministic. ``pool``: put the arrays there, for several networks; then without arrays."""
+    blob = ArrayPool() if pool is None else pool
     body = {
         "tensors": [_plain(tensor, blob) for tensor in network.tensors.values()],
         "ops": [_plain(op, blob) for op in network.ops],
@@ -53,7 +74,7 @@ def network_to_bytes(network: QuantNetwork) -> tuple[bytes, bytes]:
         "constants": [[name, _plain(values, blob)] for name, values in network.constants.items()],
         "meta": dict(network.meta),
     }
-    return json.dumps(body, indent=1, sort_keys=True).encode(), bytes(blob)
+    return json.dumps(body, indent=1, sort_keys=True).encode(), blob.to_bytes() if pool is None else b""
 
 
 def network_from_bytes(structure: bytes, arrays: bytes) -> QuantNetwork:
@@ -76,16 +97,22 @@ def network_from_bytes(structure: bytes, arrays: bytes) -> QuantNetwork:
     )
 
 
-def _plain(value: Any, blob: bytearray) -> Any:
-    """JSON form of a field; arrays go to the end of the blob."""
+def share_arrays(networks: Sequence[Sequence[QuantNetwork]]) -> list[list[QuantNetwork]]:
+    """The same networks, of which equal arrays lie in memory once."""
+    pool = ArrayPool()
+    structures = [[network_to_bytes(network, pool)[0] for network in those] for those in networks]
+    arrays = pool.to_bytes()
+    return [[network_from_bytes(structure, arrays) for structure in those] for those in structures]
+
+
+def _plain(value: Any, blob: ArrayPool) -> Any:
+    """JSON form of a field; arrays go to the pool."""
     if isinstance(value, NM):
         return {"type": "NM", "pattern": str(value)}
     if isinstance(value, np.ndarray):
         if value.dtype.name not in _DTYPES:
             raise TypeError(f"a network holds integer arrays, not {value.dtype}")
-        entry = {"type": "array", "dtype": value.dtype.name, "shape": list(value.shape), "at": len(blob)}
-        blob += np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
-        return entry
+        return {"type": "array", "dtype": value.dtype.name, "shape": list(value.shape), "at": blob.add(value)}
     if is_dataclass(value):
         return {
             "type": type(value).__name__,

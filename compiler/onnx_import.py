@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from compiler.graph import CompileError
 
-__all__ = ["OPSETS", "OnnxModule", "example_inputs", "load_onnx"]
+__all__ = ["OPSETS", "OnnxModule", "OpenSizes", "example_inputs", "load_onnx", "open_dimensions"]
 
 OPSETS = range(13, 25)
 """Versions of the standard operators that are understood."""
@@ -29,6 +29,9 @@ Attributes = dict[str, Any]
 Run = Callable[[Attributes, list[Any]], Any]
 """The results of an operator, from its attributes and operands (None: left out)."""
 
+OpenSizes = Mapping[str, Mapping[int, int]]
+"""Sizes of dimensions that a file leaves open, by input and number of the dimension."""
+
 _DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
     10: torch.float16, 11: torch.float64, 16: torch.bfloat16,
@@ -36,7 +39,9 @@ _DTYPES = {
 """ONNX numbers of element types."""
 
 
-def load_onnx(path: str | os.PathLike[str], inputs: Any = None) -> tuple[nn.Module, dict[str, Tensor]]:
+def load_onnx(
+    path: str | os.PathLike[str], inputs: Any = None, *, sizes: OpenSizes | None = None
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A torch module that computes what an ONNX file does.
 
     Parameters
@@ -46,6 +51,8 @@ def load_onnx(path: str | os.PathLike[str], inputs: Any = None) -> tuple[nn.Modu
     inputs
         Example inputs: a tensor, tensors in the order of the model's inputs, or a dict by name; they fix all shapes. None:
         random ones of the shapes in the file.
+    sizes
+        Then, what open dimensions are.
 
     Returns
     -------
@@ -59,7 +66,7 @@ def load_onnx(path: str | os.PathLike[str], inputs: Any = None) -> tuple[nn.Modu
     FileNotFoundError
     """
     model = _read(path)
-    found = example_inputs(model) if inputs is None else _by_name(model, inputs)
+    found = example_inputs(model, sizes=sizes or {}) if inputs is None else _by_name(model, inputs)
     return OnnxModule(model, found), found
 
 
@@ -87,13 +94,29 @@ def _inputs(model: Any) -> list[Any]:
     return [item for item in model.graph.input if item.name not in initial]
 
 
-def example_inputs(model: Any, *, sizes: Sequence[int] = ()) -> dict[str, Tensor]:
+def open_dimensions(path: str | os.PathLike[str]) -> dict[str, dict[int, str]]:
+    """Of each input of an ONNX file: the dimensions that it leaves open, and what it calls them (empty: nothing).
+
+    Raises
+    ------
+    CompileError, FileNotFoundError
+        As `load_onnx`.
+    """
+    return {
+        _identifier(item.name): {
+            axis: dim.dim_param for axis, dim in enumerate(item.type.tensor_type.shape.dim) if not dim.dim_value
+        }
+        for item in _inputs(_read(path))
+    }
+
+
+def example_inputs(model: Any, *, sizes: OpenSizes) -> dict[str, Tensor]:
     """Random inputs of the shapes in a model.
 
     Parameters
     ----------
     sizes
-        What open dimensions are: the first of them for dimension 0, the second for all others.
+        What open dimensions are.
 
     Raises
     ------
@@ -106,11 +129,12 @@ def example_inputs(model: Any, *, sizes: Sequence[int] = ()) -> dict[str, Tensor
         kind = item.type.tensor_type
         shape = []
         for place, dim in enumerate(kind.shape.dim):
-            size = dim.dim_value or (sizes[min(place, 1)] if len(sizes) > min(place, 1) else 0)
+            size = dim.dim_value or sizes.get(_identifier(item.name), {}).get(place, 0)
             if not size:
-                open_dim = dim.dim_param or "?"
+                place_name = f"{_identifier(item.name)}:{place}"
                 raise CompileError(
-                    f"input {item.name!r} of the ONNX model has an open dimension {place} ({open_dim}): give example_inputs"
+                    f"input {item.name!r} of the ONNX model has an open dimension {place} ({dim.dim_param or '?'}): give "
+                    f"example_inputs, or what it may be: dynamic=, or --dynamic {dim.dim_param or place_name}=VALUES"
                 )
             shape.append(size)
         dtype = _dtype(kind.elem_type, f"input {item.name!r}")

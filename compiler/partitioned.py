@@ -35,7 +35,7 @@ from compiler.program import load as load_whole
 from compiler.report import Report, ReportRow
 from hw.arch import Arch
 
-__all__ = ["PartitionedProgram", "load"]
+__all__ = ["PartitionedProgram", "file_kind", "load"]
 
 KIND = "nmforge partitioned program"
 
@@ -141,14 +141,39 @@ class PartitionedProgram:
             "kind": KIND,
             "format_version": FORMAT_VERSION,
             "stages": ["program" if isinstance(stage, Program) else "host" for stage in self.stages],
-            "inputs": [asdict(spec) for spec in self.inputs],
-            "outputs": list(self.outputs),
-            "rows": [asdict(row) for row in self.rows],
-            "meta": self.meta,
+            **self.header(),
             "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in members.items()},
         }
         manifest["sha256"] = sha256(canonical_json(manifest))
         return zip_bytes({"manifest.json": canonical_json(manifest), **members})
+
+
+    def header(self) -> dict[str, Any]:
+        """All but the stages, as JSON values."""
+        return {
+            "inputs": [asdict(spec) for spec in self.inputs], "outputs": list(self.outputs),
+            "rows": [asdict(row) for row in self.rows], "meta": self.meta,
+        }  # fmt: skip
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any], stages: tuple[HostPart | Program, ...]) -> PartitionedProgram:
+        """Inverse of `header`.
+
+        Raises
+        ------
+        ProgramFileError
+            Damaged.
+        """
+        try:
+            return cls(
+                stages=stages,
+                inputs=tuple(record(ModelTensor, item, "inputs") for item in header["inputs"]),
+                outputs=tuple(str(name) for name in header["outputs"]),
+                rows=tuple(record(ReportRow, item, "rows") for item in header["rows"]),
+                meta={str(key): str(value) for key, value in header["meta"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ProgramFileError(f"manifest.json: {error!r}") from error
 
 
 def _size(spec: ModelTensor) -> int:
@@ -159,7 +184,7 @@ def _size(spec: ModelTensor) -> int:
 
 
 def load(path: str | os.PathLike[str]) -> Program | PartitionedProgram:
-    """Read a program file of either kind.
+    """Read a program file of fixed shapes; `compiler.dynamic.load` reads any.
 
     Raises
     ------
@@ -169,7 +194,7 @@ def load(path: str | os.PathLike[str]) -> Program | PartitionedProgram:
         Not a program file, truncated, altered, or of another format; a host operator that is not allowed.
     """
     data = Path(path).read_bytes()
-    if _kind(data) != KIND:
+    if file_kind(data) != KIND:
         return load_whole(path)
     try:
         return _read(data)
@@ -177,7 +202,7 @@ def load(path: str | os.PathLike[str]) -> Program | PartitionedProgram:
         raise ProgramFileError(f"{os.fspath(path)}: {error}") from error.__cause__
 
 
-def _kind(data: bytes) -> str:
+def file_kind(data: bytes) -> str:
     """What a file says it is; empty if it says nothing."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -190,15 +215,9 @@ def _read(data: bytes) -> PartitionedProgram:
     members, manifest = read_zip(data, KIND)
     try:
         stages = tuple(_stage(i, kind, members) for i, kind in enumerate(manifest["stages"]))
-        return PartitionedProgram(
-            stages=stages,
-            inputs=tuple(record(ModelTensor, item, "inputs") for item in manifest["inputs"]),
-            outputs=tuple(str(name) for name in manifest["outputs"]),
-            rows=tuple(record(ReportRow, item, "rows") for item in manifest["rows"]),
-            meta={str(key): str(value) for key, value in manifest["meta"].items()},
-        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ProgramFileError(f"manifest.json: {error!r}") from error
+    return PartitionedProgram.from_header(manifest, stages)
 
 
 def _stage(number: int, kind: str, members: Mapping[str, bytes]) -> HostPart | Program:

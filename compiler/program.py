@@ -364,16 +364,45 @@ class Program:
         manifest = {
             "kind": KIND,
             "format_version": FORMAT_VERSION,
-            "arch": self.arch.to_dict(),
-            **{
-                name: getattr(self, name)
-                for name in ("code_address", "constants_address", "memory_bytes", "meta")
-            },
-            **{name: [asdict(item) for item in getattr(self, name)] for name in _TABLES},
+            **self.header(),
             "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in members.items()},
         }
         manifest["sha256"] = sha256(canonical_json(manifest))
         return zip_bytes({"manifest.json": canonical_json(manifest), **members})
+
+    def header(self) -> dict[str, Any]:
+        """All but code, constants and network, as JSON values."""
+        return {
+            "arch": self.arch.to_dict(),
+            **{name: getattr(self, name) for name in ("code_address", "constants_address", "memory_bytes", "meta")},
+            **{name: [asdict(item) for item in getattr(self, name)] for name in _TABLES},
+        }
+
+    @classmethod
+    def from_header(
+        cls, header: dict[str, Any], code: bytes, constants: NDArray[np.uint8], network: QuantNetwork
+    ) -> Program:
+        """Inverse of `header`.
+
+        Raises
+        ------
+        ProgramFileError
+            Damaged; names the field.
+        """
+        tables: dict[str, Any] = {
+            name: tuple(record(kind, item, name) for item in _field(header, name, list)) for name, kind in _TABLES.items()
+        }
+        return cls(
+            arch=record(Arch, _field(header, "arch", dict), "arch"),
+            code=code,
+            constants=constants,
+            network=network,
+            meta={str(key): str(value) for key, value in _field(header, "meta", dict).items()},
+            code_address=_field(header, "code_address", int),
+            constants_address=_field(header, "constants_address", int),
+            memory_bytes=_field(header, "memory_bytes", int),
+            **tables,
+        )
 
     def _write_masks(self, image: NDArray[np.uint8], name: str, values: NDArray[np.integer]) -> None:
         for table in self.masks:
@@ -458,21 +487,7 @@ def program_from_bytes(data: bytes) -> Program:
         network = network_from_bytes(members["network.json"], members["network.bin"])
     except (ValueError, KeyError, TypeError) as error:
         raise ProgramFileError(f"network.json: {error}") from error
-    tables: dict[str, Any] = {
-        name: tuple(record(kind, item, name) for item in _field(manifest, name, list))
-        for name, kind in _TABLES.items()
-    }
-    return Program(
-        arch=record(Arch, _field(manifest, "arch", dict), "arch"),
-        code=members["code.bin"],
-        constants=np.frombuffer(members["weights.bin"], np.uint8),
-        network=network,
-        meta={str(key): str(value) for key, value in _field(manifest, "meta", dict).items()},
-        code_address=_field(manifest, "code_address", int),
-        constants_address=_field(manifest, "constants_address", int),
-        memory_bytes=_field(manifest, "memory_bytes", int),
-        **tables,
-    )
+    return Program.from_header(manifest, members["code.bin"], np.frombuffer(members["weights.bin"], np.uint8), network)
 
 
 def read_zip(data: bytes, kind: str, names: Sequence[str] | None = None) -> tuple[dict[str, bytes], dict[str, Any]]:

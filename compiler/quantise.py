@@ -22,7 +22,7 @@ from torch import Tensor
 
 from algo.observers import Observer
 from compiler import ops
-from compiler.calibrate import Calibration, Progress, calibrate
+from compiler.calibrate import Calibration, Progress, calibrate_together
 from compiler.graph import (
     Attention,
     CompileError,
@@ -34,6 +34,7 @@ from compiler.graph import (
     Linear,
     MatMul,
     MaxPool,
+    Node,
     Pointwise,
     Unfold,
 )
@@ -42,10 +43,10 @@ from compiler.parameters import LOG2E_256, multiplier, norm_parameters, score_bi
 from compiler.passes import optimise
 from compiler.row_operators import row_operator
 from compiler.scales import WIDE_MARGIN, Grids
-from compiler.smooth import divided_tensors, migrate, smoothing_factors
+from compiler.smooth import divided_tensors, migrate, smoothing_factors_together
 from compiler.tables import activation_table, table_input
 
-__all__ = ["Builder", "PostGrids", "quantise", "resize"]
+__all__ = ["Builder", "PostGrids", "alike", "quantise", "quantise_together", "resize"]
 
 
 def quantise(
@@ -102,32 +103,66 @@ def quantise(
         No calibration data, unknown method, a NaN or an infinity in weights or data (CompileError names the
         layer).
     """
+    (network,) = quantise_together(
+        [(graph, calibration_batches)], observer=observer, residual_bits=residual_bits, bits16=bits16, smooth=smooth,
+        bias_correction=bias_correction, wide=wide, progress=progress,
+    )  # fmt: skip
+    return network
+
+
+def quantise_together(
+    parts: Sequence[tuple[Graph, Iterable[Any]]],
+    *,
+    observer: str | Callable[[], Observer] = "mse",
+    residual_bits: Literal[8, 16] = 8,
+    bits16: str | Sequence[str] = (),
+    smooth: float | None = None,
+    bias_correction: bool = True,
+    wide: bool = False,
+    progress: Progress | None = None,
+) -> list[ops.QuantNetwork]:
+    """`quantise` graphs of one network for several shapes, each with its own batches: tensors and layers of one name have one
+    grid. Graphs that are not `alike` do not go together. ``bits16="auto"`` looks at the first graph that has batches."""
     if residual_bits not in (8, 16):
         raise ValueError(f"residual_bits must be 8 or 16, not {residual_bits!r}")
-    if graph.stage != "fuse":
-        graph = optimise(graph)
+    graphs = [graph if graph.stage == "fuse" else optimise(graph) for graph, _ in parts]
     if not wide:
-        check_patterns([graph], bits16)
-    batches = calibration_batches
+        check_patterns(graphs, bits16)
+    batches = [batches for _, batches in parts]
     if smooth is not None or bits16 == "auto":
-        batches = list(batches)
-    divided: dict[str, Tensor] = {}
+        batches = [list(those) for those in batches]
+    divided: list[dict[str, Tensor]] = [{} for _ in graphs]
     if smooth is not None:
-        factors = smoothing_factors(graph, batches, smooth)
-        divided = divided_tensors(graph, factors)
-        graph = migrate(graph, factors)
-    calibration = calibrate(graph, batches, observer, progress)
+        factors = smoothing_factors_together(list(zip(graphs, batches, strict=True)), smooth)
+        divided = [divided_tensors(graph, factors) for graph in graphs]
+        graphs = [migrate(graph, factors) for graph in graphs]
+    calibration = calibrate_together(list(zip(graphs, batches, strict=True)), observer, progress)
     options: dict[str, Any] = {"residual_bits": residual_bits, "wide": wide, "bias_correction": bias_correction}
+    sensitive: frozenset[str] = frozenset()
     if bits16 == "auto":
+        graph, those = next((graph, those) for graph, those in zip(graphs, batches, strict=True) if those)
         plain = Builder(graph, calibration, **options)
         plain.network()
-        chosen = most_sensitive(graph, batches, plain)
-    else:
-        chosen = matching(graph, bits16)
-    network = Builder(graph, calibration, bits16=chosen, **options).network()
-    for name, factors_of in divided.items():
-        network.meta[f"divided.{name}"] = " ".join(f"{value:.9g}" for value in factors_of.tolist())
-    return network
+        sensitive = most_sensitive(graph, those, plain)
+    networks = []
+    for graph, factors_of in zip(graphs, divided, strict=True):
+        chosen = sensitive if bits16 == "auto" else matching(graph, bits16)
+        network = Builder(graph, calibration, bits16=chosen, **options).network()
+        for name, values in factors_of.items():
+            network.meta[f"divided.{name}"] = " ".join(f"{value:.9g}" for value in values.tolist())
+        networks.append(network)
+    return networks
+
+
+def alike(graph: Graph, other: Graph) -> bool:
+    """Whether nodes of one name are the same operator of the same module in both, with as many channels; a mean over tokens is
+    a convolution whose kernel has their number."""
+    return all(_identity(node) == _identity(other.nodes[name]) for name, node in graph.nodes.items() if name in other.nodes)
+
+
+def _identity(node: Node) -> tuple[Any, ...]:
+    channels = node.weight.shape[:2] if isinstance(node, Linear | Convolution) else None
+    return type(node), node.source, channels
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,7 @@ from compiler.partition import HostStage, Partition
 if TYPE_CHECKING:
     from compiler.program import Program
 
-__all__ = ["Report", "ReportRow", "operator_macs", "partition_rows", "program_rows"]
+__all__ = ["DynamicReport", "Report", "ReportRow", "VariantRow", "operator_macs", "partition_rows", "program_rows"]
 
 aten = torch.ops.aten
 Place = Literal["accelerator", "host"]
@@ -115,18 +115,74 @@ class Report:
             )
             for row in self.rows
         ]  # fmt: skip
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        right = (4, 5)
-        lines = [
-            "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-            for line in table
-        ]
         macs = self.macs
-        lines.append(
+        total = (
             f"accelerator: {macs['accelerator']:,} MACs; host: {macs['host']:,} MACs ({self.host_share:.2%}); "
             f"{self.moved:,} elements moved between them"
         )
-        return "\n".join([*(line.rstrip() for line in lines), *([f"warning: {self.warning}"] if self.warning else [])])
+        return "\n".join([_aligned(table, right=(4, 5)), total, *([f"warning: {self.warning}"] if self.warning else [])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantRow:
+    """One variant of a dynamic program.
+
+    Members
+    -------
+    sizes
+        Value of each dimension.
+    programs, instructions, code_bytes
+        Programs of the accelerator between host parts, and their code.
+    memory_bytes
+        Code of all variants, constants and the activations of this one.
+    macs, macs_host
+        Multiply-accumulates of accelerator and host.
+    ideal_cycles
+        At utilisation 1.
+    """
+
+    sizes: dict[str, int]
+    programs: int
+    instructions: int
+    code_bytes: int
+    memory_bytes: int
+    macs: int
+    macs_host: int
+    ideal_cycles: float
+
+
+@dataclass(frozen=True)
+class DynamicReport:
+    """Variants of a dynamic program, the smallest sizes first, and the operators of the largest; ``str(report)``: two tables."""
+
+    variants: tuple[VariantRow, ...]
+    largest: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON: those of the largest variant, and ``variants``."""
+        return {"variants": [asdict(row) for row in self.variants], **self.largest.to_dict()}
+
+    def __str__(self) -> str:
+        names = tuple(self.variants[0].sizes)
+        head = (*names, "programs", "instructions", "code bytes", "memory bytes", "MACs", "host MACs", "ideal cycles")
+        table = [head] + [
+            tuple(f"{value:,}" for value in (
+                *row.sizes.values(), row.programs, row.instructions, row.code_bytes, row.memory_bytes, row.macs, row.macs_host,
+                round(row.ideal_cycles),
+            ))
+            for row in self.variants
+        ]  # fmt: skip
+        return f"{_aligned(table, right=range(len(head)))}\n\nthe largest:\n{self.largest}"
+
+
+def _aligned(table: Sequence[Sequence[str]], right: Container[int]) -> str:
+    """Lines of equal columns; those of the numbers in ``right`` end together."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = (
+        "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        for line in table
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def partition_rows(found: Partition) -> tuple[ReportRow, ...]:

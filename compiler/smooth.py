@@ -11,7 +11,7 @@ is an outlier.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compiler.graph import Attention, Convolution, Graph, Linear, Node, Norm, Pointwise, Post
 
-__all__ = ["divided_tensors", "migrate", "smooth", "smoothing_factors"]
+__all__ = ["divided_tensors", "migrate", "smooth", "smoothing_factors", "smoothing_factors_together"]
 
 OUTLIER = 8.0
 """A channel this many times as large as the median one is worth a second norm."""
@@ -68,9 +68,14 @@ def smooth(graph: Graph, batches: Iterable[Any], alpha: float = 0.5) -> Graph:
 
 def smoothing_factors(graph: Graph, batches: Iterable[Any], alpha: float) -> dict[str, Tensor]:
     """What the channels of tensors are to be divided by, by name of the tensor: float32 (C,)."""
+    return smoothing_factors_together([(graph, batches)], alpha)
+
+
+def smoothing_factors_together(parts: Sequence[tuple[Graph, Iterable[Any]]], alpha: float) -> dict[str, Tensor]:
+    """The factors for graphs of one network for several shapes, each with its own batches."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"smooth must be in [0, 1], not {alpha!r}")
-    sites = _sites(graph)
+    sites = {name: site for graph, _ in parts for name, site in _sites(graph).items()}
     largest: dict[str, Tensor] = {}
 
     def observe(node: Node, operands: tuple[Tensor, ...], value: Tensor) -> None:
@@ -78,8 +83,9 @@ def smoothing_factors(graph: Graph, batches: Iterable[Any], alpha: float) -> dic
             found = value.abs().flatten(0, -2).amax(0)
             largest[node.name] = torch.maximum(found, largest.get(node.name, found))
 
-    for batch in batches:
-        graph.run(graph.bind(batch), observe=observe)
+    for graph, batches in parts:
+        for batch in batches:
+            graph.run(graph.bind(batch), observe=observe)
     factors = {}
     for name, values in largest.items():
         site = sites[name]

@@ -47,6 +47,7 @@ class Arch:
     sparse: bool = True  #: N:M weights; without, sparse instructions are malformed and there is no position reader or decoder
     spare_dsps: bool = False  #: squares and residual products of look-up tables, for devices with few multipliers
     lane_register: bool = False  #: registers behind the lanes' RAMs, a cycle more, for devices whose block RAM is slow
+    multiplier_bits: int = 27  #: of the longer operand of the device's multipliers, signed; the shorter has 18
     packing: bool = False  #: two token rows share a multiplier of 27 x 18 bits (DSP48E2), see hw/lane.py
 
     def __post_init__(self) -> None:
@@ -61,10 +62,12 @@ class Arch:
                 continue
             if field.name != "name" and (not isinstance(value, int) or isinstance(value, bool)):
                 raise TypeError(f"Arch.{field.name} must be an int, not {value!r}")
-            if field.name not in ("name", "clock_mhz") and not _is_power_of_two(value):
+            if field.name not in ("name", "clock_mhz", "multiplier_bits") and not _is_power_of_two(value):
                 raise ValueError(f"Arch.{field.name} must be a positive power of two, not {value!r}")
         if self.clock_mhz <= 0:
             raise ValueError(f"Arch.clock_mhz must be positive, not {self.clock_mhz!r}")
+        if not 18 <= self.multiplier_bits <= 27:
+            raise ValueError(f"Arch.multiplier_bits must be in 18..27, not {self.multiplier_bits!r}")
         if not 4 <= self.rows <= 64:
             raise ValueError(f"Arch.rows must be in 4..64, not {self.rows!r}")
         if not self.rows <= self.lanes <= 256:
@@ -112,7 +115,7 @@ PRESETS: dict[str, Arch] = {
     for arch in (
         Arch(name="tiny", rows=4, lanes=4, lane_depth=64, row_depth=32, psum_depth=32, bus_bytes=8, fifo_beats=32),
         Arch(name="ecp5", rows=8, lanes=8, lane_depth=1024, row_depth=512, psum_depth=512, bus_bytes=16, fifo_beats=32,
-             clock_mhz=100, spare_dsps=True, lane_register=True),
+             clock_mhz=100, spare_dsps=True, lane_register=True, multiplier_bits=18),
         Arch(name="sta256", rows=16, lanes=16, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=32,
              packing=True),
         Arch(name="sta1024", rows=32, lanes=32, lane_depth=1024, row_depth=1024, psum_depth=1024, bus_bytes=64),

@@ -16,7 +16,10 @@ from hw.lane import Lane, column_bits, sum_word, unpack_sums
 from hw.queue import Queue
 from hw.shared import place
 
-__all__ = ["Drain", "MacArray"]
+__all__ = ["SUMS_MARGIN", "Drain", "MacArray"]
+
+SUMS_MARGIN = 3
+"""Places that the queue of sums keeps free: `room` is known a cycle late, and two columns may be on their way."""
 
 
 class Selector(wiring.Component):
@@ -43,15 +46,15 @@ class Drain(wiring.Component):
 
     Members
     -------
-    copy, cols : the lanes copy a finished tile of `cols` columns to their shadow registers in this cycle.
-    free : `copy` is allowed in this cycle. shadow[l][i] : sums, see `hw.lane.sum_word`. o : columns of int32.
+    ended, cols : the sums of a tile of `cols` columns are complete. copy : the lanes copy them to their shadow registers in this
+    cycle. advance : low while that has to wait. shadow[l][i] : sums, see `hw.lane.sum_word`. o : columns of int32.
     """
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
         word, self._words = sum_word(arch)
         super().__init__({
-            "copy": In(1), "cols": In(range(arch.lanes + 1)), "free": Out(1),
+            "ended": In(1), "cols": In(range(arch.lanes + 1)), "copy": Out(1), "advance": Out(1),
             "shadow": In(word).array(arch.lanes, self._words),
             "o": Out(stream.Signature(column_layout(arch.rows, 32))),
         })
@@ -59,18 +62,19 @@ class Drain(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         left, lane, take = Signal(range(self._arch.lanes + 1)), Signal(range(self._arch.lanes)), Signal()
-        # the queue also ends a long ready chain: what follows has a long way to ready, and so has this to the feeder
+        none, one, room, ending = Signal(init=1), Signal(), Signal(), Signal()  # `left` is 0, is 1, will be 1
         m.submodules.sums = sums = Queue(data.ArrayLayout(sum_word(self._arch)[0], self._words), depth=self._arch.sums_depth)
         m.d.comb += [
-            take.eq((left != 0) & (~sums.i.valid | sums.i.ready)), self.o.valid.eq(sums.o.valid), sums.o.ready.eq(self.o.ready),
-            self.free.eq((left == 0) | ((left == 1) & take)),
+            take.eq(~none & room), self.o.valid.eq(sums.o.valid), sums.o.ready.eq(self.o.ready),
+            # one level of logic from registers: the whole array waits for it
+            self.advance.eq(~self.ended | none | (one & room)), self.copy.eq(self.ended & (none | (one & room))),
+            ending.eq(left == 2),
         ]
-        with m.If(sums.i.ready):
-            m.d.sync += sums.i.valid.eq(0)
-        with m.If(take):
-            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), sums.i.valid.eq(1)]
+        m.d.sync += [room.eq(sums.level <= self._arch.sums_depth - SUMS_MARGIN), sums.i.valid.eq(take)]
         with m.If(self.copy):
-            m.d.sync += [left.eq(self.cols), lane.eq(0)]
+            m.d.sync += [left.eq(self.cols), lane.eq(0), none.eq(0), one.eq(self.cols == 1)]
+        with m.Elif(take):
+            m.d.sync += [left.eq(left - 1), lane.eq(lane + 1), none.eq(one), one.eq(ending)]
         for index in range(self._words):
             selector = Selector(self._arch)
             place(m, platform, f"selector{index}", selector, module="selector")
@@ -115,22 +119,24 @@ class MacArray(wiring.Component):
         wiring.connect(m, drain.o, wiring.flipped(self.o))
 
         stage = data.StructLayout({"valid": 1, "first": 1, "last": 1, "unsigned_a": 1, "cols": feeder.tile_cols.shape()})
-        issue, address, ram, held, product, total = (Signal(stage, name=name) for name in
-                                                     ("issue", "address", "ram", "held", "product", "total"))
+        issue, decoded, address, ram, held, product, total = (
+            Signal(stage, name=name) for name in ("issue", "decoded", "address", "ram", "held", "product", "total"))
+        freed = Signal.like(self.freed)
         operands = held if arch.lane_register else ram
-        advance = Signal()
+        advance, ended = Signal(), Signal()
         m.d.comb += [
             issue.eq(stage.const(None)), issue.valid.eq(feeder.step), issue.first.eq(feeder.first),
             issue.last.eq(feeder.last), issue.unsigned_a.eq(feeder.unsigned_a), issue.cols.eq(feeder.tile_cols),
-            advance.eq(~(total.valid & total.last) | drain.free), feeder.advance.eq(advance),
-            drain.copy.eq(total.valid & total.last & drain.free), drain.cols.eq(total.cols),
+            advance.eq(drain.advance), feeder.advance.eq(advance), drain.ended.eq(ended), drain.cols.eq(total.cols),
             feeder.loaded.eq(self.loaded),
             self.busy.eq(feeder.step), self.blocked.eq(~advance),
             self.wait_weights.eq(feeder.wait_weights), self.wait_columns.eq(feeder.wait_columns),
         ]
         with m.If(advance):
             # columns are given back when their last step has read the RAM, which a freeze may delay
-            m.d.sync += [address.eq(issue), ram.eq(address), product.eq(operands), total.eq(product), self.freed.eq(feeder.freed)]
+            m.d.sync += [decoded.eq(issue), address.eq(decoded), ram.eq(address), product.eq(operands), total.eq(product),
+                         freed.eq(feeder.freed), self.freed.eq(freed),
+                         ended.eq(product.valid & product.last)]
             if arch.lane_register:
                 m.d.sync += held.eq(ram)
         for index in range(arch.lanes):

@@ -11,14 +11,14 @@ from amaranth.lib.wiring import In, Out
 
 from hw import commands, isa
 from hw.arch import Arch
+from hw.arithmetic import fold, kept, parts
 from hw.feeder import index_bits
 from hw.isa import ErrorCode, Format, Opcode, Operand, Residual, RowOp, Scale, Source
 from hw.isa import Out as Destination
 from hw.isa_check import MAX_M, MAX_PENDING_ROWS, RULES, constant_alignment, k_limits
 from hw.post import TABLE_WORDS
-from hw.soft import product
 
-__all__ = ["DIVIDEND_BITS", "UNITS", "Checker", "Dispatcher", "Divider"]
+__all__ = ["DIVIDEND_BITS", "DIVISION_CYCLES", "UNITS", "Checker", "Dispatcher", "Divider"]
 
 UNITS = {
     "read_a": commands.reader_command, "read_w": commands.reader_command, "read_x": commands.reader_command,
@@ -30,7 +30,10 @@ UNITS = {
 """Command streams of the dispatcher and their layouts."""
 
 DIVIDEND_BITS = 22
-"""Bits of the divider's dividend, and cycles of a division."""
+"""Bits of the divider's dividend."""
+
+DIVISION_CYCLES = DIVIDEND_BITS + 1
+"""Cycles of a division: a bit each, and the rounding."""
 
 
 class Checker(wiring.Component):
@@ -108,7 +111,7 @@ class Sequence(wiring.Component):
 
 
 class Divider(wiring.Component):
-    """Ceiling of a `DIVIDEND_BITS`-bit by 6-bit division, one bit per cycle.
+    """Ceiling of a `DIVIDEND_BITS`-bit by 6-bit division in `DIVISION_CYCLES`.
 
     Members
     -------
@@ -123,12 +126,13 @@ class Divider(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        left, rest, divisor, step = Signal(DIVIDEND_BITS), Signal(7), Signal(6), Signal(range(DIVIDEND_BITS + 1))
+        left, rest, divisor, step = Signal(DIVIDEND_BITS), Signal(7), Signal(6), Signal(range(DIVISION_CYCLES + 1))
         trial = Signal(7)
-        m.d.comb += [trial.eq(Cat(left[-1], rest[:6])), self.done.eq(step == 0),
-                     self.quotient.eq(left + (rest != 0))]
+        m.d.comb += [trial.eq(Cat(left[-1], rest[:6])), self.done.eq(step == 0), self.quotient.eq(left)]
         with m.If(self.start):
-            m.d.sync += [left.eq(self.dividend), rest.eq(0), divisor.eq(self.divisor), step.eq(DIVIDEND_BITS)]
+            m.d.sync += [left.eq(self.dividend), rest.eq(0), divisor.eq(self.divisor), step.eq(DIVISION_CYCLES)]
+        with m.Elif(step == 1):
+            m.d.sync += [left.eq(left + (rest != 0)), step.eq(0)]
         with m.Elif(step != 0):
             fits = trial >= divisor
             m.d.sync += [left.eq(Cat(fits, left[:-1])), rest.eq(Mux(fits, trial - divisor, trial)), step.eq(step - 1)]
@@ -163,7 +167,10 @@ class Dispatcher(wiring.Component):
         m.submodules.sequence = sequence = Sequence()
         raw, index, code = Signal(isa.instruction_layout()), Signal(32), Signal(4)
         steps, words, issue = Signal(DIVIDEND_BITS), Signal(DIVIDEND_BITS), Signal()
+        # known a cycle late: that the program ends here or after this instruction, a wrong sequence, room in every queue
+        ended, ends, wrong, room = (Signal(name=name) for name in ("ended", "ends", "wrong", "room"))
         tile = raw.opcode == Opcode.TILE
+        m.d.sync += [ends.eq(index + 1 == self.prog_instrs), wrong.eq(sequence.wrong), room.eq(self._queues_ready())]
         m.d.comb += [checker.instruction.eq(raw), sequence.instruction.eq(raw), sequence.issue.eq(issue & tile),
                      self.issued.eq(issue), self.fetch.payload.addr.eq(self.prog_addr),
                      self.fetch.payload.words.eq(self.prog_instrs), self.fetch.payload.repeats.eq(1)]
@@ -174,11 +181,12 @@ class Dispatcher(wiring.Component):
                     m.next = "REQUEST"
             with m.State("REQUEST"):
                 m.d.comb += self.fetch.valid.eq(self.prog_instrs != 0)
+                m.d.sync += ended.eq(self.prog_instrs == 0)
                 with m.If(self.fetch.ready | (self.prog_instrs == 0)):
                     m.next = "FETCH"
             with m.State("FETCH"):
                 m.d.comb += self.instructions.ready.eq(1)
-                with m.If(index == self.prog_instrs):
+                with m.If(ended):
                     m.d.sync += code.eq(ErrorCode.END)
                     m.next = "FINISH"
                 with m.Elif(self.instructions.valid):
@@ -188,9 +196,9 @@ class Dispatcher(wiring.Component):
                 m.d.sync += [code.eq(checker.code), steps.eq(raw.k), words.eq(0)]
                 m.next = "DECIDE"
             with m.State("DECIDE"):
-                with m.If((code == ErrorCode.NONE) & tile & sequence.wrong):
+                with m.If((code == ErrorCode.NONE) & tile & wrong):
                     m.d.sync += code.eq(ErrorCode.SEQUENCE)
-                with m.If((code != ErrorCode.NONE) | (raw.opcode == Opcode.HALT) | (tile & sequence.wrong)):
+                with m.If((code != ErrorCode.NONE) | (raw.opcode == Opcode.HALT) | (tile & wrong)):
                     m.next = "FINISH"
                 with m.Else():
                     m.next = "ISSUE"
@@ -200,9 +208,9 @@ class Dispatcher(wiring.Component):
             if self._arch.sparse:
                 self._count_words(m, raw, steps, words)
             with m.State("ISSUE"):
-                m.d.comb += issue.eq(self._queues_ready())
+                m.d.comb += issue.eq(room)
                 with m.If(issue):
-                    m.d.sync += index.eq(index + 1)
+                    m.d.sync += [index.eq(index + 1), ended.eq(ends)]
                     m.next = "FETCH"
             with m.State("FINISH"):
                 with m.If(self.completed == index[:16]):
@@ -217,7 +225,7 @@ class Dispatcher(wiring.Component):
         return Cat(getattr(self, name).ready for name in UNITS).all()
 
     def _count_words(self, m: Module, raw, steps: Signal, words: Signal) -> None:
-        """States GROUPS..: steps = ceil(k / m) * n; words = position words of one column tile."""
+        """States GROUPS to COUNTED: steps = ceil(k / m) * n; words = position words of one column tile."""
         m.submodules.divider = divider = Divider()
         bitmap = raw.format == Format.BITMAP
         per_word = Mux(bitmap, Array(32 // max(k, 1) for k in range(MAX_M + 1))[raw.m],
@@ -227,8 +235,16 @@ class Dispatcher(wiring.Component):
             m.next = "STEPS"
         with m.State("STEPS"):
             with m.If(divider.done):
-                m.d.sync += [words.eq(divider.quotient), steps.eq(product(divider.quotient[:16], raw.n, spare=True))]
-                m.next = "WORDS"
+                m.d.sync += words.eq(divider.quotient)
+                m.next = "PARTS"
+        terms = parts(words[:16], raw.n, spare=True)
+        pieces = kept(terms, "piece")
+        with m.State("PARTS"):
+            m.d.sync += [piece.eq(term) for (piece, _), (term, _) in zip(pieces, terms, strict=True)]
+            m.next = "PRODUCT"
+        with m.State("PRODUCT"):
+            m.d.sync += steps.eq(fold(pieces)[0][0])
+            m.next = "WORDS"
         with m.State("WORDS"):
             m.d.comb += [divider.dividend.eq(Mux(bitmap, words, steps)), divider.divisor.eq(per_word), divider.start.eq(1)]
             m.next = "COUNTED"

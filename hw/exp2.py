@@ -1,7 +1,7 @@
 """Exponentials of softmax: the base-2 model, the datapath of one row, the pass over the columns."""
 
 import numpy as np
-from amaranth import Array, C, Cat, Module, Mux, Signal, Value, signed
+from amaranth import Array, Cat, Module, Mux, Signal, Value, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.wiring import In, Out
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +19,7 @@ EXP_BASE = (65280, 59854, 54886, 50330, 46152, 42321, 38808, 35586)
 EXP_SLOPE = (5434, 4984, 4572, 4192, 3847, 3529, 3238, 2968)
 """B of `docs/numerics.md`: how much the mantissa falls over a segment of 32."""
 
-EXP_STEPS = 3
+EXP_STEPS = 4
 """Registered steps from a score to its probability."""
 
 SCALE_JOB = data.StructLayout({name: ROW_COMMAND[name].shape for name in ("row_mult", "row_shift")})
@@ -56,7 +56,7 @@ def softmax_exp(d: ArrayLike, q: ArrayLike) -> Int:
 
 
 class ExpLane(wiring.Component):
-    """Exponentials and their sum for one row: three registered steps and an accumulator.
+    """Exponentials and their sum for one row: four registered steps and an accumulator.
 
     Members
     -------
@@ -66,14 +66,14 @@ class ExpLane(wiring.Component):
         Maximum.
     x : In(signed(16))
         Score.
-    step : In(4)
-        Enables of: distance, mantissa, probability, sum.
+    step : In(5)
+        Enables of: distance, fall from the segment's start, mantissa, probability, sum.
     first : In(1)
-        With ``step[3]``: the sum starts with this probability.
+        With ``step[4]``: the sum starts with this probability.
     p : Out(8)
-        Probability, after ``step[2]``.
+        Probability, after ``step[3]``.
     total : Out(24)
-        Sum, after ``step[3]``.
+        Sum, after ``step[4]``.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class ExpLane(wiring.Component):
             "load":  In(1),
             "mx":    In(signed(16)),
             "x":     In(signed(16)),
-            "step":  In(4),
+            "step":  In(EXP_STEPS + 1),
             "first": In(1),
             "p":     Out(8),
             "total": Out(24),
@@ -92,9 +92,10 @@ class ExpLane(wiring.Component):
         mx = Signal(signed(16), reset_less=True)
         distance = Signal(16, reset_less=True)
         masked = Signal(reset_less=True)
+        base, low, high = (Signal(16, name=name, reset_less=True) for name in ("base", "low", "high"))
         mantissa = Signal(16, reset_less=True)
-        octave = Signal(4, reset_less=True)
-        zero = Signal(reset_less=True)
+        octave, octave_late = Signal(4, reset_less=True), Signal(4, reset_less=True)
+        zero, zero_late = Signal(reset_less=True), Signal(reset_less=True)
         p = Signal(8, reset_less=True)
         segment, offset = distance[5:8], distance[:5]
         scaled = Signal(16)
@@ -106,16 +107,18 @@ class ExpLane(wiring.Component):
         with m.If(self.step[1]):
             slope = Array(EXP_SLOPE)[segment]
             # five terms: a multiplier block of the device would be spent on 5 bits
-            fall = sum((Mux(offset[bit], slope, 0) << bit for bit in range(5)), C(0, 1)) >> 5
+            terms = [Mux(offset[bit], slope, 0) << bit for bit in range(5)]
             m.d.sync += [
-                mantissa.eq(Array(EXP_BASE)[segment] - fall),
+                base.eq(Array(EXP_BASE)[segment]), low.eq(terms[0] + terms[1] + terms[2]), high.eq((terms[3] + terms[4]) >> 3),
                 octave.eq(distance[8:12]),
                 zero.eq(masked | distance[12:].any()),
             ]
-        m.d.comb += [scaled.eq(mantissa >> octave), self.p.eq(p)]
         with m.If(self.step[2]):
-            m.d.sync += p.eq(Mux(zero, 0, scaled[8:] + scaled[7]))
+            m.d.sync += [mantissa.eq(base - ((low + (high << 3)) >> 5)), octave_late.eq(octave), zero_late.eq(zero)]
+        m.d.comb += [scaled.eq(mantissa >> octave_late), self.p.eq(p)]
         with m.If(self.step[3]):
+            m.d.sync += p.eq(Mux(zero_late, 0, scaled[8:] + scaled[7]))
+        with m.If(self.step[4]):
             m.d.sync += self.total.eq(Mux(self.first, 0, self.total) + p)
         return m
 
@@ -123,7 +126,7 @@ class ExpLane(wiring.Component):
 class ExpPass(wiring.Component):
     """Second pass of SOFTMAX and EXP: turns the columns of a job into probabilities and sums them per row.
 
-    One column per cycle; a column taken in cycle n is offered in cycle n + 3. Between two jobs `i` rests
+    One column per cycle; a column taken in cycle n is offered in cycle n + 4. Between two jobs `i` rests
     for one cycle. A finished sum that nobody takes holds everything.
 
     Parameters
@@ -169,11 +172,10 @@ class ExpPass(wiring.Component):
         valid = Signal(EXP_STEPS)
         token = [Signal(_TOKEN, name=f"token{stage}", reset_less=True) for stage in range(EXP_STEPS)]
         blocked, en, take, load = Signal(), Signal(), Signal(), Signal()
-        active = Signal()
+        active = Signal()  # `left` is not 0
         step = Cat(take, valid & en.replicate(EXP_STEPS))
 
         m.d.comb += [
-            active.eq(left != 0),
             blocked.eq(self.scale.valid & ~self.scale.ready),
             en.eq(~blocked & (~valid[-1] | self.o.ready)),
             self.o.valid.eq(valid[-1] & ~blocked),
@@ -185,9 +187,9 @@ class ExpPass(wiring.Component):
         ]
         with m.If(load):
             offer = self.job.payload
-            m.d.sync += [job.eq(offer), left.eq(offer.cols), fresh.eq(offer.first)]
+            m.d.sync += [job.eq(offer), left.eq(offer.cols), fresh.eq(offer.first), active.eq(1)]
         with m.Elif(take):
-            m.d.sync += [left.eq(left - 1), fresh.eq(0)]
+            m.d.sync += [left.eq(left - 1), fresh.eq(0), active.eq(left != 1)]
         with m.If(en):
             m.d.sync += valid.eq(Cat(take, valid[:-1]))
         with m.If(take):
@@ -196,13 +198,14 @@ class ExpPass(wiring.Component):
         for stage in range(1, EXP_STEPS):
             with m.If(step[stage]):
                 m.d.sync += token[stage].eq(token[stage - 1])
-        with m.If(step[3]):
-            m.d.sync += [self.scale.payload[name].eq(token[2][name]) for name in ("row_mult", "row_shift")]
-        with m.If(step[3] & token[2].last):
+        end = step[EXP_STEPS]
+        with m.If(end):
+            m.d.sync += [self.scale.payload[name].eq(token[-1][name]) for name in ("row_mult", "row_shift")]
+        with m.If(end & token[-1].last):
             m.d.sync += self.scale.valid.eq(1)
         with m.Elif(self.scale.ready):
             m.d.sync += self.scale.valid.eq(0)
-        self._add_lanes(m, platform, load=load, step=step, first=token[2].first)
+        self._add_lanes(m, platform, load=load, step=step, first=token[-1].first)
         return m
 
     def _add_lanes(self, m: Module, platform: object, *, load: Value, step: Value, first: Value) -> None:

@@ -59,32 +59,34 @@ class PositionDecoder(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        left, filled, nibble = Signal(32), Signal(8), Signal(3)
-        low, rank, window = Signal(4), Signal(2), Signal(8)
+        left, filled, nibble = Signal(32), Signal(8), Signal(3)  # filled : nibbles of `left` with a set bit
+        low, rest, rank, window = Signal(4), Signal(4), Signal(2), Signal(8)
         # both formats look at one nibble: the first with a set bit, or the one in which the field starts
         m.d.comb += [
-            filled.eq(Cat(left.word_select(k, 4).any() for k in range(8))),
             nibble.eq(Mux(self.bitmap, _first(filled), self.bit[2:])),
-            low.eq(left.word_select(nibble, 4)), rank.eq(_first(low)),
+            low.eq(left.word_select(nibble, 4)), rank.eq(_first(low)), rest.eq(Cat(low[i] & low[:i].any() for i in range(4))),
             window.eq(Cat(low, Cat(left[4:], C(0, 4)).word_select(nibble, 4))),
             self.position.eq(Mux(self.bitmap, Cat(rank, nibble), window.bit_select(self.bit[:2], 5) & self.mask)),
         ]
         with m.If(self.load):
-            m.d.sync += left.eq(self.word)
+            m.d.sync += [left.eq(self.word), filled.eq(Cat(self.word.word_select(k, 4).any() for k in range(8)))]
         with m.Elif(self.advance & self.bitmap):
             for k in range(8):
                 with m.If(nibble == k):
-                    m.d.sync += left[4 * k:4 * k + 4].eq(Cat(low[i] & low[:i].any() for i in range(4)))
+                    m.d.sync += [left[4 * k:4 * k + 4].eq(rest), filled[k].eq(rest.any())]
         return m
 
 
 class _Decode(wiring.Component):
-    """Adds what the format implies to a command; one register, full throughput."""
+    """Adds what the format implies to a command; one register, full throughput. one_step : a group is a step; one_group : a
+    column tile is a group; one_tile : the command is a column tile."""
 
-    def __init__(self) -> None:
+    def __init__(self, arch: Arch) -> None:
+        self._lanes = arch.lanes
         fields = dict(array_command().members)
         del fields["format"]
-        self.layout = data.StructLayout({**fields, "dense": 1, "bitmap": 1, "bits": 3, "word_steps": 6, "word_span": 6})
+        flags = dict.fromkeys(("dense", "bitmap", "one_step", "one_group", "one_tile"), 1)
+        self.layout = data.StructLayout({**fields, **flags, "bits": 3, "word_steps": 6, "word_span": 6})
         super().__init__({"i": In(stream.Signature(array_command())), "o": Out(stream.Signature(self.layout))})
 
     def elaborate(self, platform: object) -> Module:
@@ -97,13 +99,15 @@ class _Decode(wiring.Component):
         groups = Array(32 // max(k, 1) for k in range(M_MAX + 1))[cmd.m]
         span = Array(32 // max(k, 1) * k for k in range(M_MAX + 1))[cmd.m]
         steps = product(groups, cmd.n, spare=True)  # six bits: no multiplier block for that
+        n, m_ = Mux(dense, 1, cmd.n), Mux(dense, 1, cmd.m)
         per_index_word = Array(32 // index_bits(k) for k in range(M_MAX + 1))[cmd.m]
         with m.If(self.i.ready):
             m.d.sync += self.o.valid.eq(self.i.valid)
         with m.If(self.i.ready & self.i.valid):
             m.d.sync += [
                 *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols", "held")),
-                out.n.eq(Mux(dense, 1, cmd.n)), out.m.eq(Mux(dense, 1, cmd.m)),
+                out.n.eq(n), out.m.eq(m_), out.one_step.eq(n == 1), out.one_group.eq(cmd.k <= m_),
+                out.one_tile.eq(cmd.cols <= self._lanes),
                 out.dense.eq(dense), out.bitmap.eq(bitmap), out.bits.eq(bits),
                 out.word_steps.eq(Mux(bitmap, steps, per_index_word)), out.word_span.eq(span),
             ]
@@ -113,7 +117,8 @@ class _Decode(wiring.Component):
 def _dense(taken):
     """The fields of a decoded command where all weights are dense: constants take the place of registers."""
     return SimpleNamespace(a_unsigned=taken.a_unsigned, k=taken.k, cols=taken.cols, n=C(1, 6), m=C(1, 6), dense=C(1), bitmap=C(0),
-                           bits=C(0, 3), word_steps=C(1, 6), word_span=C(0, 6))
+                           one_step=C(1), one_group=taken.one_group, one_tile=taken.one_tile, bits=C(0, 3), word_steps=C(1, 6),
+                           word_span=C(0, 6))
 
 
 class Feeder(wiring.Component):
@@ -125,7 +130,7 @@ class Feeder(wiring.Component):
     loaded : columns written to the lanes' rings so far (wraps). freed : columns given back (wraps), once the next command
     is known not to hold them.
     advance : low freezes the array pipeline. step, first, last, unsigned_a : a step and its place in the column tile.
-    tile_cols : columns of the tile (with `last`). addr[l], weight[l] : registered, one cycle after `step`... see Array.
+    tile_cols : columns of the tile (with `last`). addr[l], weight[l] : registered, two moves after `step`.
     wait_weights, wait_columns : no step for lack of weights or activations (counters).
     """
 
@@ -146,36 +151,36 @@ class Feeder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         lanes = self._arch.lanes
-        m.submodules.decode = decode = _Decode()
+        m.submodules.decode = decode = _Decode(self._arch)
         wiring.connect(m, wiring.flipped(self.cmd), decode.i)
         cmd, taken, active = decode.o.payload, Signal(decode.layout), Signal()
         now = taken if self._arch.sparse else _dense(taken)
         base, next_base = Signal(self._bits + 1), Signal(self._bits + 1)
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
-        group, bit, in_word = Signal(16), Signal(5), Signal(6)
-        cols_left, word_valid, spent = Signal(16), Signal(), Signal()  # spent: the columns wait for the next command
-        fire, group_end, tile_end, cmd_end, word_end, start, free = (Signal() for _ in range(7))
+        rest, bit, in_word = Signal(16), Signal(5), Signal(6)  # columns from the group on
+        # whether the next step is the first or last of its tile, group, position word: known when it comes
+        first, group_last, last_group, word_last, tile_end, word_end = (
+            Signal(name=name) for name in ("first", "group_last", "last_group", "word_last", "tile_end", "word_end"))
+        cols_left, last_tile = Signal(16), Signal()
+        word_valid, spent = Signal(), Signal()  # spent: the columns wait for the next command
+        fire, cmd_end, start, free, supplied = (Signal() for _ in range(5))
 
-        enough = Signal()  # all columns of the next command are in the lanes
+        enough = Signal()  # all columns of the next command are in the lanes, known a cycle late
+        m.d.sync += enough.eq(decode.o.valid & ~start & (cmd.held | ((self.loaded - next_base)[: self._bits + 1] >= cmd.k)))
         m.d.comb += [
-            enough.eq(cmd.held | ((self.loaded - next_base)[: self._bits + 1] >= cmd.k)),
             free.eq((spent | (fire & cmd_end)) & decode.o.valid & ~cmd.held),
-            fire.eq(active & self.values.valid & (now.dense | word_valid) & self.advance),
-            group_end.eq(in_group + 1 == now.n),
-            tile_end.eq(group_end & (group + now.m >= now.k)),
-            cmd_end.eq(tile_end & (cols_left <= lanes)),
-            word_end.eq(tile_end | (in_word + 1 == now.word_steps)),
-            start.eq((~active | (fire & cmd_end)) & decode.o.valid & enough),
+            supplied.eq(self.values.valid & (now.dense | word_valid)),
+            fire.eq(active & supplied & self.advance),
+            cmd_end.eq(tile_end & last_tile),
+            start.eq((~active | (fire & cmd_end)) & enough),
             decode.o.ready.eq(start), self.values.ready.eq(fire),
-            self.positions.ready.eq(~word_valid | (fire & word_end & ~now.dense)),
-            self.step.eq(fire), self.last.eq(tile_end), self.unsigned_a.eq(now.a_unsigned),
-            self.first.eq((group == 0) & (in_group == 0)),
-            self.tile_cols.eq(Mux(cols_left > lanes, lanes, cols_left)),
-            self.wait_weights.eq(active & ~(self.values.valid & (now.dense | word_valid))),
-            self.wait_columns.eq(~active & decode.o.valid & ~enough),
+            self.positions.ready.eq(~word_valid | (fire & word_end)),
+            self.step.eq(fire), self.last.eq(tile_end), self.unsigned_a.eq(now.a_unsigned), self.first.eq(first),
+            self.tile_cols.eq(Mux(last_tile, cols_left, lanes)),
+            self.wait_weights.eq(active & ~supplied), self.wait_columns.eq(~active & decode.o.valid & ~enough),
         ]
         with m.If(start):
-            m.d.sync += [taken.eq(cmd), cols_left.eq(cmd.cols)]
+            m.d.sync += [taken.eq(cmd), cols_left.eq(cmd.cols), last_tile.eq(cmd.one_tile)]
             with m.If(~cmd.held):
                 m.d.sync += [base.eq(next_base), next_base.eq(next_base + cmd.k)]
         with m.If(fire | start):
@@ -186,39 +191,68 @@ class Feeder(wiring.Component):
             m.d.sync += spent.eq(0)
         with m.Elif(fire & cmd_end):
             m.d.sync += spent.eq(1)
-        self._walk(m, now, fire, group_end, tile_end, word_end, group, offset, in_group, in_word, bit)
+        self._walk(m, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit)
+        self._ends(m, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word,
+                   (first, group_last, last_group, word_last))
         with m.If(fire & tile_end & ~cmd_end):
-            m.d.sync += cols_left.eq(cols_left - lanes)
+            m.d.sync += [cols_left.eq(cols_left - lanes), last_tile.eq(cols_left <= 2 * lanes)]
         with m.If(self.positions.ready):
             m.d.sync += word_valid.eq(self.positions.valid)
         self._lanes(m, platform, now, fire, word_end, base, offset, bit)
         return m
 
-    def _walk(self, m: Module, now, fire, group_end, tile_end, word_end, group, offset, in_group, in_word, bit) -> None:
+    def _walk(self, m: Module, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit) -> None:
         """Counters of step, group and position word."""
         with m.If(fire):
             m.d.sync += [in_group.eq(in_group + 1), in_word.eq(in_word + 1), bit.eq(bit + now.bits)]
-            with m.If(group_end):
-                m.d.sync += [in_group.eq(0), group.eq(group + now.m)]
+            with m.If(group_last):
+                m.d.sync += in_group.eq(0)
                 with m.If(~now.bitmap):
                     m.d.sync += offset.eq(offset + now.m)
-            with m.If(word_end):
+            with m.If(word_end | tile_end):
                 m.d.sync += [in_word.eq(0), bit.eq(0)]
                 with m.If(now.bitmap):
                     m.d.sync += offset.eq(offset + now.word_span)
             with m.If(tile_end):
-                m.d.sync += [group.eq(0), offset.eq(0)]
+                m.d.sync += offset.eq(0)
+
+    def _ends(self, m: Module, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word, flags) -> None:
+        """What the step after this one ends, decided a cycle ahead. Dense weights have no position words that end."""
+        first, group_last, last_group, word_last = flags
+        following = [Signal(name=f"next_{flag.name}") for flag in flags]
+        next_first, next_group_last, next_last_group, next_word_last = following
+        dense = Mux(start, cmd.dense, now.dense)
+        m.d.comb += [
+            next_first.eq(tile_end), next_group_last.eq(Mux(group_last, now.one_step, in_group + 2 == now.n)),
+            next_word_last.eq(Mux(word_last | tile_end, now.word_steps == 1, in_word + 2 == now.word_steps)),
+            next_last_group.eq(Mux(tile_end, now.one_group, Mux(group_last, rest <= (now.m << 1), last_group))),
+        ]
+        with m.If(start):
+            m.d.comb += [next_first.eq(1), next_group_last.eq(cmd.one_step), next_word_last.eq(cmd.word_steps == 1),
+                         next_last_group.eq(cmd.one_group)]
+            m.d.sync += rest.eq(cmd.k)
+        with m.Elif(fire & tile_end):
+            m.d.sync += rest.eq(now.k)
+        with m.Elif(fire & group_last):
+            m.d.sync += rest.eq(rest - now.m)
+        with m.If(start | fire):
+            ends = next_group_last & next_last_group
+            m.d.sync += [*(now_.eq(next_) for now_, next_ in zip(flags, following, strict=True)),
+                         tile_end.eq(ends), word_end.eq((ends | next_word_last) & ~dense)]
 
     def _lanes(self, m: Module, platform: object, now, fire, word_end, base, offset, bit) -> None:
-        """One position decoder per lane; registers of address and weight."""
-        mask, origin = Signal(5), Signal(self._bits)
-        m.d.comb += [mask.eq((C(1, 6) << now.bits) - 1), origin.eq(base + offset)]
+        """One position decoder per lane; registers of position and weight, then of address and weight."""
+        mask, origin, decoded = Signal(5), Signal(self._bits), Signal()
+        m.d.comb += mask.eq((C(1, 6) << now.bits) - 1)
+        with m.If(self.advance):
+            m.d.sync += [decoded.eq(fire), origin.eq(base + offset)]
         for lane in range(self._arch.lanes):
+            weight, place_ = Signal(8, name=f"weight{lane}"), Signal(5, name=f"place{lane}")
             with m.If(fire):
-                m.d.sync += self.weight[lane].eq(self.values.payload.word_select(lane, 8).as_signed())
+                m.d.sync += weight.eq(self.values.payload.word_select(lane, 8))
+            with m.If(decoded & self.advance):
+                m.d.sync += [self.weight[lane].eq(weight), self.addr[lane].eq(origin + place_)]
             if not self._arch.sparse:
-                with m.If(fire):
-                    m.d.sync += self.addr[lane].eq(origin)
                 continue
             position = PositionDecoder()
             place(m, platform, f"position{lane}", position, module="position")
@@ -228,4 +262,4 @@ class Feeder(wiring.Component):
                 position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask), position.advance.eq(fire),
             ]
             with m.If(fire):
-                m.d.sync += self.addr[lane].eq(Mux(now.dense, origin, origin + position.position))
+                m.d.sync += place_.eq(Mux(now.dense, 0, position.position))

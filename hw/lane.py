@@ -28,8 +28,8 @@ __all__ = [
     "column_bits", "lane_column", "sum_bits", "sum_word", "unpack_sums", "wrap_bits",
 ]
 
-ARRAY_LATENCY = 4
-"""Cycles from a step leaving the feeder to its product in the accumulator: address, RAM, product, sum."""
+ARRAY_LATENCY = 5
+"""Cycles from a step leaving the feeder to its product in the accumulator: position, address, RAM, product, sum."""
 
 MAX_ARRAY_LATENCY = ARRAY_LATENCY + 1
 """The largest `array_latency`."""
@@ -198,7 +198,7 @@ class PackedMac(wiring.Component):
 
 
 class Lane(wiring.Component):
-    """RAM and `rows` multiply-accumulates. Latency: `array_latency`, one step per cycle.
+    """RAM and `rows` multiply-accumulates. Latency: one less than `array_latency`, one step per cycle.
 
     Members
     -------

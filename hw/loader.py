@@ -7,6 +7,7 @@ from amaranth.lib.wiring import In, Out
 from hw.arch import Arch
 from hw.commands import loader_command
 from hw.lane import column_bits, lane_column
+from hw.stream_util import Columns
 
 __all__ = ["Loader"]
 
@@ -45,7 +46,8 @@ class Loader(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        cmd, moved, last, move = self.cmd.payload, Signal(16), Signal(), Signal()
+        cmd, move = self.cmd.payload, Signal()
+        columns = Columns(m, cmd.count, move)
         room, to_lanes, available, column = Signal(), Signal(), Signal(), Signal(8 * self._arch.rows)
         window = Signal.like(column)
         m.d.comb += [
@@ -58,11 +60,9 @@ class Loader(wiring.Component):
             self.bypass.payload.eq(window),
             move.eq(to_lanes | (self.bypass.valid & self.bypass.ready)),
             self.memory.ready.eq(move & ~cmd.from_rows), self.row_unit.ready.eq(move & cmd.from_rows),
-            last.eq(moved + 1 == cmd.count), self.cmd.ready.eq(move & last),
+            self.cmd.ready.eq(move & columns.last),
             self.busy.eq(move), self.full.eq(self.cmd.valid & ~cmd.bypass & available & ~room),
         ]
-        with m.If(move):
-            m.d.sync += moved.eq(Mux(last, 0, moved + 1))
         m.d.sync += self.write_en.eq(to_lanes)
         with m.If(to_lanes):
             m.d.sync += [

@@ -6,6 +6,8 @@ from amaranth import Module, Signal, Value
 from amaranth.hdl import ValueLike
 from amaranth.lib import stream
 
+from hw.arithmetic import Parts, kept
+
 __all__ = ["Pipeline"]
 
 
@@ -33,20 +35,20 @@ class Pipeline:
         self._en = Signal(name="pipeline_en")
         m.d.comb += [self._en.eq(~o.valid | o.ready), i.ready.eq(self._en)]
 
-    def stage(self, **values: ValueLike) -> SimpleNamespace:
-        """Register `values`, without reset; return the registers under the same names."""
+    def stage(self, **values: ValueLike | Parts) -> SimpleNamespace:
+        """Register `values`, without reset; return the registers under the same names. A list is the terms of a sum."""
         self._count += 1
         valid = Signal(name=f"valid_{self._count}")
-        registers = {
-            name: Signal(Value.cast(value).shape(), name=f"{name}_{self._count}", reset_less=True)
-            for name, value in values.items()
-        }
+        terms = {name: value if isinstance(value, list) else [(Value.cast(value), 0)] for name, value in values.items()}
+        registers = {name: kept(value, f"{name}_{self._count}_") for name, value in terms.items()}
         with self._m.If(self._en):
             self._m.d.sync += valid.eq(self._valid)
         with self._m.If(self._en & self._valid):
-            self._m.d.sync += [register.eq(values[name]) for name, register in registers.items()]
+            self._m.d.sync += [register.eq(term) for name, found in registers.items()
+                               for (register, _), (term, _) in zip(found, terms[name], strict=True)]
         self._valid = valid
-        return SimpleNamespace(**registers)
+        return SimpleNamespace(**{name: found if isinstance(values[name], list) else found[0][0]
+                                  for name, found in registers.items()})
 
     def finish(self, stages: int) -> None:
         """Offer the last stage at the output.

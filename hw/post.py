@@ -8,37 +8,25 @@ from amaranth.lib import data, memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from hw.arch import Arch
+from hw.arithmetic import fold, kept, parts, rounded, saturate
 from hw.commands import column_layout, param_layout, post_command, row_scale_layout
 from hw.gearbox import pair_layout
 from hw.isa import Residual, RowOp, Scale, Source
 from hw.shared import place
-from hw.soft import product as product_of
-from hw.stream_util import StreamSkid
+from hw.stream_util import Columns, StreamSkid
 
 __all__ = ["STAGES", "TABLE_FLUSH", "TABLE_WORDS", "Post", "PostRow", "RowControl"]
 
-STAGES = ("sum", "biased", "product", "scaled", "added", "looked")
-"""Pipeline registers a column passes: after the psum read, the adders, the multiply, the shift, the residual add, the table."""
+STAGES = ("entered", "sum", "stored", "biased", "parts", "product", "shifted", "scaled", "chosen", "added", "looked", "result")
+"""Pipeline registers a column passes. After: the choice of its source, the bias, the read of the psum RAM, the stored sum; the
+products of the pieces of sum and multiplier, their sum, the shift, the rounding; the larger of value and residual or what is
+to be added, the residual add, the table's address, the table."""
 
 TABLE_WORDS = 32
 """Parameter words of a TABLE, eight entries each."""
 
-TABLE_FLUSH = 7
+TABLE_FLUSH = len(STAGES)
 """Moves of the pipeline before a TABLE may overwrite entries: columns before it have then left the table stage."""
-
-
-def saturate(value, bits: int):
-    """Expression: a signed value clipped to `bits` bits."""
-    high = value[bits - 1:]
-    overflow = high.any() & ~high.all()
-    top = C((1 << (bits - 1)) - 1, bits)
-    return Mux(overflow, top ^ value[-1].replicate(bits), value[:bits]).as_signed()
-
-
-def round_shift(value, shift):
-    """Expression: ``(value + 2^(shift-1)) >> shift``, shift >= 1."""
-    shifted = (Cat(C(0, 1), value).as_signed() >> shift).as_signed()  # keeps the last bit shifted out
-    return (shifted[1:].as_signed() + shifted[0])
 
 
 class RowControl(wiring.Signature):
@@ -46,8 +34,8 @@ class RowControl(wiring.Signature):
 
     Members
     -------
-    take : a column enters; with psum_addr, the stored sums are read, and bias is added. advance : the pipeline moves.
-    keep, keep_addr : the sum (stage 0) goes to the psum RAM. psum_in : add the stored sum.
+    take : a column enters. advance : the pipeline moves. bias : of the column in `entered`. psum_addr : whose stored sums are
+    read; psum_in : add them. keep, keep_addr : the sum goes to the psum RAM.
     r_mult : of the residual; r_shift : of what is added. times8, times16 : the residual, int8 or int16, times r_mult is the
     multiplier. add : add the residual; larger : take the larger one. table : use the table.
     table_en, table_addr, table_data : load one entry.
@@ -68,8 +56,8 @@ class PostRow(wiring.Component):
 
     Members
     -------
-    control : see `RowControl`. acc : int32 sum. mult, shift : multiplier and shift, aligned with stages `biased` and `product`.
-    residual : aligned with stage `sum`. o : int16 result.
+    control : see `RowControl`. acc : int32 sum. mult, shift : multiplier and shift, aligned with stages `stored` and `parts`.
+    residual : aligned with stage `entered`. o : int16 result.
     """
 
     def __init__(self, arch: Arch) -> None:
@@ -86,34 +74,68 @@ class PostRow(wiring.Component):
                                                  attrs={"ram_style": "block"})
         m.submodules.table = table = memory.Memory(shape=8, depth=256, init=[])
         keep, stored, entry, looked = psum.write_port(), psum.read_port(), table.write_port(), table.read_port()
-        acc, total, biased = Signal(signed(32)), Signal(signed(32)), Signal(signed(32))
-        product, scaled, added = Signal(signed(48)), Signal(signed(16)), Signal(signed(16))
-        r_product, r_later, r_scaled, plain = Signal(signed(32)), Signal(signed(32)), Signal(signed(33)), Signal(signed(16))
-        mult = Mux(c.times16, r_product[16:].as_signed(), Mux(c.times8, r_product[8:24].as_signed(), self.mult))
-        addend, larger = Signal(signed(33)), Signal(signed(33))
-        use_table = Signal()
+        entered, acc, later, held, total, biased = (
+            Signal(signed(32), name=name) for name in ("entered", "acc", "later", "held", "total", "biased"))
         m.d.comb += [
-            stored.en.eq(c.take), stored.addr.eq(c.psum_addr),
-            total.eq(acc + Mux(c.psum_in, stored.data, 0)),
-            keep.en.eq(c.keep), keep.addr.eq(c.keep_addr), keep.data.eq(total),
+            stored.en.eq(c.advance), stored.addr.eq(c.psum_addr),
+            total.eq(later + held), keep.en.eq(c.keep), keep.addr.eq(c.keep_addr), keep.data.eq(total),
             entry.en.eq(c.table_en), entry.addr.eq(c.table_addr), entry.data.eq(c.table_data),
-            looked.en.eq(c.advance & c.table), looked.addr.eq(saturate(added, 8) ^ 0x80),
-            # one adder and one saturation for both: max(a, b) + 0 or a + b
-            larger.eq(Mux(c.larger & (r_scaled > scaled), r_scaled, scaled)), addend.eq(Mux(c.add, r_scaled, 0)),
-            self.o.eq(Mux(use_table, looked.data.as_signed(), plain)),
         ]
         with m.If(c.take):
-            m.d.sync += acc.eq(self.acc + c.bias)  # here and not to the stored sum: that comes out of its RAM late
+            m.d.sync += entered.eq(self.acc)
+        with m.If(c.advance):
+            m.d.sync += [acc.eq(entered + c.bias), later.eq(acc), held.eq(Mux(c.psum_in, stored.data, 0)), biased.eq(total)]
+        r_product = self._residual(m)
+        scaled = self._scale(m, biased, r_product)
+        self._finish(m, scaled, r_product, looked)
+        return m
+
+    def _residual(self, m: Module) -> Signal:
+        """What the residual gives, in stage `stored`: one multiplier for what is added (later) and for what multiplies."""
+        c = self.control
+        terms = parts(self.residual, c.r_mult, spare=self._arch.spare_dsps)
+        r_parts, r_product = kept(terms, "r_part"), Signal(signed(32))
+        with m.If(c.advance):
+            m.d.sync += [register.eq(term) for (register, _), (term, _) in zip(r_parts, terms)]
+            m.d.sync += r_product.eq(fold(fold(r_parts))[0][0])
+        return r_product
+
+    def _scale(self, m: Module, biased: Signal, r_product: Signal) -> Signal:
+        """Multiply and shift, from stage `biased` to stage `scaled`."""
+        c = self.control
+        mult, shift, product = Signal(signed(16)), Signal(6), Signal(signed(48))
+        shifted, scaled = Signal(signed(49)), Signal(signed(16))
+        terms = parts(biased, mult, bits=self._arch.multiplier_bits)
+        pieces = kept(terms, "piece")
         with m.If(c.advance):
             m.d.sync += [
-                # one multiplier for what is added (which waits a stage) and for what multiplies
-                biased.eq(total), r_product.eq(product_of(self.residual, c.r_mult, spare=self._arch.spare_dsps)),
-                product.eq(biased * mult), r_later.eq(r_product),
-                scaled.eq(saturate(round_shift(product, self.shift), 16)), r_scaled.eq(round_shift(r_later, c.r_shift)),
-                added.eq(saturate(larger + addend, 16)),
-                plain.eq(added), use_table.eq(c.table),
+                mult.eq(Mux(c.times16, r_product[16:].as_signed(), Mux(c.times8, r_product[8:24].as_signed(), self.mult))),
+                *(register.eq(term) for (register, _), (term, _) in zip(pieces, terms)),
+                product.eq(fold(pieces)[0][0]), shift.eq(self.shift),
+                shifted.eq(Cat(C(0, 1), product).as_signed() >> shift),  # keeps the last bit shifted out
+                scaled.eq(rounded(shifted, 16)),
             ]
-        return m
+        return scaled
+
+    def _finish(self, m: Module, scaled: Signal, r_product: Signal, looked) -> None:
+        """Residual and table. Of the residual more than 17 bits change nothing: the sum is clipped to 16."""
+        c = self.control
+        r_shifted, waiting = Signal(signed(33)), [Signal(signed(17), name=f"r_scaled{i}") for i in range(4)]
+        chosen, addend, added = Signal(signed(17)), Signal(signed(17)), Signal(signed(16))
+        plain, use_table, o = Signal(signed(16)), Signal(), Signal(signed(16))
+        residual = waiting[-1]
+        m.d.comb += [
+            self.o.eq(o), looked.en.eq(c.advance & c.table), looked.addr.eq(saturate(added, 8) ^ 0x80),
+        ]
+        with m.If(c.advance):
+            m.d.sync += [
+                r_shifted.eq(Cat(C(0, 1), r_product).as_signed() >> c.r_shift), waiting[0].eq(rounded(r_shifted, 17)),
+                *(now.eq(before) for now, before in zip(waiting[1:], waiting)),
+                # one adder and one saturation for both: max(a, b) + 0 or a + b
+                chosen.eq(Mux(c.larger & (residual > scaled), residual, scaled)), addend.eq(Mux(c.add, residual, 0)),
+                added.eq(saturate(chosen + addend, 16)),
+                plain.eq(added), use_table.eq(c.table), o.eq(Mux(use_table, looked.data.as_signed(), plain)),
+            ]
 
 
 class Post(wiring.Component):
@@ -143,19 +165,21 @@ class Post(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        cmd, index, take, advance = self.cmd.payload, Signal(16), Signal(), Signal()
-        # the enables of a column travel with it; residual is consumed one stage later than the sum
+        cmd, take, advance = self.cmd.payload, Signal(), Signal()
+        columns = Columns(m, cmd.cols, take)
+        # the enables of a column travel with it
         names = ("valid", "psum_in", "keep", "times8", "times16", "add", "larger", "table", "rows", "by_row")
         flags = data.StructLayout(dict.fromkeys(names, 1))
         stages = [Signal(flags, name=f"stage_{name}") for name in STAGES]
         enter = Signal(flags)
         keep_busy, inputs = Signal(), Signal()
+        owed = [stage.valid & stage.keep for stage in stages[:3]]
         by_column, by_row = cmd.scale == Scale.COLUMN, cmd.scale == Scale.ROW
         has_residual = cmd.residual != Residual.NONE
         tile = self.cmd.valid & ~cmd.load_table
-        last = index + 1 == cmd.cols
         m.d.comb += [
-            keep_busy.eq(stages[0].valid & stages[0].keep & cmd.psum_in & (index == 0)),
+            # the sums that the column reads must have been written: two stages are between
+            keep_busy.eq(cmd.psum_in & columns.first & (owed[0] | owed[1])),
             inputs.eq(
                 ((cmd.source == Source.ZERO) | ((cmd.source == Source.ARRAY) & self.acc.valid)
                  | ((cmd.source == Source.STREAM) & self.bypass.valid))
@@ -171,18 +195,16 @@ class Post(wiring.Component):
             self.acc.ready.eq(take & (cmd.source == Source.ARRAY)),
             self.bypass.ready.eq(take & (cmd.source == Source.STREAM)),
             self.residual.ready.eq(take & has_residual),
-            self.scale.ready.eq(take & by_row & last & ~cmd.psum_out),
+            self.scale.ready.eq(take & by_row & columns.last & ~cmd.psum_out),
             self.busy.eq(take), self.wait_input.eq(tile & ~inputs), self.wait_output.eq(tile & inputs & ~advance),
         ]
-        with m.If(take):
-            m.d.sync += index.eq(Mux(last, 0, index + 1))
         self._output(m, stages, advance)
         with m.If(advance):
             m.d.sync += [now.eq(before) for now, before in zip(stages, [enter, *stages[:-1]])]
             # partial sums end here: they are no output
-            m.d.sync += stages[1].valid.eq(stages[0].valid & ~stages[0].keep)
-        control = self._rows(m, platform, enter, stages, take, advance, index)
-        self._table(m, control, tile & take & last, by_column & ~cmd.psum_out & take)
+            m.d.sync += stages[3].valid.eq(stages[2].valid & ~stages[2].keep)
+        control = self._rows(m, platform, enter, stages, take, advance, columns.index, owed[2])
+        self._table(m, control, tile & take & columns.last, by_column & ~cmd.psum_out & take)
         return m
 
     def _output(self, m: Module, stages: list, advance: Signal) -> None:
@@ -201,41 +223,37 @@ class Post(wiring.Component):
         ]
         self._result = skid.i.payload.column
 
-    def _rows(self, m: Module, platform: object, enter, stages: list, take: Signal, advance: Signal, index: Signal):
+    def _rows(self, m: Module, platform: object, enter, stages: list, take: Signal, advance: Signal, index: Signal, keep):
         """Instances of the row datapath and the operands all rows share."""
         cmd, rows = self.cmd.payload, self._arch.rows
         params = data.View(param_layout(), self.params.payload)
         control = RowControl(self._arch).create()
-        shared = data.StructLayout({"mult": signed(16), "shift": 6, "r_mult": signed(16), "r_shift": 6})
-        sum_, biased, product = (Signal(shared, name=f"shared_{name}") for name in ("sum", "biased", "product"))
-        scale, scale_biased, scale_product = (Signal(row_scale_layout(rows), name=name)
-                                              for name in ("scale", "scale_biased", "scale_product"))
         by_column = cmd.scale == Scale.COLUMN
-        mult = Mux(by_column, params.mult, cmd.mult.as_signed())
-        with m.If(take):
-            m.d.sync += [
-                sum_.mult.eq(mult), sum_.shift.eq(Mux(by_column, params.shift, cmd.shift)),
-                sum_.r_mult.eq(Mux(enter.times8 | enter.times16, mult, cmd.r_mult.as_signed())), sum_.r_shift.eq(cmd.r_shift),
-            ]
-            with m.If(cmd.scale == Scale.ROW):
-                m.d.sync += scale.eq(self.scale.payload)
-        with m.If(advance):
-            m.d.sync += [biased.eq(sum_), product.eq(biased)]
-            with m.If(stages[0].by_row):
-                m.d.sync += scale_biased.eq(scale)
-            with m.If(stages[1].by_row):
-                m.d.sync += scale_product.eq(scale_biased)
-        keep_addr = Signal.like(index)
-        residual = Signal(column_layout(rows, 16))
-        with m.If(take):
-            m.d.sync += [keep_addr.eq(index), *(residual[t].eq(self._residual(t)) for t in range(rows))]
+        given = Signal(signed(16), name="given_mult")
+        m.d.comb += given.eq(Mux(by_column, params.mult, cmd.mult.as_signed()))
+
+        def travel(value, steps: int, name: str, *, by_row: bool = False) -> list:
+            """Registers of a value in the first stages; with `by_row`, they keep it where no column needs it."""
+            found = [Signal(value.shape(), name=f"{name}_{stage}", reset_less=True) for stage in STAGES[:steps]]
+            for stage, (now, before) in enumerate(zip(found, [value, *found])):
+                needed = (cmd.scale == Scale.ROW if stage == 0 else stages[stage - 1].by_row) if by_row else 1
+                with m.If((advance if stage else take) & needed):
+                    m.d.sync += now.eq(before)
+            return found
+
+        addr, bias = travel(index, 3, "addr"), travel(Mux(by_column & ~cmd.psum_out, params.bias, 0).as_signed(), 1, "bias")
+        mult, shift = travel(given, 3, "mult"), travel(Mux(by_column, params.shift, cmd.shift)[:6], 5, "shift")
+        r_mult = travel(Mux(enter.times8 | enter.times16, given, cmd.r_mult.as_signed()).as_signed(), 1, "r_mult")
+        r_shift = travel(cmd.r_shift, 3, "r_shift")
+        row_mult = travel(Cat(self.scale.payload.mult), 3, "row_mult", by_row=True)[-1]
+        row_shift = travel(Cat(self.scale.payload.shift), 5, "row_shift", by_row=True)[-1]
+        residual = travel(Cat(self._residual(t) for t in range(rows)), 1, "residual")[0]
         m.d.comb += [
-            control.take.eq(take), control.advance.eq(advance), control.psum_addr.eq(index),
-            control.keep.eq(stages[0].valid & stages[0].keep & advance), control.keep_addr.eq(keep_addr),
-            control.psum_in.eq(stages[0].psum_in), control.bias.eq(Mux(by_column & ~cmd.psum_out, params.bias, 0)),
-            control.r_mult.eq(sum_.r_mult), control.r_shift.eq(product.r_shift),
-            control.times8.eq(stages[1].times8), control.times16.eq(stages[1].times16),
-            control.add.eq(stages[3].add), control.larger.eq(stages[3].larger), control.table.eq(stages[4].table),
+            control.take.eq(take), control.advance.eq(advance), control.bias.eq(bias[0]), control.psum_addr.eq(addr[0]),
+            control.psum_in.eq(stages[1].psum_in), control.keep.eq(keep & advance), control.keep_addr.eq(addr[2]),
+            control.r_mult.eq(r_mult[0]), control.r_shift.eq(r_shift[2]),
+            control.times8.eq(stages[2].times8), control.times16.eq(stages[2].times16),
+            control.add.eq(stages[7].add), control.larger.eq(stages[7].larger), control.table.eq(stages[9].table),
         ]
         for t in range(rows):
             row = PostRow(self._arch)
@@ -245,9 +263,9 @@ class Post(wiring.Component):
             acc = Mux(cmd.source == Source.ARRAY, self.acc.payload[t],
                       Mux(cmd.source == Source.STREAM, self.bypass.payload.word_select(t, 8).as_signed(), 0))
             m.d.comb += [
-                row.acc.eq(acc), row.residual.eq(residual[t]),
-                row.mult.eq(Mux(stages[1].by_row, scale_biased.mult[t], biased.mult)),
-                row.shift.eq(Mux(stages[2].by_row, scale_product.shift[t], product.shift)),
+                row.acc.eq(acc), row.residual.eq(residual.word_select(t, 16).as_signed()),
+                row.mult.eq(Mux(stages[2].by_row, row_mult.word_select(t, 16), mult[2])),
+                row.shift.eq(Mux(stages[4].by_row, row_shift.word_select(t, 6), shift[4])),
                 self._result[t].eq(row.o),
             ]
         return control
@@ -260,7 +278,7 @@ class Post(wiring.Component):
     def _table(self, m: Module, control, tile_done, param_taken) -> None:
         """TABLE: `TABLE_WORDS` words, an entry per cycle, once the columns before it have left the pipeline's table stage."""
         cmd, entry = self.cmd.payload, Signal(8)
-        loading, flushed = self.cmd.valid & cmd.load_table, Signal(3)
+        loading, flushed = self.cmd.valid & cmd.load_table, Signal(range(TABLE_FLUSH + 1))
         ready = loading & self.params.valid & (flushed == TABLE_FLUSH)
         with m.If(~loading):
             m.d.sync += flushed.eq(0)

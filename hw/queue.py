@@ -21,12 +21,13 @@ class Queue(wiring.Component):
 
     Members
     -------
-    i, o : streams of the given shape.
+    i, o : streams of the given shape. level : payloads inside.
     """
 
     def __init__(self, shape, *, depth: int) -> None:
         self._depth = depth
-        super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
+        super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape)),
+                          "level": Out(range(depth + 1))})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
@@ -35,5 +36,6 @@ class Queue(wiring.Component):
         m.d.comb += [
             fifo.w_data.eq(payload), fifo.w_en.eq(self.i.valid), self.i.ready.eq(fifo.w_rdy),
             Value.cast(self.o.payload).eq(fifo.r_data), self.o.valid.eq(fifo.r_rdy), fifo.r_en.eq(self.o.ready),
+            self.level.eq(fifo.level),
         ]
         return m

@@ -1,8 +1,10 @@
 """Read side of the memory interface: stream readers that run ahead, and the arbiter that owns AR and R."""
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
@@ -12,7 +14,7 @@ from hw.arch import Arch
 from hw.axi import BURST_BEATS, AXI4ReadSignature
 from hw.commands import reader_command
 from hw.gearbox import Narrower, Widener, pair_layout
-from hw.stream_util import StreamHold
+from hw.stream_util import StreamBuffer, StreamHold
 
 __all__ = ["BURST", "COMMANDS_AHEAD", "OUTSTANDING", "READ_COMMAND", "ReadArbiter", "Reader"]
 
@@ -31,32 +33,29 @@ OUTSTANDING = 32
 """Read bursts in flight at most."""
 
 
-class _Issuer(wiring.Component):
-    """Split commands into bursts that end at multiples of `BURST_BEATS` beats, as far as FIFO space is free.
+class _Runs(wiring.Component):
+    """Unfold commands into runs of beats, one a repeat, when their time has come.
 
-    One burst a cycle, also across repeats. From one command to the next one cycle is lost if the first was a
-    single burst, none otherwise. Latency from ``cmd`` to ``request``: 3 cycles.
+    One run a cycle, also across commands. Latency: 2 cycles.
 
     Members
     -------
     cmd : ``In(stream READ_COMMAND)``
     completed : ``In(16)``
         Completion counter of the writer.
-    pop : ``In(1)``
-        A beat leaves the FIFO.
-    request : ``Out(stream BURST)``
-        Registered.
+    o : ``Out(stream {beat, left})``
+        First beat and number of beats. Registered.
     """
 
-    def __init__(self, *, bus_bytes: int, out_bytes: int, fifo_beats: int) -> None:
+    def __init__(self, *, bus_bytes: int, out_bytes: int) -> None:
         self.bus_bytes = bus_bytes
         self.out_bytes = out_bytes
-        self.fifo_beats = fifo_beats
+        wide = max(0, exact_log2(out_bytes) - exact_log2(bus_bytes))
         super().__init__({
             "cmd":       In(stream.Signature(READ_COMMAND)),
             "completed": In(16),
-            "pop":       In(1),
-            "request":   Out(stream.Signature(BURST)),
+            "o":         Out(stream.Signature(data.StructLayout({
+                "beat": 32 - exact_log2(bus_bytes), "left": READ_COMMAND.members["words"] + wide + 1}))),
         })
 
     def _beats(self, addr: Any, words: Any) -> Any:
@@ -69,63 +68,87 @@ class _Issuer(wiring.Component):
 
     def elaborate(self, platform: Any) -> Module:
         m = Module()
-        skip = exact_log2(self.bus_bytes)
-
         m.submodules.hold = hold = StreamHold(READ_COMMAND)
         wiring.connect(m, wiring.flipped(self.cmd), hold.i)
-        cmd = hold.o.payload
-        wait_distance = Signal(16)
-        go = Signal()
+        cmd, wait_distance, go = hold.o.payload, Signal(16), Signal()
         m.d.comb += [
             wait_distance.eq(self.completed - cmd.wait_seq),
             go.eq(hold.o.valid & ~(cmd.wait & wait_distance[15])),
         ]
-        # the current repeat
-        active = Signal()
-        beat = Signal(32 - skip)
-        left = Signal(32)
-        words = Signal(24)
-        repeats = Signal(16)
-        following = Signal(32)
-        stride = Signal(32)
-        edge = Signal(5)
-        final = Signal()
-        count = Signal(5)
-        take = Signal()
+        more, words, repeats, following, stride = Signal(), Signal(24), Signal(16), Signal(32), Signal(32)
+        addr, count = Mux(more, following, cmd.addr), Mux(more, words, cmd.words)
+        with m.If(~self.o.valid | self.o.ready):
+            m.d.comb += hold.o.ready.eq(go & ~more)
+            m.d.sync += [
+                self.o.valid.eq(more | go),
+                self.o.payload.beat.eq(addr[exact_log2(self.bus_bytes):]),
+                self.o.payload.left.eq(self._beats(addr, count)),
+                following.eq(addr + Mux(more, stride, cmd.stride)),
+            ]
+            with m.If(more):
+                m.d.sync += [repeats.eq(repeats - 1), more.eq(repeats != 2)]
+            with m.Else():
+                m.d.sync += [words.eq(cmd.words), repeats.eq(cmd.repeats), stride.eq(cmd.stride),
+                             more.eq(go & (cmd.repeats != 1))]
+        return m
+
+
+class _Issuer(wiring.Component):
+    """Split runs into bursts that end at multiples of `BURST_BEATS` beats, as far as FIFO space is free.
+
+    One burst a cycle, also across runs. Latency from ``i`` to ``request``: 2 cycles.
+
+    Members
+    -------
+    i : ``In(stream {beat, left})``
+        What `_Runs` sends.
+    pop : ``In(1)``
+        A beat leaves the FIFO.
+    request : ``Out(stream BURST)``
+        Registered.
+    """
+
+    def __init__(self, runs: _Runs, *, fifo_beats: int) -> None:
+        self.fifo_beats = fifo_beats
+        self._skip = exact_log2(runs.bus_bytes)
+        super().__init__({
+            "i":       In(runs.o.signature),
+            "pop":     In(1),
+            "request": Out(stream.Signature(BURST)),
+        })
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        m.submodules.requests = requests = StreamBuffer(BURST)
+        wiring.connect(m, requests.o, wiring.flipped(self.request))
+        # the current run, and its next burst: how long it is, and whether it is the last
+        active, final, take = Signal(), Signal(), Signal()
+        beat, left, count = Signal.like(self.i.payload.beat), Signal.like(self.i.payload.left), Signal(5)
         credit = Signal(range(self.fifo_beats + 1), init=self.fifo_beats)
+        spent = Signal(range(-BURST_BEATS, self.fifo_beats + 1))
+        rest = Signal.like(left)
         m.d.comb += [
-            edge.eq(BURST_BEATS - beat[:4]),
-            final.eq(left <= edge),
-            count.eq(Mux(final, left[:5], edge)),
-            take.eq(active & (~self.request.valid | self.request.ready) & (credit >= count)),
+            spent.eq(credit - count),
+            take.eq(active & requests.i.ready & (spent >= 0)),
+            rest.eq(left - count),
+            requests.i.valid.eq(take),
+            requests.i.payload.addr.eq(Cat(Const(0, self._skip), beat)),
+            requests.i.payload.len.eq(count - 1),
         ]
-        m.d.sync += credit.eq(credit - Mux(take, count, 0) + self.pop)
+        m.d.sync += credit.eq(Mux(take, spent, credit) + self.pop)
 
-        def start(addr: Any, words: Any) -> list[Any]:
-            return [beat.eq(addr[skip:]), left.eq(self._beats(addr, words))]
+        def burst(left: Value, edge: Value) -> list[Any]:
+            """The first burst of so many beats, of which `edge` reach the next multiple of `BURST_BEATS`."""
+            fits = ~left[5:].any() & (left[:5] <= edge)
+            return [count.eq(Mux(fits, left[:5], edge)), final.eq(fits)]
 
-        with m.If(self.request.ready):
-            m.d.sync += self.request.valid.eq(0)
-        with m.If(take):
-            m.d.sync += [
-                self.request.valid.eq(1),
-                self.request.payload.addr.eq(Cat(Const(0, skip), beat)),
-                self.request.payload.len.eq(count - 1),
-                beat.eq(beat + count),
-                left.eq(left - count),
-            ]
-        with m.If(take & final & (repeats != 1)):
-            m.d.sync += [*start(following, words), repeats.eq(repeats - 1), following.eq(following + stride)]
-        with m.Elif(~active | (take & final)):
-            m.d.comb += hold.o.ready.eq(go)
-            m.d.sync += [
-                active.eq(go),
-                *start(cmd.addr, cmd.words),
-                words.eq(cmd.words),
-                repeats.eq(cmd.repeats),
-                stride.eq(cmd.stride),
-                following.eq(cmd.addr + cmd.stride),
-            ]
+        with m.If(~active | (take & final)):
+            new = self.i.payload
+            m.d.comb += self.i.ready.eq(1)
+            m.d.sync += [active.eq(self.i.valid), beat.eq(new.beat), left.eq(new.left),
+                         *burst(new.left, (BURST_BEATS - new.beat[:4])[:5])]
+        with m.Elif(take):
+            m.d.sync += [beat.eq(beat + count), left.eq(rest), *burst(rest, Const(BURST_BEATS, 5))]
         return m
 
 
@@ -206,8 +229,8 @@ class Reader(wiring.Component):
     Bursts are requested as long as the FIFO has room for all their beats, across commands, so that data never
     has to wait on the bus (``data`` is always ready) and the reader runs ahead of its consumer by
     ``fifo_beats`` beats and up to 8 commands. One output word a cycle, as the bus allows, without bubbles
-    between repeats and commands. Latency: ``cmd`` to ``request`` 3 cycles; ``data`` to ``o`` 2 cycles, 3 for
-    words wider than the bus.
+    between repeats and commands. Latency: ``cmd`` to ``request`` 4 cycles; ``data`` to ``o`` 3 cycles, 4 for
+    words wider than the bus, 1 less without `buffered`.
 
     A word address must be a multiple of ``min(out_bytes, bus_bytes)``, so must ``stride``; lower bits are
     ignored. Words that leave in pairs are an even number, at multiples of ``2 * out_bytes``.
@@ -222,6 +245,8 @@ class Reader(wiring.Component):
         Depth of the FIFO in bus beats, in 16..4096.
     pairs : bool
         Words narrower than the bus leave two at a time, one pair a cycle, if the command is ``wide``.
+    buffered : bool
+        Words leave through a `StreamBuffer`; without, only for a consumer whose ``ready`` is a register.
 
     Members
     -------
@@ -237,7 +262,7 @@ class Reader(wiring.Component):
         From `ReadArbiter.data`.
     """
 
-    def __init__(self, arch: Arch, *, out_bytes: int, fifo_beats: int, pairs: bool = False) -> None:
+    def __init__(self, arch: Arch, *, out_bytes: int, fifo_beats: int, pairs: bool = False, buffered: bool = True) -> None:
         if not isinstance(arch, Arch):
             raise TypeError(f"arch must be an Arch, not {arch!r}")
         limits = (("out_bytes", out_bytes, 1, 1024), ("fifo_beats", fifo_beats, BURST_BEATS, 4096))
@@ -253,6 +278,7 @@ class Reader(wiring.Component):
         self.arch = arch
         self.out_bytes = out_bytes
         self.pairs = pairs
+        self.buffered = buffered
         self.fifo_beats = fifo_beats
         super().__init__({
             "cmd":       In(stream.Signature(READ_COMMAND)),
@@ -265,31 +291,35 @@ class Reader(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         bus = self.arch.bus_bytes
-        m.submodules.issuer = issuer = _Issuer(
-            bus_bytes=bus, out_bytes=self.out_bytes, fifo_beats=self.fifo_beats)
+        m.submodules.runs = runs = _Runs(bus_bytes=bus, out_bytes=self.out_bytes)
+        m.submodules.issuer = issuer = _Issuer(runs, fifo_beats=self.fifo_beats)
         m.submodules.fifo = fifo = SyncFIFOBuffered(width=8 * bus, depth=self.fifo_beats + 1)
         accept = Signal(init=1)  # the framer, too, has room for a command
         m.d.comb += [
-            issuer.cmd.payload.eq(self.cmd.payload),
-            issuer.cmd.valid.eq(self.cmd.valid & accept),
-            self.cmd.ready.eq(issuer.cmd.ready & accept),
-            issuer.completed.eq(self.completed),
+            runs.cmd.payload.eq(self.cmd.payload),
+            runs.cmd.valid.eq(self.cmd.valid & accept),
+            self.cmd.ready.eq(runs.cmd.ready & accept),
+            runs.completed.eq(self.completed),
             issuer.pop.eq(fifo.r_rdy & fifo.r_en),
             fifo.w_data.eq(self.data.payload),
             fifo.w_en.eq(self.data.valid),
         ]
+        wiring.connect(m, runs.o, issuer.i)
         wiring.connect(m, issuer.request, wiring.flipped(self.request))
+        out: Any = wiring.flipped(self.o)
+        if self.buffered:
+            m.submodules.buffer = buffer = StreamBuffer(self.o.payload.shape())
+            wiring.connect(m, buffer.o, out)
+            out = buffer.i
         if self.out_bytes < bus:
-            self._narrow(m, fifo, accept)
+            self._narrow(m, fifo, accept, out)
         elif self.out_bytes > bus:
-            self._widen(m, fifo)
+            self._widen(m, fifo, out)
         else:
-            m.d.comb += [
-                self.o.payload.eq(fifo.r_data), self.o.valid.eq(fifo.r_rdy), fifo.r_en.eq(self.o.ready),
-            ]
+            m.d.comb += [out.payload.eq(fifo.r_data), out.valid.eq(fifo.r_rdy), fifo.r_en.eq(out.ready)]
         return m
 
-    def _narrow(self, m: Module, fifo: SyncFIFOBuffered, accept: Signal) -> None:
+    def _narrow(self, m: Module, fifo: SyncFIFOBuffered, accept: Signal, out: Any) -> None:
         low, high = exact_log2(self.out_bytes), exact_log2(self.arch.bus_bytes)
         m.submodules.framer = framer = _Framer(ratio=1 << (high - low))
         m.submodules.commands = commands = SyncFIFOBuffered(width=2 * (high - low) + 41, depth=COMMANDS_AHEAD)
@@ -312,9 +342,9 @@ class Reader(wiring.Component):
         ]
         if self.pairs:
             m.d.comb += narrower.i.payload.wide.eq(framer.o.payload.wide)
-        wiring.connect(m, narrower.o, wiring.flipped(self.o))
+        wiring.connect(m, narrower.o, out)
 
-    def _widen(self, m: Module, fifo: SyncFIFOBuffered) -> None:
+    def _widen(self, m: Module, fifo: SyncFIFOBuffered, out: Any) -> None:
         m.submodules.widener = widener = Widener(in_bytes=self.arch.bus_bytes, out_bytes=self.out_bytes)
         slot = Signal(range(widener.ratio))
         m.d.comb += [
@@ -322,12 +352,17 @@ class Reader(wiring.Component):
             widener.i.payload.slot.eq(slot),
             widener.i.valid.eq(fifo.r_rdy),
             fifo.r_en.eq(widener.i.ready),
-            self.o.payload.eq(widener.o.payload.data),
-            self.o.valid.eq(widener.o.valid),
-            widener.o.ready.eq(self.o.ready),
+            out.payload.eq(widener.o.payload.data),
+            out.valid.eq(widener.o.valid),
+            widener.o.ready.eq(out.ready),
         ]
         with m.If(fifo.r_rdy & widener.i.ready):
             m.d.sync += slot.eq(slot + 1)
+
+
+def _lowest(bits: Value) -> Value:
+    """Expression: the lowest bit that is set, alone."""
+    return Cat(bit & ~bits[:k].any() for k, bit in enumerate(bits))
 
 
 class ReadArbiter(wiring.Component):
@@ -387,34 +422,29 @@ class ReadArbiter(wiring.Component):
         bus = self.bus
         m.submodules.owners = owners = SyncFIFOBuffered(width=max(1, (self.readers - 1).bit_length()),
                                                         depth=self.outstanding)
-        grant = Signal(range(self.readers))  # the first after the last one that has a request
-        last = Signal(range(self.readers))
-        with m.Switch(last):
-            for k in range(self.readers):
-                with m.Case(k):
-                    for distance in range(self.readers, 0, -1):
-                        index = (k + distance) % self.readers
-                        with m.If(self.request[index].valid):
-                            m.d.comb += grant.eq(index)
-
+        # the first after the last one that has a request, or the first of all
+        above = Signal(self.readers, init=(1 << self.readers) - 2)
+        requests = Cat(request.valid for request in self.request)
+        later = requests & above
+        grant = Mux(later.any(), _lowest(later), _lowest(requests))
         accept = Signal()
         m.d.comb += [
             accept.eq((~bus.arvalid | bus.arready) & owners.w_rdy & ~self.abort),
-            owners.w_data.eq(grant),
+            owners.w_data.eq(Cat(Cat(bit for k, bit in enumerate(grant) if k >> place & 1).any()
+                                 for place in range(len(owners.w_data)))),
+            owners.w_en.eq(requests.any() & accept),
             bus.arid.eq(0),
             bus.arsize.eq(exact_log2(self.arch.bus_bytes)),
             bus.arburst.eq(1),
         ]
-        with m.If(bus.arready):
+        m.d.comb += [request.ready.eq(accept & bit) for request, bit in zip(self.request, grant, strict=True)]
+        with m.If(owners.w_en):
+            chosen = [Mux(bit, Cat(request.payload.addr, request.payload.len), 0)
+                      for request, bit in zip(self.request, grant, strict=True)]
+            m.d.sync += [Cat(bus.araddr, bus.arlen).eq(reduce(or_, chosen)), bus.arvalid.eq(1),
+                         above.eq(Cat(grant[:k].any() for k in range(self.readers)))]
+        with m.Elif(bus.arready):
             m.d.sync += bus.arvalid.eq(0)
-        for k, request in enumerate(self.request):
-            m.d.comb += request.ready.eq(accept & (grant == k))
-            with m.If(request.valid & request.ready):
-                m.d.comb += owners.w_en.eq(1)
-                m.d.sync += [
-                    last.eq(k), bus.arvalid.eq(1), bus.araddr.eq(request.payload.addr),
-                    bus.arlen.eq(request.payload.len),
-                ]
 
         m.d.comb += [
             bus.rready.eq(owners.r_rdy),

@@ -1,20 +1,21 @@
 """The row unit: softmax, LayerNorm and RMSNorm over rows that arrive as columns. Models, and `RowUnit`."""
 
 import numpy as np
-from amaranth import Module, Mux, Signal, signed
+from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import stream, wiring
 from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from numpy.typing import ArrayLike, NDArray
 
 from hw.arch import Arch, get_arch
+from hw.arithmetic import fold, kept, parts
 from hw.exp2 import MASKED, ExpPass, exp2_mantissa, softmax_exp
 from hw.isa import RowOp
 from hw.row_layout import NORM_PARAM, ROW_COMMAND, column_layout, row_scale_layout
 from hw.rownorm import NormPass, NormScale, layernorm_rows, moments_layout, norm_constants, rsqrt16
 from hw.rowscale import RowScale, recip16, row_scale_softmax
 from hw.shared import place
-from hw.soft import product
+from hw.stream_util import StreamBuffer
 
 __all__ = [
     "NORM_PARAM",
@@ -75,7 +76,7 @@ class RowMoments(wiring.Component):
     mx : Out(signed(16))
         Maximum; a cycle after the last value.
     moments : Out(moments_layout(arch))
-        Sum, a cycle after the last value, and sum of squares, two cycles after.
+        Sum, a cycle after the last value, and sum of squares, three cycles after.
     """
 
     def __init__(self, arch: Arch) -> None:
@@ -91,29 +92,29 @@ class RowMoments(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        square = Signal(31, reset_less=True)
-        add_square, first_square = Signal(), Signal(reset_less=True)
+        terms = parts(self.x, self.x, spare=self.arch.spare_dsps)
+        pieces, square = kept(terms, "piece"), Signal(31, reset_less=True)
+        use, first = Signal(2), Signal(2)  # of the pieces, of the square
         moments = Signal(self.moments.shape(), reset_less=True)
         total, squares = moments.total, moments.squares
         m.d.comb += self.moments.eq(moments)
         with m.If(self.use_max & (self.first | (self.x > self.mx))):
             m.d.sync += self.mx.eq(self.x)
-        m.d.sync += add_square.eq(self.use_sum)
+        m.d.sync += [use.eq(Cat(self.use_sum, use)), first.eq(Cat(self.first, first))]
         with m.If(self.use_sum):
-            m.d.sync += [
-                total.eq(Mux(self.first, 0, total) + self.x),
-                square.eq(product(self.x, self.x, spare=self.arch.spare_dsps)),
-                first_square.eq(self.first),
-            ]
-        with m.If(add_square):
-            m.d.sync += squares.eq(Mux(first_square, 0, squares) + square)
+            m.d.sync += [total.eq(Mux(self.first, 0, total) + self.x),
+                         *(piece.eq(term) for (piece, _), (term, _) in zip(pieces, terms, strict=True))]
+        with m.If(use[0]):
+            m.d.sync += square.eq(fold(fold(pieces))[0][0])
+        with m.If(use[1]):
+            m.d.sync += squares.eq(Mux(first[1], 0, squares) + square)
         return m
 
 
 class RowCollector(wiring.Component):
     """First pass: takes the columns of a command, forwards them and keeps what the second pass has to know.
 
-    One column per cycle. The job is offered in the cycle after the last column (LAYERNORM, RMSNORM: one
+    One column per cycle. The job is offered in the cycle after the last column (LAYERNORM, RMSNORM: two
     later); the next command is taken with it.
 
     Parameters
@@ -173,7 +174,9 @@ class RowCollector(wiring.Component):
                         m.next = "SQUARES"
                     with m.Else():
                         m.next = "GIVE"
-            with m.State("SQUARES"):  # the last square is being added
+            with m.State("SQUARES"):  # the last square is being made
+                m.next = "SUM"
+            with m.State("SUM"):  # and added
                 m.next = "GIVE"
             with m.State("GIVE"):
                 m.d.comb += [self.job.valid.eq(1), self.cmd.ready.eq(self.job.ready)]
@@ -213,12 +216,12 @@ class RowUnit(wiring.Component):
     ==================  ============================  ============================================
     row operation       last column in to first out   distance of like commands (C columns each)
     ==================  ============================  ============================================
-    SOFTMAX, EXP        5 cycles                      max(C, T) + 1 (without row scale: C + 1)
-    LAYERNORM, RMSNORM  T + 25 cycles                 max(C + 3, T + 15)
+    SOFTMAX, EXP        6 cycles                      max(C, T) + 1 (without row scale: C + 1)
+    LAYERNORM, RMSNORM  T + 32 cycles                 max(C + 4, T + 20)
     MAX                 no output                     C + 1
     ==================  ============================  ============================================
 
-    The row scale follows the last probability by T + 13 cycles. Going from one of the first two lines to the
+    The row scale follows the last probability by T + 22 cycles. Going from one of the first two lines to the
     other empties the second pass. Up to three row scales wait inside; then probabilities wait, too.
     An EXP that continues a row (no ``first``) must follow the row's previous EXP without a SOFTMAX between.
 
@@ -271,10 +274,11 @@ class RowUnit(wiring.Component):
         m.submodules.collector = collector = RowCollector(self.arch)
         # one more than the memory: the FIFO's output register
         m.submodules.fifo = fifo = SyncFIFOBuffered(width=16 * rows, depth=2 * self.arch.row_depth + 1)
+        m.submodules.columns = columns = StreamBuffer(column_layout(rows))
         m.submodules.exp_pass = exp_pass = ExpPass(rows=rows)
         m.submodules.row_scale = row_scale = RowScale(rows=rows)
         m.submodules.norm_scale = norm_scale = NormScale(self.arch)
-        m.submodules.norm_pass = norm_pass = NormPass(rows=rows)
+        m.submodules.norm_pass = norm_pass = NormPass(self.arch)
 
         wiring.connect(m, wiring.flipped(self.cmd), collector.cmd)
         wiring.connect(m, wiring.flipped(self.i), collector.i)
@@ -287,17 +291,20 @@ class RowUnit(wiring.Component):
             fifo.w_data.eq(collector.o.payload),
             fifo.w_en.eq(collector.o.valid),
             collector.o.ready.eq(fifo.w_rdy),
+            columns.i.payload.as_value().eq(fifo.r_data),
+            columns.i.valid.eq(fifo.r_rdy),
+            fifo.r_en.eq(columns.i.ready),
             # at most one of the two has a job, and takes columns
-            exp_pass.i.payload.eq(fifo.r_data),
-            exp_pass.i.valid.eq(fifo.r_rdy),
-            norm_pass.i.payload.eq(fifo.r_data),
-            norm_pass.i.valid.eq(fifo.r_rdy),
-            fifo.r_en.eq(exp_pass.i.ready | norm_pass.i.ready),
+            exp_pass.i.payload.eq(columns.o.payload),
+            exp_pass.i.valid.eq(columns.o.valid),
+            norm_pass.i.payload.eq(columns.o.payload),
+            norm_pass.i.valid.eq(columns.o.valid),
+            columns.o.ready.eq(exp_pass.i.ready | norm_pass.i.ready),
             self.o.payload.eq(Mux(norm_pass.o.valid, norm_pass.o.payload, exp_pass.o.payload)),
             self.o.valid.eq(norm_pass.o.valid | exp_pass.o.valid),
             norm_pass.o.ready.eq(self.o.ready),
             exp_pass.o.ready.eq(self.o.ready),
-            self.busy.eq(collector.busy | fifo.r_rdy | ~exp_pass.idle | exp_pass.scale.valid
+            self.busy.eq(collector.busy | fifo.r_rdy | columns.o.valid | ~exp_pass.idle | exp_pass.scale.valid
                          | row_scale.busy | norm_scale.busy | ~norm_pass.idle),
             self.stalled.eq((self.o.valid & ~self.o.ready) | (self.scale.valid & ~self.scale.ready)),
         ]

@@ -9,6 +9,7 @@ from amaranth.lib.wiring import In, Out
 from numpy.typing import ArrayLike, NDArray
 
 from hw.arch import Arch
+from hw.arithmetic import fold, kept, parts, rounded
 from hw.isa import RowOp
 from hw.numerics import round_shift, saturate
 from hw.pipeline import Pipeline
@@ -18,6 +19,7 @@ from hw.scatter import Gather, Scatter
 from hw.shared import place
 
 __all__ = [
+    "NORM_ROW_STEPS",
     "NORM_STEPS",
     "ROOT_LATENCY",
     "RSQRT_TABLE",
@@ -39,14 +41,17 @@ Int = NDArray[np.int64]
 RSQRT_TABLE = tuple(round(2**19 / (sqrt(v) + sqrt(v + 255))) for v in range(1 << 14, 1 << 16, 256))
 """``2^18 / sqrt(v)``, 11 bits, indexed with ``(v >> 8) - 64``; error balanced over the 256 v of an entry."""
 
-VARIANCE_LATENCY = 6
+VARIANCE_LATENCY = 8
 """Cycles from a row's moments to its normalised variance."""
 
-ROOT_LATENCY = 7
+ROOT_LATENCY = 10
 """Cycles from a variance to the row scale."""
 
-NORM_STEPS = 8
+NORM_STEPS = 9
 """Registered steps of the normalisation of a column."""
+
+NORM_ROW_STEPS = 3
+"""Steps after the first that still use the values of the column's rows."""
 
 _NEWTON = (3 << 36) + (1 << 20)  # 2^20: centres the error of the Newton step, which is never positive
 _MEAN_BITS = 23
@@ -173,6 +178,7 @@ class Variance(wiring.Component):
 
     def __init__(self, arch: Arch) -> None:
         self.bits = 2 * arch.row_depth.bit_length() + 29  # of cols * squares + ln_eps
+        self._multiplier = arch.multiplier_bits
         super().__init__({
             "job": In(ROW_COMMAND),
             "i":   In(stream.Signature(moments_layout(arch))),
@@ -184,21 +190,20 @@ class Variance(wiring.Component):
         pipe = Pipeline(m, self.i, self.o)
         total, squares, job = self.i.payload.total, self.i.payload.squares, self.job
         layer = job.op == RowOp.LAYERNORM
-        x = pipe.stage(scaled=total * job.ln_inv, power=squares * job.cols, square=total * total)
-        x = pipe.stage(scaled=x.scaled, power=x.power, square=x.square)  # a register inside the multipliers
-        x = pipe.stage(
-            mean=x.scaled >> (job.ln_shift - 1)[:6],
-            variance=(x.power - Mux(layer, x.square, 0))[:self.bits],
-        )
-        x = pipe.stage(
-            mean=Mux(layer, _saturate((x.mean + 1) >> 1, _MEAN_BITS), 0),
-            variance=(x.variance + job.ln_eps)[:self.bits],
-        )
-        v, high = _halve(x.variance, (16, 8, 4))
-        x = pipe.stage(mean=x.mean, v=v, high=high)
-        v, low = _halve(x.v, (2, 1))
+        x = pipe.stage(**{name: parts(a, b, bits=self._multiplier) for name, a, b in (
+            ("scaled", total, job.ln_inv), ("power", squares, job.cols), ("square", total, total))})
+        for _ in range(2):
+            x = pipe.stage(scaled=fold(x.scaled), power=fold(x.power), square=fold(x.square))
+        (scaled, _), (power, _), (square, _) = x.scaled[0], x.power[0], x.square[0]
+        x = pipe.stage(mean=scaled >> (job.ln_shift - 1)[:6], variance=(power - Mux(layer, square, 0))[:self.bits])
+        x = pipe.stage(mean=Mux(layer, rounded(x.mean, _MEAN_BITS), 0), variance=(x.variance + job.ln_eps)[:self.bits])
+        v, high = _halve(x.variance, (16, 8))
+        x = pipe.stage(mean=x.mean, v=v, halvings=high)
+        v, middle = _halve(x.v, (4, 2))
+        x = pipe.stage(mean=x.mean, v=v, halvings=Cat(middle, x.halvings))
+        v, low = _halve(x.v, (1,))
         v = Mux(v < _MIN_VARIANCE, _MIN_VARIANCE, v)[:16]
-        x = pipe.stage(mean=x.mean, v=v, halvings=Cat(low, x.high))
+        x = pipe.stage(mean=x.mean, v=v, halvings=Cat(low, x.halvings))
         m.d.comb += [
             self.o.payload.mean.eq(x.mean),
             self.o.payload.v.eq(x.v),
@@ -218,12 +223,6 @@ def _halve(v: Value, counts: tuple[int, ...]) -> tuple[Value, Value]:
     return v, Cat(*taken)
 
 
-def _saturate(value: Value, bits: int) -> Value:
-    """Clip to a signed integer of that many bits."""
-    high, low = (1 << (bits - 1)) - 1, -(1 << (bits - 1))
-    return Mux(value > high, high, Mux(value < low, low, value))[:bits].as_signed()
-
-
 class InverseRoot(wiring.Component):
     """Multiplier and shift of one row per cycle, from its normalised variance. Latency `ROOT_LATENCY`.
 
@@ -237,7 +236,8 @@ class InverseRoot(wiring.Component):
         ``mean``, ``mult`` and ``shift``, the latter one less than s_t.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arch: Arch) -> None:
+        self._multiplier = arch.multiplier_bits
         super().__init__({
             "job": In(ROW_COMMAND),
             "i":   In(stream.Signature(_ROOT)),
@@ -256,10 +256,13 @@ class InverseRoot(wiring.Component):
             v=v,
             t=entries[((v >> 8) - 64)[:8]],
         )
+        x = pipe.stage(mean=x.mean, shift=x.shift, v=x.v, t=x.t)  # the table may be a block RAM
         x = pipe.stage(mean=x.mean, shift=x.shift, v=x.v, t=x.t, square=x.t * x.t)
-        x = pipe.stage(mean=x.mean, shift=x.shift, t=x.t, ratio=x.v * x.square)
+        x = pipe.stage(mean=x.mean, shift=x.shift, t=x.t, ratio=parts(x.square, x.v, bits=self._multiplier))
+        x = pipe.stage(mean=x.mean, shift=x.shift, t=x.t, ratio=fold(x.ratio)[0][0])
         x = pipe.stage(mean=x.mean, shift=x.shift, t=x.t, u=((_NEWTON - x.ratio) >> 17)[:21])
-        x = pipe.stage(mean=x.mean, shift=x.shift, root=x.t * x.u)
+        x = pipe.stage(mean=x.mean, shift=x.shift, root=parts(x.u, x.t, bits=self._multiplier))
+        x = pipe.stage(mean=x.mean, shift=x.shift, root=fold(x.root)[0][0])
         root = (x.root + (1 << 14)) >> 15
         x = pipe.stage(mean=x.mean, shift=x.shift, root=Mux(root > 65535, 65535, root)[:16])
         x = pipe.stage(mean=x.mean, shift=x.shift, product=x.root * self.job.row_mult)
@@ -275,7 +278,7 @@ class InverseRoot(wiring.Component):
 class NormScale(wiring.Component):
     """Mean, multiplier and shift of T rows from their moments: one job at a time, a row per cycle.
 
-    They are offered T + 14 cycles after the moments were taken.
+    They are offered T + 19 cycles after the moments were taken.
 
     Parameters
     ----------
@@ -311,7 +314,7 @@ class NormScale(wiring.Component):
         rows = self.arch.rows
         m.submodules.scatter = scatter = Scatter(moments_layout(self.arch), rows=rows)
         m.submodules.variance = variance = Variance(self.arch)
-        m.submodules.root = root = InverseRoot()
+        m.submodules.root = root = InverseRoot(self.arch)
         m.submodules.gather = gather = Gather(_NORM_ROW, rows=rows)
         wiring.connect(m, scatter.o, variance.i)
         wiring.connect(m, variance.o, root.i)
@@ -335,7 +338,7 @@ class NormScale(wiring.Component):
 
 
 class NormLane(wiring.Component):
-    """Normalisation of one row in eight registered steps, with a multiplier in the second and the fifth.
+    """Normalisation of one row in registered steps, with a multiplier in the second and the sixth.
 
     Members
     -------
@@ -345,15 +348,16 @@ class NormLane(wiring.Component):
         Mean, multiplier and shift (less one).
     x : In(signed(16))
         Value.
-    step : In(8)
-        Enables of: difference, product, shift, z, gamma, beta, shift, y.
+    step : In(9)
+        Enables of: difference, parts of the product, product, shift, z, gamma, beta, shift, y.
     gamma, beta, shift : In
-        Column parameters at steps 4, 5 and 6; `shift` is less one.
+        Column parameters at steps 5, 6 and 7; `shift` is less one.
     y : Out(signed(16))
-        Result, after ``step[7]``.
+        Result, after ``step[8]``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arch: Arch) -> None:
+        self._multiplier = arch.multiplier_bits
         super().__init__({
             "load":  In(1),
             "row":   In(_NORM_ROW),
@@ -376,18 +380,21 @@ class NormLane(wiring.Component):
         biased = Signal(signed(33), reset_less=True)
         result = Signal.like(biased)
         y = Signal.like(z)
+        terms = parts(difference, row.mult, bits=self._multiplier)
+        pieces = kept(terms, "piece")
         m.d.comb += self.y.eq(y)
         with m.If(self.load):
             m.d.sync += row.eq(self.row)
         actions = (
             difference.eq((self.x << 6) - row.mean),
-            product.eq(difference * row.mult),
+            [register.eq(term) for (register, _), (term, _) in zip(pieces, terms, strict=True)],
+            product.eq(fold(pieces)[0][0]),
             shifted.eq(product >> row.shift),
-            z.eq(_saturate((shifted + 1) >> 1, 16)),
+            z.eq(rounded(shifted, 16)),
             scaled.eq(z * self.gamma),
             biased.eq(scaled + self.beta),
             result.eq(biased >> self.shift),
-            y.eq(_saturate((result + 1) >> 1, 16)),
+            y.eq(rounded(result, 16)),
         )
         for stage, action in enumerate(actions):
             with m.If(self.step[stage]):
@@ -398,13 +405,13 @@ class NormLane(wiring.Component):
 class NormPass(wiring.Component):
     """Second pass of LAYERNORM and RMSNORM: normalises the columns of a job.
 
-    One column per cycle; a column taken in cycle n is offered in cycle n + 8. Between two jobs `i` rests
-    for three cycles.
+    One column per cycle; a column taken in cycle n is offered in cycle n + 9. Between two jobs `i` rests
+    for four cycles.
 
     Parameters
     ----------
-    rows : int
-        Token rows T.
+    arch : Arch
+        Architecture: ``rows`` and ``multiplier_bits`` count.
 
     Members
     -------
@@ -422,8 +429,9 @@ class NormPass(wiring.Component):
         No job and no column inside.
     """
 
-    def __init__(self, *, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, arch: Arch) -> None:
+        self.arch = arch
+        self.rows = rows = arch.rows
         super().__init__({
             "job":    In(stream.Signature(ROW_COMMAND)),
             "row":    In(_NORM_ROW).array(rows),
@@ -437,25 +445,24 @@ class NormPass(wiring.Component):
         m = Module()
         left = Signal.like(self.job.payload.cols)  # columns of the job still to come
         valid = Signal(NORM_STEPS)
-        active, en, take, load = Signal(), Signal(), Signal(), Signal()
+        active, en, take, load = Signal(), Signal(), Signal(), Signal()  # active : `left` is not 0
         step = Cat(take, valid[:-1] & en.replicate(NORM_STEPS - 1))
         param = self.params.payload
         m.d.comb += [
-            active.eq(left != 0),
             en.eq(~self.o.valid | self.o.ready),
             take.eq(self.i.valid & self.params.valid & active & en),
             self.i.ready.eq(self.params.valid & active & en),
             self.params.ready.eq(self.i.valid & active & en),
-            # the first three steps still use the values of the last job's rows
-            self.job.ready.eq(~active & ~valid[:2].any()),
+            # the first steps still use the values of the last job's rows
+            self.job.ready.eq(~active & ~valid[:NORM_ROW_STEPS].any()),
             load.eq(self.job.valid & self.job.ready),
             self.o.valid.eq(valid[-1]),
             self.idle.eq(~active & ~valid.any()),
         ]
         with m.If(load):
-            m.d.sync += left.eq(self.job.payload.cols)
+            m.d.sync += [left.eq(self.job.payload.cols), active.eq(1)]
         with m.Elif(take):
-            m.d.sync += left.eq(left - 1)
+            m.d.sync += [left.eq(left - 1), active.eq(left != 1)]
         with m.If(en):
             m.d.sync += valid.eq(Cat(take, valid[:-1]))
 
@@ -467,11 +474,11 @@ class NormPass(wiring.Component):
                 value = register
             return value
 
-        gamma = delay(param.mult, 4, "gamma")
-        beta = delay(param.bias, 5, "beta")
-        shift = delay((param.shift - 1)[:6], 6, "shift")
+        gamma = delay(param.mult, 5, "gamma")
+        beta = delay(param.bias, 6, "beta")
+        shift = delay((param.shift - 1)[:6], 7, "shift")
         for row in range(self.rows):
-            lane = NormLane()
+            lane = NormLane(self.arch)
             place(m, platform, f"lane{row}", lane, module="norm_lane")
             m.d.comb += [
                 lane.load.eq(load),

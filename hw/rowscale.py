@@ -15,8 +15,8 @@ __all__ = ["SCALE_LATENCY", "RowScale", "SoftmaxScale", "bit_length", "recip16",
 
 Int = NDArray[np.int64]
 
-SCALE_LATENCY = 11
-"""Cycles from a sum to its row scale, of which 8 divide two bits each."""
+SCALE_LATENCY = 20
+"""Cycles from a sum to its row scale, of which 16 divide, a bit each."""
 
 _TOTAL_BITS = 24
 _SUM = data.StructLayout({"total": _TOTAL_BITS, "row_mult": 16, "row_shift": 6})
@@ -52,7 +52,7 @@ def row_scale_softmax(total: ArrayLike, row_mult: int, row_shift: int) -> tuple[
 class SoftmaxScale(wiring.Component):
     """Row scale of one sum per cycle: normalise, divide 2^31 by the mantissa, multiply with ``row_mult``.
 
-    Latency `SCALE_LATENCY` cycles, of which 8 are a restoring divider of two bits per cycle.
+    Latency `SCALE_LATENCY` cycles, of which 16 are a restoring divider.
 
     Members
     -------
@@ -72,28 +72,23 @@ class SoftmaxScale(wiring.Component):
         m = Module()
         pipe = Pipeline(m, self.i, self.o)
         total = self.i.payload.total
-        mantissa, exponent = _normalise(total)
-        x = pipe.stage(
-            mantissa=mantissa,
-            exponent=exponent,
-            zero=total == 0,
-            mult=self.i.payload.row_mult,
-            shift=self.i.payload.row_shift,
-        )
-        shift = x.shift + x.exponent
+        value, coarse = _normalise(total, (16, 8))
+        x = pipe.stage(value=value, coarse=coarse, zero=total == 0, mult=self.i.payload.row_mult, shift=self.i.payload.row_shift)
+        value, fine = _normalise(x.value, (4, 2, 1))
+        x = pipe.stage(mantissa=value[_TOTAL_BITS - 16:], zeros=Cat(fine, x.coarse), zero=x.zero, mult=x.mult, shift=x.shift)
+        shift = x.shift + (_TOTAL_BITS - 1 - x.zeros)[:5]
         x = pipe.stage(
             mantissa=x.mantissa,
             mult=Mux(x.zero, 0, x.mult),
             shift=Mux(x.zero, 1, Mux(shift > 63, 63, shift))[:6],
         )
         rest, quotient = Const(1 << 15, 16), Const(0, 0)
-        for _ in range(8):
+        for _ in range(16):
             # a mantissa of 2^15 gives 16 ones: the clip to 65535 comes for free
-            for _ in range(2):
-                twice = Cat(Const(0, 1), rest)
-                fits = twice >= x.mantissa
-                rest = Mux(fits, twice - x.mantissa, twice)[:16]
-                quotient = Cat(fits, quotient)
+            twice = Cat(Const(0, 1), rest)
+            less = twice - x.mantissa
+            fits = ~less[17]
+            rest, quotient = Mux(fits, less, twice)[:16], Cat(fits, quotient)
             x = pipe.stage(rest=rest, quotient=quotient, mantissa=x.mantissa, mult=x.mult, shift=x.shift)
             rest, quotient = x.rest, x.quotient
         x = pipe.stage(product=quotient * x.mult, shift=x.shift)
@@ -102,21 +97,20 @@ class SoftmaxScale(wiring.Component):
         return m
 
 
-def _normalise(total: Value) -> tuple[Value, Value]:
-    """Mantissa with the leading one at bit 15, and the position of the leading one."""
-    zeros: list[Value] = []
-    value = total
-    for step in (16, 8, 4, 2, 1):
+def _normalise(value: Value, steps: tuple[int, ...]) -> tuple[Value, Value]:
+    """Shift left by each of `steps` where nothing is lost; and by which."""
+    taken: list[Value] = []
+    for step in steps:
         empty = value[_TOTAL_BITS - step:] == 0
         value = Mux(empty, Cat(Const(0, step), value), value)[:_TOTAL_BITS]
-        zeros.insert(0, empty)
-    return value[_TOTAL_BITS - 16:], (_TOTAL_BITS - 1 - Cat(*zeros))[:5]
+        taken.insert(0, empty)
+    return value, Cat(*taken)
 
 
 class RowScale(wiring.Component):
     """Row scales of T sums: `Scatter`, `SoftmaxScale`, `Gather`.
 
-    The scales are offered T + 12 cycles after the sums were taken; new sums are taken every T + 1 cycles.
+    The scales are offered T + 21 cycles after the sums were taken; new sums are taken every T + 1 cycles.
     Up to two sets are inside.
 
     Parameters

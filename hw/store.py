@@ -7,9 +7,10 @@ from amaranth.lib.wiring import In, Out
 from numpy.typing import NDArray
 
 from hw.arch import Arch
+from hw.arithmetic import saturate
 from hw.commands import column_layout, row_out_command, store_command
 from hw.isa import Out as Destination
-from hw.post import saturate
+from hw.stream_util import Columns
 
 __all__ = ["RowRoute", "Store", "Transposer", "transpose_blocks"]
 
@@ -108,17 +109,16 @@ class RowRoute(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        moved, last, move, cmd = Signal(16), Signal(), Signal(), self.cmd.payload
+        move, cmd = Signal(), self.cmd.payload
+        columns = Columns(m, cmd.count, move)
         m.d.comb += [
             self.lanes.valid.eq(self.cmd.valid & cmd.lanes & self.i.valid),
             self.store.valid.eq(self.cmd.valid & ~cmd.lanes & self.i.valid),
             self.lanes.payload.eq(Cat(self.i.payload[t][:8] for t in range(self._rows))),
             self.store.payload.eq(self.i.payload),
             self.i.ready.eq(self.cmd.valid & Mux(cmd.lanes, self.lanes.ready, self.store.ready)),
-            move.eq(self.i.valid & self.i.ready), last.eq(moved + 1 == cmd.count), self.cmd.ready.eq(move & last),
+            move.eq(self.i.valid & self.i.ready), self.cmd.ready.eq(move & columns.last),
         ]
-        with m.If(move):
-            m.d.sync += moved.eq(Mux(last, 0, moved + 1))
         return m
 
 
@@ -145,21 +145,21 @@ class Store(wiring.Component):
         rows, cmd = self._arch.rows, self.cmd.payload
         m.submodules.transposer = transposer = Transposer(self._arch)
         column, valid, take = Signal(column_layout(rows, 16)), Signal(), Signal()
-        moved, last, transposing = Signal(16), Signal(), Signal()
+        columns, transposing = Columns(m, cmd.cols, take), Signal()  # transposing : something is owed
         wide, transposed = cmd.out == Destination.STORE16, cmd.out == Destination.STORE8T
         bytes_ = Cat(saturate(column[t], 8) for t in range(rows))
         words = Cat(column[t] for t in range(rows))
         # words still in the transposer leave before the next direct column
-        owed = Signal(16)
+        owed, owed_next = Signal(range(4 * rows)), Signal(range(4 * rows))
         m.d.comb += [
             column.eq(Mux(cmd.from_rows, self.row_unit.payload, self.post.payload)),
             valid.eq(self.cmd.valid & Mux(cmd.from_rows, self.row_unit.valid, self.post.valid)),
-            last.eq(moved + 1 == cmd.cols), transposing.eq(owed != 0),
-            transposer.i.payload.eq(bytes_), transposer.last.eq(last), transposer.i.valid.eq(valid & transposed),
+            transposer.i.payload.eq(bytes_), transposer.last.eq(columns.last), transposer.i.valid.eq(valid & transposed),
             take.eq(Mux(transposed, transposer.i.valid & transposer.i.ready,
                         valid & ~transposing & self.o.ready)),
             self.post.ready.eq(take & ~cmd.from_rows), self.row_unit.ready.eq(take & cmd.from_rows),
-            self.cmd.ready.eq(take & last), transposer.o.ready.eq(self.o.ready), self.busy.eq(self.o.valid & self.o.ready),
+            self.cmd.ready.eq(take & columns.last),
+            transposer.o.ready.eq(self.o.ready), self.busy.eq(self.o.valid & self.o.ready),
         ]
         with m.If(transposing):
             m.d.comb += [self.o.valid.eq(transposer.o.valid), self.o.payload.eq(transposer.o.payload)]
@@ -168,9 +168,8 @@ class Store(wiring.Component):
                 self.o.valid.eq(valid & ~transposed),
                 self.o.payload.eq(Cat(Mux(wide, words[: 8 * rows], bytes_), words[8 * rows:])),
             ]
-        with m.If(take):
-            m.d.sync += moved.eq(Mux(last, 0, moved + 1))
-        block_done = take & transposed & (last | (moved[: (rows - 1).bit_length()] == rows - 1))
+        block_done = take & transposed & (columns.last | (columns.index[: (rows - 1).bit_length()] == rows - 1))
         word_left = transposing & self.o.valid & self.o.ready
-        m.d.sync += owed.eq(owed + Mux(block_done, rows, 0) - word_left)
+        m.d.comb += owed_next.eq(owed + Mux(block_done, rows, 0) - word_left)
+        m.d.sync += [owed.eq(owed_next), transposing.eq(owed_next != 0)]
         return m

@@ -1,4 +1,4 @@
-"""Stream parts shared by units."""
+"""Stream parts shared by units: registers that end long paths."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from amaranth.hdl import Module, Mux, ShapeLike, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["StreamHold", "StreamSkid"]
+__all__ = ["Columns", "StreamBuffer", "StreamHold", "StreamSkid"]
 
 
 class StreamHold(wiring.Component):
@@ -66,3 +66,65 @@ class StreamSkid(wiring.Component):
             m.d.sync += kept.eq(given)
         m.d.sync += full.eq(self.o.valid & ~self.o.ready)
         return m
+
+
+class StreamBuffer(wiring.Component):
+    """Ends every path through a stream: payload, ``valid`` and ``ready`` come from registers on both sides.
+
+    One transfer a cycle, latency 1; holds two.
+
+    Parameters
+    ----------
+    shape : ShapeLike
+        Payload.
+
+    Members
+    -------
+    i : ``In(stream)``
+    o : ``Out(stream)``
+    """
+
+    def __init__(self, shape: ShapeLike) -> None:
+        super().__init__({"i": In(stream.Signature(shape)), "o": Out(stream.Signature(shape))})
+
+    def elaborate(self, platform: Any) -> Module:
+        m = Module()
+        given = Value.cast(self.i.payload)
+        full, kept, offered = Signal(), Signal(len(given), reset_less=True), Signal(len(given), reset_less=True)
+        m.d.comb += [self.i.ready.eq(~full), Value.cast(self.o.payload).eq(offered)]
+        with m.If(~full):
+            m.d.sync += kept.eq(given)
+        with m.If(~self.o.valid | self.o.ready):
+            m.d.sync += [offered.eq(Mux(full, kept, given)), self.o.valid.eq(full | self.i.valid), full.eq(0)]
+        with m.Elif(self.i.valid):
+            m.d.sync += full.eq(1)
+        return m
+
+
+class Columns:
+    """Counts the columns of the command at the head of a queue; whether one is the last is known from registers.
+
+    Use inside `elaborate`.
+
+    Parameters
+    ----------
+    m : Module
+        Where the registers go.
+    count : Value
+        Columns of the command, at least 1.
+    move : Value
+        One passes in this cycle.
+
+    Attributes
+    ----------
+    index, first, last : Signal
+        Of the column that passes next: its place, whether it is the command's first, its last.
+    """
+
+    def __init__(self, m: Module, count: Value, move: Value) -> None:
+        self.index, self.first, self.last = Signal(len(count), name="index"), Signal(init=1, name="first"), Signal(name="last")
+        final = Signal()  # not the first, and the last
+        m.d.comb += self.last.eq(Mux(self.first, count == 1, final))
+        with m.If(move):
+            m.d.sync += [self.index.eq(Mux(self.last, 0, self.index + 1)), self.first.eq(self.last),
+                         final.eq(self.index + 2 == count)]

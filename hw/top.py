@@ -21,7 +21,7 @@ from hw.reader import ReadArbiter, Reader
 from hw.regs import Registers
 from hw.row import RowUnit
 from hw.store import RowRoute, Store
-from hw.stream_util import StreamSkid
+from hw.stream_util import StreamBuffer
 from hw.writer import Writer
 
 __all__ = ["COUNTERS", "EVENTS", "QUEUE_DEPTH", "READERS", "SCALES_DEPTH", "Accelerator", "Core", "reader_sizes", "writer_beats"]
@@ -88,7 +88,7 @@ class Core(wiring.Component):
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
-        self._readers = {name: Reader(arch, out_bytes=size, fifo_beats=beats, pairs=name == "r")
+        self._readers = {name: Reader(arch, out_bytes=size, fifo_beats=beats, pairs=name == "r", buffered=name != "fetch")
                          for name, (size, beats) in reader_sizes(arch).items() if arch.sparse or name != "x"}
         any_reader = self._readers["a"]
         members = any_reader.signature.members
@@ -138,9 +138,13 @@ class Core(wiring.Component):
         m.submodules.row = row = RowUnit(arch)
         m.submodules.route = route = RowRoute(arch)
         m.submodules.store = store = Store(arch)
-        m.submodules.skid = skid = StreamSkid(row.o.payload.shape())  # a long ready chain ends here
-        m.submodules.bypass = bypass = StreamSkid(loader.bypass.payload.shape())  # and here another
         m.submodules.results = results = Queue(post.to_store.payload.shape(), depth=arch.results_depth)
+        # long paths end here: ready chains through several units, and what follows a block RAM
+        m.submodules.normed = normed = StreamBuffer(row.o.payload.shape())
+        m.submodules.routed = routed = StreamBuffer(row.o.payload.shape())
+        m.submodules.bypass = bypass = StreamBuffer(loader.bypass.payload.shape())
+        m.submodules.posted = posted = StreamBuffer(post.to_store.payload.shape())
+        m.submodules.stored = stored = StreamBuffer(store.o.payload.shape())
         m.submodules.scales = scales = Queue(row.scale.payload.shape(), depth=SCALES_DEPTH)
         read = {name: reader.o for name, reader in self._readers.items()}
         for source, sink in (
@@ -150,9 +154,9 @@ class Core(wiring.Component):
             (read["p"], post.params),
             (read["r"], post.residual), (scales.o, post.scale),
             (cmds["row"], row.cmd), (post.to_rows, row.i), (read["g"], row.params), (row.scale, scales.i),
-            (cmds["row_out"], route.cmd), (row.o, skid.i), (skid.o, route.i),
-            (cmds["store"], store.cmd), (post.to_store, results.i), (results.o, store.post),
-            (route.store, store.row_unit), (store.o, self.words),
+            (cmds["row_out"], route.cmd), (row.o, normed.i), (normed.o, route.i),
+            (cmds["store"], store.cmd), (post.to_store, results.i), (results.o, posted.i), (posted.o, store.post),
+            (route.store, routed.i), (routed.o, store.row_unit), (store.o, stored.i), (stored.o, self.words),
         ):
             join(m, source, sink)
         if "x" in read:
@@ -223,9 +227,9 @@ class Accelerator(wiring.Component):
         registers, arbiter, writer = self._registers, self._arbiter, self._writer
         code, addr, quiet, silent = Signal(4), Signal(32), Signal(32), Signal()
         timeout, moved = Signal(), Signal()
+        m.d.sync += moved.eq(core.events.array_busy | core.events.load_busy | core.events.post_busy | core.events.store_busy
+                             | core.events.instructions | Cat(port.valid for port in core.data).any())
         m.d.comb += [
-            moved.eq(core.events.array_busy | core.events.load_busy | core.events.post_busy | core.events.store_busy
-                     | core.events.instructions | Cat(port.valid for port in core.data).any()),
             timeout.eq((registers.watchdog != 0) & (quiet == registers.watchdog)),
             registers.error_code.eq(code), registers.error_addr.eq(addr),
         ]
@@ -261,10 +265,15 @@ class Accelerator(wiring.Component):
         events = {"cycles": registers.busy, **{name: core.events[name] for name in EVENTS},
                   **{f"read_beats_{name}": core.data[i].valid for i, name in enumerate(READERS)},
                   "write_beats": writer.wvalid & writer.wready}
+        started = Signal()
+        m.d.sync += started.eq(core.start)
         for name, event in events.items():
             count = Signal(48, name=f"count_{name}")
             m.d.comb += registers.counters[name].eq(count)
-            with m.If(core.start):
+            # a cycle late: the events come at the end of long paths
+            now = Signal(name=f"now_{name}")
+            m.d.sync += now.eq(event)
+            with m.If(started):
                 m.d.sync += count.eq(0)
-            with m.Elif(event):
+            with m.Elif(now):
                 m.d.sync += count.eq(count + 1)

@@ -201,7 +201,7 @@ class Writer(wiring.Component):
         wiring.connect(m, wiring.flipped(self.cmd), packer.cmd)
         wiring.connect(m, wiring.flipped(self.i), packer.i)
         flush = Signal()
-        beats = SyncFIFOBuffered(width=8 * self.arch.bus_bytes + packer.ratio + EDGE.size + 1, depth=self.fifo_beats + 1)
+        beats = SyncFIFOBuffered(width=9 * self.arch.bus_bytes + 1, depth=self.fifo_beats + 1)
         m.submodules.beats = ResetInserter(flush)(beats)
         m.submodules.bursts = bursts = SyncFIFOBuffered(width=32 + 4, depth=self.outstanding)
         m.submodules.tokens = tokens = SyncFIFOBuffered(width=2, depth=self.outstanding)
@@ -229,7 +229,7 @@ class Writer(wiring.Component):
             push.eq(packer.o.valid & ~beat.null & ~self.abort),
             commit.eq(beat.end | beat.beat[:4].all()),
             begin.eq(Mux(inside, first, beat.beat[:4])),
-            beats.w_data.eq(Cat(beat.data, beat.mask, beat.edge, commit)),
+            beats.w_data.eq(Cat(beat.data, self._strobe(m, beat.mask, beat.edge), commit)),
             beats.w_en.eq(push),
             bursts.w_data.eq(Cat(Const(0, skip), begin, beat.beat[4:], beat.beat[:4] - begin)),
             bursts.w_en.eq(push & commit),
@@ -254,8 +254,6 @@ class Writer(wiring.Component):
         allowed = Signal()
         aw = Signal()
         last = Signal()
-        mask = beats.r_data[data_bits : -1 - EDGE.size]
-        edge = EDGE(beats.r_data[-1 - EDGE.size : -1])
         m.d.comb += [
             bus.awid.eq(0),
             bus.awaddr.eq(bursts.r_data[:32]),
@@ -266,7 +264,7 @@ class Writer(wiring.Component):
             bursts.r_en.eq(bus.awready),
             allowed.eq((lead > 0) | ((lead == 0) & bursts.r_rdy)),
             bus.wdata.eq(beats.r_data[:data_bits]),
-            bus.wstrb.eq(self._strobe(m, mask, edge)),
+            bus.wstrb.eq(beats.r_data[data_bits:-1]),
             bus.wlast.eq(beats.r_data[-1]),
             bus.wvalid.eq(beats.r_rdy & allowed),
             beats.r_en.eq(bus.wready & allowed),

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from algo.permute import permute_channels
     from algo.sparsify import advance, finalize, freeze_masks, sparsify, sparsity_report
     from algo.surgery import load_pruned, prune_channels
+    from compiler.dynamic import DynamicProgram, load
     from compiler.fake_quantise import FakeQuantised
-    from compiler.partitioned import PartitionedProgram, load
+    from compiler.partitioned import PartitionedProgram
     from compiler.program import Program
+    from compiler.shapes import Dim
     from hw.arch import PRESETS, Arch, get_arch
     from hw.verilog import verilog
     from models import MaskTarget, PointTarget, Target, create_model, generate, list_models, model_info, pad_images
@@ -48,7 +50,9 @@ __all__ = [
     "PRESETS",
     "Arch",
     "ChannelGraph",
+    "Dim",
     "Dut",
+    "DynamicProgram",
     "FakeQuantised",
     "FisherPruner",
     "FlipTracker",
@@ -94,7 +98,9 @@ __all__ = [
 _HOMES = {
     "Arch": "hw.arch:Arch",
     "ChannelGraph": "algo.channels:ChannelGraph",
+    "Dim": "compiler.shapes:Dim",
     "Dut": "sim.handle:Dut",
+    "DynamicProgram": "compiler.dynamic:DynamicProgram",
     "FakeQuantised": "compiler.fake_quantise:FakeQuantised",
     "FisherPruner": "algo.fisher:FisherPruner",
     "FlipTracker": "algo.flips:FlipTracker",
@@ -123,7 +129,7 @@ _HOMES = {
     "generate": "models:generate",
     "get_arch": "hw.arch:get_arch",
     "list_models": "models:list_models",
-    "load": "compiler.partitioned:load",
+    "load": "compiler.dynamic:load",
     "load_compressed": "algo.compressed:load_compressed",
     "load_pruned": "algo.surgery:load_pruned",
     "model_info": "models:model_info",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from algo.nm import NM
 from algo.sparsify import model_patterns
 from algo.verify import verify as verify_patterns
 from compiler.compile import compile_model
+from compiler.dynamic import DynamicProgram
 from compiler.partitioned import PartitionedProgram
 from compiler.program import Program
 from sim.cxx import ToolMissingError
@@ -20,8 +21,16 @@ from sim.cycle import run_cycles
 __all__ = ["compile", "verify"]
 
 
+@overload
+def compile(*args: Any, dynamic: None = None, **options: Any) -> Program | PartitionedProgram: ...
+
+
+@overload
+def compile(*args: Any, dynamic: object, **options: Any) -> Program | PartitionedProgram | DynamicProgram: ...
+
+
 @functools.wraps(compile_model)
-def compile(*args: Any, **options: Any) -> Program | PartitionedProgram:
+def compile(*args: Any, **options: Any) -> Program | PartitionedProgram | DynamicProgram:
     return compile_model(*args, **{"measure": _cycles, **options})
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from algo.nm import MAX_M, NM
 from hw.arch import PRESETS, Arch
 from nmforge.errors import BadInputError, unknown
 
-__all__ = ["ENCODER", "parse_arch", "parse_pattern", "parse_table", "pattern_text"]
+__all__ = ["ENCODER", "parse_arch", "parse_dynamic", "parse_pattern", "parse_sizes", "parse_table", "pattern_text"]
 
 ENCODER = "bert.encoder."
 """Where the layers that a pattern names lie in a sentence classifier."""
@@ -64,6 +66,34 @@ def _meant(text: str) -> str | None:
         return None
     low, high = sorted((int(n), int(m)))
     return f"{low}:{high}" if 1 <= low <= high <= MAX_M else None
+
+
+def parse_dynamic(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Read ``["length=16,32,64", "batch=1,8"]``, or ``"tokens:1=16,32"``: what dimensions may be, by name.
+
+    Raises
+    ------
+    BadInputError
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, equals, values = (part.strip() for part in text.partition("="))
+        numbers = [value.strip() for value in values.split(",")]
+        if not (name and equals) or not all(number.isdecimal() and int(number) > 0 for number in numbers) or name in found:
+            raise BadInputError(f"--dynamic is written like length=16,32,64 or tokens:1=16,32, each name once, not {text!r}")
+        found[name] = tuple(map(int, numbers))
+    return found
+
+
+def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
+    """Read ``["length=32", "batch=1"]``."""
+    found = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value.isdecimal()) or name in found:
+            raise BadInputError(f"--shape is written like length=32, each name once, not {text!r}")
+        found[name] = int(value)
+    return found
 
 
 def parse_arch(name: str) -> Arch:

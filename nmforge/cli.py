@@ -329,6 +329,17 @@ Bits16 = Annotated[
     typer.Option("--bits16", metavar="PATTERN", help="Tensors with 16 bits, by glob of layer names; again for more; or auto."),
 ]
 ResidualBits = Annotated[int, typer.Option("--residual-bits", help="8 or 16, of normalised tensors that are residuals.")]
+Dynamic = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dynamic", metavar="NAME=VALUES",
+        help="What a dimension may be: length=16,32,64 or batch=1,8; of ONNX files by their own names; or INPUT:NUMBER=VALUES.",
+    ),
+]  # fmt: skip
+Shape = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=VALUE", help="Of a program for several shapes: which, as length=32; else the largest."),
+]
 Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the program as text.")]
 
 
@@ -339,6 +350,7 @@ Listing = Annotated[Path | None, typer.Option("--listing", help="Also write the 
         "compile minilm_l6 --pattern 1:4 --pretrained -o x.nmf",
         "compile minilm_l6 --whole --pretrained -o x.nmf",
         "compile model.onnx --host forbid -o x.nmf",
+        "compile minilm_l6 --pretrained --dynamic length=16,32,64 --dynamic batch=1,8 -o x.nmf",
         "compile tinybert_4 --batch 2 --length 128 --listing x.txt -o x.nmf",
         "compile minilm_l6 --pretrained --observer percentile:99.9 --smooth 0.5 -o x.nmf",
         'compile minilm_l6 --pretrained --bits16 "layers.5.*" --residual-bits 16 -o x.nmf',
@@ -357,6 +369,7 @@ def compile_command(
     listing: Listing = None,
     whole: Whole = False,
     host: HostWork = "allow",
+    dynamic: Dynamic = None,
     observer: ObserverName = "mse",
     smooth: Smooth = None,
     bias_correction: BiasCorrection = True,
@@ -370,10 +383,11 @@ def compile_command(
     Of a sentence model, the encoder: it takes embedded tokens (batch, length,
     channels) and a padding mask. With --whole, and of ONNX files, all of it;
     what the accelerator cannot do runs on the host, and nmforge report says
-    what and why.
+    what and why. With --dynamic, one file for several lengths or batch sizes.
     """
-    from nmforge.arguments import parse_arch, parse_pattern
+    from nmforge.arguments import parse_arch, parse_dynamic, parse_pattern
 
+    shapes = parse_dynamic(dynamic or [])
     chosen = parse_arch(arch)
     table = None if pattern is None else parse_pattern(pattern)
     from nmforge.commands import build_program, quantisation_options
@@ -384,7 +398,7 @@ def compile_command(
     result = build_program(
         source, output, pattern=table, arch=chosen, batch=batch, length=length, pretrained=pretrained,
         calibration=calibration, listing=listing, seed=seed, whole=whole, host=host,  # type: ignore[arg-type]
-        quantisation=quantisation,
+        quantisation=quantisation, dynamic=shapes,
     )  # fmt: skip
     if not as_json:
         before, after = result["weight_bytes_dense"] / 1e6, result["weight_bytes"] / 1e6
@@ -393,6 +407,9 @@ def compile_command(
             f"weights {before:.2f} MB as int8, {after:.2f} MB stored, at least {result['bound_cycles']:,} cycles",
             soft_wrap=True,
         )
+        if result["variants"]:
+            count = len(result["variants"])
+            out().print(f"{count} shapes, the figures are of the largest: nmforge report {output}", soft_wrap=True)
         if result["host_operators"]:
             out().print(
                 f"{result['host_operators']} operators with {result['macs_host']:,} MACs on the host: nmforge report {output}",
@@ -484,6 +501,7 @@ Last = Annotated[int | None, typer.Option("--to", help="Cycle before which the t
         "simulate x.nmf --engine isa --inputs in.npz --outputs out.npz",
         "simulate x.nmf --stalls 0.2 --seed 7 --latency 100 --json",
         "simulate x.nmf --engine cycle --latency 200",
+        "simulate x.nmf --shape length=32 --shape batch=1",
         "simulate x.nmf --trace x.fst --from 1000 --to 2000",
     )
 )
@@ -499,13 +517,14 @@ def simulate(
     latency: Latency = 64,
     bandwidth: Bandwidth = None,
     seed: Seed = 0,
+    shape: Shape = None,
     trace: TraceFile = None,
     first: First = 0,
     last: Last = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Run a program on the simulated accelerator and check every byte that it writes."""
-    from nmforge.arguments import parse_arch
+    from nmforge.arguments import parse_arch, parse_sizes
 
     wanted = None if arch is None else parse_arch(arch)
     from nmforge.commands import run_program
@@ -518,7 +537,7 @@ def simulate(
     memory = MemoryModel(latency=latency, bytes_per_cycle=bandwidth, stall_probability=stalls, seed=seed)
     loaded, run = run_program(
         program, arch=wanted, engine=engine, inputs=inputs, outputs=outputs, check=check, memory=memory,
-        trace=None if trace is None else Trace(trace, first, last), seed=seed,
+        trace=None if trace is None else Trace(trace, first, last), seed=seed, shape=parse_sizes(shape or []),
     )  # fmt: skip
     record = {"program_file": str(program), **run_record(loaded, run)}
     if not as_json:
@@ -559,6 +578,7 @@ def report(
     source: ReportSource = None,
     output: ReportFile = None,
     memory: MemoryFile = None,
+    shape: Shape = None,
     zoo: Zoo = False,
     only: Only = None,
     arch: ArchName = "sta1024",
@@ -594,9 +614,12 @@ def report(
     if source.suffix == ".nmf":
         if output is not None:
             raise BadInputError("a program's report is text, --memory draws its memory: give --output with a summary of a run")
+        from nmforge.arguments import parse_sizes
         from nmforge.reports import program_report
 
-        return program_report(source, memory, quiet=as_json)
+        return program_report(source, memory, shape=parse_sizes(shape or []), quiet=as_json)
+    if shape:
+        raise BadInputError("--shape goes with a program file")
     if memory is not None:
         raise BadInputError(f"--memory draws a program, and {source} is none: give the .nmf file")
     from algo.checkpoint import read_json

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from algo.nm import NM
 from algo.observers import observer_factory
 from compiler.compile import Host
+from compiler.dynamic import DynamicProgram, load
 from compiler.listing import bound_of
 from compiler.listing import listing as to_text
-from compiler.partitioned import PartitionedProgram, load
+from compiler.partitioned import PartitionedProgram
 from compiler.program import Program
 from hw.arch import Arch
 from nmforge.api import compile
 from nmforge.arguments import pattern_text
 from nmforge.console import progress_bars, reporter, write_text
-from nmforge.encoder import compile_encoder
+from nmforge.dynamic import chosen, dynamic_dims
+from nmforge.encoder import PLACES, compile_encoder
 from nmforge.errors import BadInputError, unknown
 from nmforge.inputs import check_outputs, random_inputs, read_inputs, write_outputs
 from nmforge.sentiment import SentimentConfig, prepare, train
@@ -96,14 +99,16 @@ def build_program(
     whole: bool = False,
     host: Host = "allow",
     quantisation: Mapping[str, Any] | None = None,
+    dynamic: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
-    """Compile, write the program file, and say what is in it as JSON values; ``quantisation``: see `quantisation_options`."""
+    """Compile, write the program file, and say what is in it as JSON values; ``quantisation``: see `quantisation_options`;
+    ``dynamic``: what dimensions may be, by name."""
     if not output.resolve().parent.is_dir():
         raise BadInputError(f"the folder of {output} does not exist")
     start = time.monotonic()
     made = _compiled(
         source, pattern=pattern, arch=arch, batch=batch, length=length, pretrained=pretrained, calibration=calibration, seed=seed,
-        whole=whole, host=host, quantisation=quantisation or {},
+        whole=whole, host=host, quantisation=quantisation or {}, dynamic=dynamic or {},
     )  # fmt: skip
     return _written(made.program, output, listing, made.description, time.monotonic() - start)
 
@@ -112,8 +117,8 @@ def build_program(
 class _Compiled:
     """A program, the module it was made of, inputs of it, and where both come from."""
 
-    program: Program | PartitionedProgram
-    module: nn.Module
+    program: Program | PartitionedProgram | DynamicProgram
+    module: nn.Module | str
     inputs: Any
     description: str
 
@@ -121,27 +126,30 @@ class _Compiled:
 def _compiled(
     source: str, *, pattern: dict[str, NM] | None, arch: Arch, batch: int, length: int, pretrained: bool, calibration: int,
     seed: int, whole: bool, host: Host, quantisation: Mapping[str, Any],
+    dynamic: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> _Compiled:  # fmt: skip
     """An encoder, or, ``whole`` and of ONNX files, a whole network: token numbers or images in, results out."""
     if host not in get_args(Host):
         raise unknown("value of --host", host, get_args(Host))
     sizes: dict[str, Any] = {"pattern": pattern, "pretrained": pretrained, "calibration": calibration, "seed": seed}
     if whole or source.endswith(".onnx"):
-        found = whole_source(source, batch=batch, length=length, **sizes)
+        found = whole_source(source, batch=batch, length=length, dynamic=dynamic, **sizes)
+        shapes = dynamic_dims(dynamic, found.places)
         with progress_bars() as progress:
             program = compile(
                 found.model, found.example, arch=arch, calibration=found.calibration, host=host, progress=reporter(progress),
-                **quantisation,
+                dynamic=shapes, **quantisation,
             )  # fmt: skip
         return _Compiled(program, found.model, found.example, found.description)
-    encoder = load_source(source, **sizes)
+    encoder, shapes = load_source(source, **sizes), dynamic_dims(dynamic, PLACES)
+    batch, length = max(dynamic.get("batch", (batch,))), max(dynamic.get("length", (length,)))
     positions = encoder.bert.config.positions
     if length > positions:
         raise BadInputError(f"length must be <= {positions}, the positions of the model, not {length}")
     with progress_bars() as progress:
         only = compile_encoder(
             encoder.bert, batch=batch, length=length, arch=arch, calibration=encoder.calibration, progress=reporter(progress),
-            **quantisation,
+            dynamic=shapes, **quantisation,
         )  # fmt: skip
     inputs = {name: _of_size(value, batch, length) for name, value in encoder.calibration[0].items()}
     return _Compiled(only, encoder.bert.encoder, inputs, encoder.description)
@@ -162,6 +170,7 @@ def compare_layers(source: str, output: Path | None, *, count: int, **options: A
     if output is not None and not output.resolve().parent.is_dir():
         raise BadInputError(f"the folder of {output} does not exist")
     made = _compiled(source, **options)
+    assert isinstance(made.module, nn.Module)  # only of an ONNX file with dynamic shapes is it the path
     comparison = compare(made.program, made.module, made.inputs)
     if output is not None:
         comparison.plot(output, count=count)
@@ -192,18 +201,22 @@ def quantisation_options(
 
 
 def _written(
-    program: Program | PartitionedProgram, output: Path, listing: Path | None, description: str, seconds: float
+    made: Program | PartitionedProgram | DynamicProgram, output: Path, listing: Path | None, description: str, seconds: float
 ) -> dict[str, Any]:
-    """Write a program file, and say what is in it as JSON values."""
-    program.save(output)
-    parts = program.programs if isinstance(program, PartitionedProgram) else (program,)
+    """Write a program file, and say what is in it as JSON values; of a dynamic program, of its largest shapes."""
+    made.save(output)
     if listing is not None:
-        write_text(listing, "\n".join(map(to_text, parts)))
+        write_text(listing, "\n".join(map(to_text, (made,) if isinstance(made, Program) else made.programs)))
+    variants = [asdict(row) for row in made.report().variants] if isinstance(made, DynamicProgram) else []
+    _, program = chosen(made, {})
+    parts = program.programs if isinstance(program, PartitionedProgram) else (program,)
     bounds = [bound_of(part.instructions, part.arch) for part in parts]
     dense, stored = program.weight_bytes
     places = program.report()
     return {
         "file": str(output),
+        "file_bytes": output.stat().st_size,
+        "variants": variants,
         "source": description,
         "arch": program.arch.name,
         "programs": len(parts),
@@ -234,23 +247,32 @@ def run_program(
     memory: MemoryModel,
     trace: Trace | None,
     seed: int,
+    shape: Mapping[str, int] | None = None,
 ) -> tuple[Program | PartitionedProgram, Run]:
-    """Load a program, run it on inputs from a file or a seed, and write its outputs; `arch`: refuse a program for another."""
+    """Load a program, run it on inputs from a file or a seed, and write its outputs; `arch`: refuse a program for another.
+
+    shape: of a dynamic program, the size of dimensions; without, inputs from a file decide, else it is the largest.
+    """
     if engine not in get_args(Engine):
         raise unknown("engine", engine, get_args(Engine))
     if engine == "cycle" and (inputs is not None or outputs is not None):
         raise BadInputError("the engine 'cycle' has no data: --inputs and --outputs need another")
     if outputs is not None:
         check_outputs(outputs)
-    program = load(file)
-    if arch is not None and program.arch != arch:
-        raise BadInputError(f"{file} was compiled for {program.arch.name}, not for {arch.name}: compile it again")
-    values = None if engine == "cycle" else read_inputs(inputs) if inputs is not None else random_inputs(program, seed)
+    loaded = load(file)
+    if arch is not None and loaded.arch != arch:
+        raise BadInputError(f"{file} was compiled for {loaded.arch.name}, not for {arch.name}: compile it again")
+    values = read_inputs(inputs) if inputs is not None else None
+    given = loaded.sizes_of(values) if isinstance(loaded, DynamicProgram) and values is not None and not shape else shape
+    sizes, program = chosen(loaded, given or {})
+    if values is None and engine != "cycle":
+        values = random_inputs(program, seed)
     with progress_bars() as progress:
         run = simulate(
             program, values, engine=engine, check=check, memory=memory, trace=trace,  # type: ignore[arg-type]
             progress=reporter(progress, _LABELS, _expected(program)),
         )  # fmt: skip
+    run = replace(run, sizes=sizes)
     if outputs is not None:
         names = [spec if isinstance(spec, str) else spec.name for spec in program.outputs]
         write_outputs(outputs, {name: _array(value) for name, value in zip(names, run.outputs, strict=True)})

@@ -17,7 +17,10 @@ from nmforge.api import compile
 from nmforge.sentiment import Encoded, collate
 from sim.reference import dequantise, quantise_inputs, run_reference
 
-__all__ = ["calibration_batches", "choose_sentences", "compile_encoder", "encoder_inputs", "int8_logits", "pad"]
+__all__ = ["PLACES", "calibration_batches", "choose_sentences", "compile_encoder", "encoder_inputs", "int8_logits", "pad"]
+
+PLACES = {"batch": {"hidden_states": 0, "attention_mask": 0}, "length": {"hidden_states": 1, "attention_mask": 1}}
+"""Where an encoder's dimensions are: input and number of the dimension."""
 
 Tokens = tuple[Tensor, Tensor]
 """Token numbers and mask, int64 (B, S)."""
@@ -70,14 +73,14 @@ def compile_encoder(
     arch: str | Arch,
     calibration: Iterable[dict[str, Tensor]],
     progress: Progress | None = None,
-    **quantisation: Any,
+    **options: Any,
 ) -> Program:
-    """Compile a model's encoder for `batch` sequences of `length` tokens with a padding mask; ``quantisation``: options of
-    `nmforge.compile` about scales and bits."""
+    """Compile a model's encoder for `batch` sequences of `length` tokens with a padding mask; ``options``: of
+    `nmforge.compile`, about scales and bits. A `DynamicProgram` if they have ``dynamic``."""
     ids = torch.zeros(batch, length, dtype=torch.int64)
     example = encoder_inputs(bert, (ids, torch.ones_like(ids)))
     program = compile(
-        bert.encoder, example, arch=arch, calibration=calibration, progress=progress, host="forbid", **quantisation
+        bert.encoder, example, arch=arch, calibration=calibration, progress=progress, host="forbid", **options
     )
     return cast(Program, program)  # nothing is on the host
 

@@ -9,19 +9,23 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from compiler.dynamic import load
 from compiler.memory import memory_map
-from compiler.partitioned import PartitionedProgram, load
+from compiler.partitioned import PartitionedProgram
 from hw.arch import Arch
 from nmforge.console import out, progress_bars, write_bytes
+from nmforge.dynamic import chosen
 from nmforge.zoo_table import COLUMNS, cells, chosen_systems, collect, default_folder, drawing, heading, markdown, rows
 
 __all__ = ["program_report", "zoo_report"]
 
 
-def program_report(file: Path, picture: Path | None, *, quiet: bool) -> dict[str, Any]:
-    """What of a program runs where, and what lies where in memory; with a picture of the memory, if one is wanted."""
-    program = load(file)
-    places = program.report()
+def program_report(file: Path, picture: Path | None, *, shape: Mapping[str, int], quiet: bool) -> dict[str, Any]:
+    """What of a program runs where, and what lies where in memory; with a picture of the memory, if one is wanted. shape: of a
+    dynamic program, the size of dimensions; of others it is the largest."""
+    loaded = load(file)
+    _, program = chosen(loaded, shape)
+    places = loaded.report() if not shape else program.report()
     parts = program.programs if isinstance(program, PartitionedProgram) else (program,)
     maps = [memory_map(part) for part in parts]
     if picture is not None:

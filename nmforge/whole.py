@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 from algo.nm import NM
 from algo.sparsify import sparsify
-from compiler.onnx_import import load_onnx
+from compiler.onnx_import import load_onnx, open_dimensions
+from compiler.shapes import argument_names
 from models.bert import BertModel
 from models.registry import create_model, list_models
+from nmforge.dynamic import Places
 from nmforge.errors import BadInputError, unknown
 from nmforge.sentiment import prepare
 
 __all__ = ["Whole", "whole_source"]
+
+TOKENS = ("input_ids", "attention_mask")
+"""Inputs of a sentence model."""
 
 IMAGE = 224
 """Pixels of a side, of images for models that do not say."""
@@ -26,16 +31,21 @@ IMAGE = 224
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """A network, inputs that fix its shapes, calibration batches of the same shapes, and where they come from."""
+    """A network, inputs that fix its shapes, calibration batches of the same shapes, and where they come from.
 
-    model: nn.Module
+    An ONNX file of which dimensions vary is a path, without inputs. places: where named dimensions are.
+    """
+
+    model: nn.Module | str
     example: Any
-    calibration: Sequence[Any]
+    calibration: Sequence[Any] | None
     description: str
+    places: Places
 
 
 def whole_source(
-    name: str, *, pattern: dict[str, NM] | None, pretrained: bool, batch: int, length: int, calibration: int, seed: int
+    name: str, *, pattern: dict[str, NM] | None, pretrained: bool, batch: int, length: int, calibration: int, seed: int,
+    dynamic: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Whole:
     """Find a network.
 
@@ -51,6 +61,8 @@ def whole_source(
         Sequences and tokens of a sentence model, images of a vision model.
     calibration
         Sentences for the scales; images are random.
+    dynamic
+        What dimensions may be, by name.
 
     Raises
     ------
@@ -61,19 +73,38 @@ def whole_source(
     if name.endswith(".onnx"):
         if pattern or pretrained:
             raise BadInputError("an ONNX file has its weights and patterns: --pattern and --pretrained are for registered models")
+        if dynamic:
+            return Whole(name, None, None, name, _open_places(name))
         model, example = load_onnx(name)
         warnings.warn("calibrated on random inputs: fit for cycle counts, not for accuracy", stacklevel=2)
-        return Whole(model, example, [example], name)
+        return Whole(model, example, [example], name, {})
     if name not in list_models():
         raise unknown("model", name, list_models())
     model = create_model(name, pretrained=pretrained)
     if pattern:
         sparsify(model, {glob.removeprefix("bert."): nm for glob, nm in pattern.items()}, method="magnitude")
+    lengths, sizes = (dynamic or {}).get("length", (length,)), (dynamic or {}).get("batch", (batch,))
     if isinstance(model, BertModel):
-        batches: Sequence[Any] = _tokens(model, name, pretrained, batch, length, calibration)
+        shapes = [(size, tokens) for size in sizes for tokens in lengths]
+        batches: Sequence[Any] = [
+            item for size, tokens in shapes
+            for item in _tokens(model, name, pretrained, size, tokens, -(-calibration // len(shapes)))
+        ]  # fmt: skip
+        places: Places = {"batch": dict.fromkeys(TOKENS, 0), "length": dict.fromkeys(TOKENS, 1)}
     else:
-        batches = _images(model, batch)
-    return Whole(model, batches[0], batches, f"{name}, {'published' if pretrained else f'random (seed {seed})'} weights")
+        batches = [item for size in sizes for item in _images(model, size)]
+        places = {"batch": {argument_names(model, batches[0])[0]: 0}}
+    description = f"{name}, {'published' if pretrained else f'random (seed {seed})'} weights"
+    return Whole(model, batches[-1], batches, description, places)
+
+
+def _open_places(file: str) -> dict[str, dict[str, int]]:
+    """Where the dimensions are that an ONNX file leaves open, by the names that it has for them."""
+    found: dict[str, dict[str, int]] = {}
+    for given, dims in open_dimensions(file).items():
+        for axis, dim in dims.items():
+            found.setdefault(dim or f"{given}:{axis}", {})[given] = axis
+    return found
 
 
 def _tokens(model: BertModel, name: str, pretrained: bool, batch: int, length: int, count: int) -> list[dict[str, Tensor]]:

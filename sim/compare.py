@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compiler.boundary import float_boundary
 from compiler.calibrate import unmasked
-from compiler.compile import float_boundary
+from compiler.dynamic import DynamicProgram
 from compiler.exported import Exported, export
 from compiler.frontend import by_rows, import_whole
 from compiler.graph import Fixed, Graph, Input, KeyMask
@@ -93,7 +94,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(program: Program | PartitionedProgram, model: nn.Module, inputs: Any) -> Comparison:
+def compare(program: Program | PartitionedProgram | DynamicProgram, model: nn.Module, inputs: Any) -> Comparison:
     """Run a model in float and its program in integers (by the reference), and compare every layer.
 
     Errors add up along the network, as they do in use. Layers of the host are not listed: they add none of their own. Rows of
@@ -113,6 +114,8 @@ def compare(program: Program | PartitionedProgram, model: nn.Module, inputs: Any
     ValueError
         A model that is not the program's, or inputs of another shape.
     """
+    if isinstance(program, DynamicProgram):
+        program = program.for_inputs(inputs)
     exported = export(model, inputs)
     layers = [layer for part in _parts(program, exported, inputs) for layer in _layers(*part)]
     if not layers:

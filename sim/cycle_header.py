@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Iterable, Mapping
 
-from hw import dispatch, exp2, isa, post, reader, rownorm, rowscale, top, writer
+from hw import array, dispatch, exp2, isa, post, reader, rownorm, rowscale, top, writer
 from hw.axi import BURST_BEATS
 from hw.lane import MAX_ARRAY_LATENCY
 
@@ -22,7 +22,8 @@ _NUMBERS: dict[str, int] = {
     "kReadBursts": reader.OUTSTANDING,
     "kWriteBursts": writer.OUTSTANDING,
     "kRoomMargin": writer.ROOM_MARGIN,
-    "kDividendBits": dispatch.DIVIDEND_BITS,
+    "kDivisionCycles": dispatch.DIVISION_CYCLES,
+    "kSumsMargin": array.SUMS_MARGIN,
     "kMaxArrayLatency": MAX_ARRAY_LATENCY,
     "kPostStages": len(post.STAGES),
     "kTableWords": post.TABLE_WORDS,
@@ -32,6 +33,7 @@ _NUMBERS: dict[str, int] = {
     "kVarianceLatency": rownorm.VARIANCE_LATENCY,
     "kRootLatency": rownorm.ROOT_LATENCY,
     "kNormSteps": rownorm.NORM_STEPS,
+    "kNormRowSteps": rownorm.NORM_ROW_STEPS,
 }
 
 

@@ -372,7 +372,7 @@ class _Weight:
 
 
 def _tensor(values: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
+    return torch.from_numpy(np.require(values, requirements=["C", "W"]))  # arrays of a program may be read-only
 
 
 def _requantise(

@@ -4,13 +4,14 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compiler.dynamic import DynamicProgram
 from compiler.partitioned import PartitionedProgram
 from compiler.program import Program
 from hw.arch import Arch
@@ -79,6 +80,8 @@ class Run:
         Of a partitioned program: the run of each of its programs, in order; the other attributes are their sums.
     host_s : float
         Of a partitioned program: seconds that the host parts took.
+    sizes : dict
+        Of a dynamic program: the value of each dimension.
     """
 
     engine: Engine
@@ -101,6 +104,7 @@ class Run:
     memory: MemoryModel
     stages: tuple["Run", ...] = ()
     host_s: float = 0.0
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -112,7 +116,7 @@ class Run:
         """Everything but tensors, as plain values for JSON."""
         plain = (
             "engine", "cycles", "utilisation", "counters", "operator_cycles", "bit_exact", "bytes_checked", "outputs_sha256",
-            "wall_s", "cycles_per_s", "check_s", "build_s", "simulator", "host_s",
+            "wall_s", "cycles_per_s", "check_s", "build_s", "simulator", "host_s", "sizes",
         )  # fmt: skip
         return {
             **{name: getattr(self, name) for name in plain},
@@ -123,7 +127,7 @@ class Run:
 
 
 def simulate(
-    program: Program | PartitionedProgram,
+    program: Program | PartitionedProgram | DynamicProgram,
     inputs: Inputs | None = None,
     *,
     engine: Engine = "verilator",
@@ -137,12 +141,12 @@ def simulate(
 
     Parameters
     ----------
-    program : Program or PartitionedProgram
-        Of the latter, each program runs on the engine and the host parts run in torch, with the values that the engine
-        gave.
+    program : Program, PartitionedProgram or DynamicProgram
+        Of the second, each program runs on the engine and the host parts run in torch, with the values that the engine
+        gave. Of the last, the variant for the inputs' shapes runs.
     inputs
         The model's inputs: a tensor, tensors in order, or a dict by name; shapes and dtypes are the model's. The engine
-        "cycle" needs none and looks at none.
+        "cycle" needs none and looks at none, but for the shapes that choose a variant.
     engine : str
         ``"verilator"`` is the RTL, cycle by cycle; ``"isa"`` is functional; ``"reference"`` is the integer
         reference alone, the fastest; ``"cycle"`` has the RTL's timing without data.
@@ -174,6 +178,15 @@ def simulate(
     if max_cycles is not None and max_cycles < 1:
         raise ValueError(f"max_cycles must be at least 1, not {max_cycles!r}")
     report, memory, trace = _reporter(progress), memory or MemoryModel(), _as_trace(trace)
+    if isinstance(program, DynamicProgram):
+        if inputs is None:
+            raise ValueError(f"this program has several shapes: give inputs of one, or simulate program.at({_example(program)})")
+        sizes = program.sizes_of(inputs)
+        run = simulate(
+            program.at(**sizes), inputs, engine=engine, check=check, memory=memory, max_cycles=max_cycles, trace=trace,
+            progress=progress,
+        )  # fmt: skip
+        return replace(run, sizes=sizes)
     if isinstance(program, PartitionedProgram):
         return _partitioned_run(program, inputs, engine, check, memory, max_cycles, trace, report)
     if engine == "cycle":
@@ -190,6 +203,10 @@ def simulate(
     if engine == "isa" and record is not None:
         return _isa_run(program, record, check, seconds, memory)
     return _Verilator(program, image, record, memory, trace, max_cycles, report).run(seconds)
+
+
+def _example(program: DynamicProgram) -> str:
+    return ", ".join(f"{dim.name}={dim.values[-1]}" for dim in program.shapes.dims)
 
 
 def _check_engine(engine: str, trace: Trace | str | None) -> None:

@@ -109,7 +109,7 @@ private:
         const uint64_t cycles = to.cycle - from.cycle, later = now_.cycle - from.cycle;
         core_.copy(to.core, Comparison::taken(to, from));
         move(from, 1, later);
-        if (to.index == from.index && now_.dispatcher.rests()) core_.replace(now_.dispatcher);
+        if (!Comparison::same_queues(from, now_)) core_.replace(now_.dispatcher);
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             waits_.repeat(unit, now_.held[unit], core_.queues().seen(unit), now_.seen[unit] - from.seen[unit]);
         }

@@ -26,7 +26,7 @@ def _exported(name: str) -> Exported:
 
 def _compiled(name: str, arch: Arch | str, monkeypatch: pytest.MonkeyPatch) -> nmforge.Program:
     module, inputs = token_network(name)
-    monkeypatch.setattr("compiler.compile.export", lambda *_: _exported(name))
+    monkeypatch.setattr("compiler.variants.export", lambda *_: _exported(name))
     return nmforge.compile(module, inputs, arch=arch, calibration=[inputs], host="forbid", order="operator")
 
 

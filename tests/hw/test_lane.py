@@ -211,7 +211,7 @@ def test_lane_sums_what_its_ram_holds(arch):
             ctx.set(dut.write_data, evaluate(lane_column(arch, packed, Const(0, 1)), ()))
             await ctx.tick()
         ctx.set(dut.write_en, 0)
-        latency = array_latency(arch)
+        latency = array_latency(arch) - 1  # from the address
         for cycle in range(len(steps) + latency):
             if cycle < len(steps):
                 ctx.set(dut.addr, steps[cycle][0])

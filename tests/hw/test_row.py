@@ -218,8 +218,8 @@ def test_softmax_rate():
     rng = np.random.default_rng(5)
     jobs = [softmax_job(rng.integers(-3000, 3000, (8, 8))) for _ in range(6)]
     times = run(WIDE, jobs)
-    assert times["o"][0] - times["i"][7] == 5
-    assert times["scale"][0] - times["o"][7] == WIDE.rows + 13
+    assert times["o"][0] - times["i"][7] == 6
+    assert times["scale"][0] - times["o"][7] == WIDE.rows + 22
     for key, distance in (("i", 9), ("o", 9)):
         assert (np.diff(times[key][::8]) == distance).all()
     assert (np.diff(times["scale"]) == 9).all()
@@ -237,8 +237,8 @@ def test_norm_rate():
     rng = np.random.default_rng(7)
     jobs = [norm_job(rng, rng.integers(-3000, 3000, (8, 40))) for _ in range(4)]
     times = run(WIDE, jobs)
-    assert times["o"][0] - times["i"][39] == WIDE.rows + 25
-    assert (np.diff(times["o"][::40]) == 43).all()
+    assert times["o"][0] - times["i"][39] == WIDE.rows + 32
+    assert (np.diff(times["o"][::40]) == 44).all()
 
 
 def test_init():

@@ -96,7 +96,7 @@ def test_widest_moments(op):
     arch = replace(get_arch("tiny"), row_depth=8192)
     m = Module()
     m.submodules.variance = variance = Variance(arch)
-    m.submodules.root = root = InverseRoot()
+    m.submodules.root = root = InverseRoot(arch)
     wiring.connect(m, variance.o, root.i)
     rng = np.random.default_rng(2)
     cols, eps = 8192, (1 << 32) - 1

@@ -9,7 +9,8 @@ struct LaneRing {
     uint32_t loaded = 0;   // columns written
     uint32_t claimed = 0;  // columns of the commands that have started, and of those before
     uint32_t ended = 0;    // columns that the feeder has done with
-    uint32_t freed = 0;    // the same, as the loader sees it
+    uint32_t passing = 0;  // the same, a move of the array later
+    uint32_t freed = 0;    // and another one: as the loader sees it
     uint32_t starts = 0;   // commands started
 };
 
@@ -44,13 +45,10 @@ private:
 
 class Feeder {
 public:
-    // Combinational: fire needs `advance`. enough : the next command's columns are in the lanes.
+    // Combinational: fire needs `advance`.
     bool ready_to_fire(bool values) const { return active_ && values && (now_->array.dense || word_); }
     bool starved(bool values) const { return active_ && !(values && (now_->array.dense || word_)); }
-    bool enough(const LaneRing& ring) const {
-        return decoded_ && (next_->array.held || ring.loaded - ring.claimed >= next_->array.k);
-    }
-    bool waits(const LaneRing& ring) const { return !active_ && decoded_ && !enough(ring); }
+    bool waits() const { return !active_ && decoded_ && !enough_; }
     bool sleeping() const { return !active_ && !decoded_ && word_; }
 
     // One cycle. c : command at the queue. Returns the columns of a tile whose last step this is, else 0.
@@ -75,7 +73,7 @@ public:
                 if (!cmd_end) columns_.value -= lanes;
             }
         }
-        const bool start = (!active_ || cmd_end) && enough(ring);
+        const bool start = (!active_ || cmd_end) && enough_, there = !start && columns_there(ring);
         const bool dense = active_ && now_->array.dense;
         result.word_taken = !word_ || (fire && word_end && !dense);
         if (result.word_taken) word_ = words;
@@ -84,6 +82,7 @@ public:
             ring.ended = ring.claimed;
             spent_ = false;
         }
+        enough_ = there;
         if (start) begin(ring);
         else if (cmd_end) active_ = false;
         result.cmd_taken = !decoded_ || start;
@@ -98,15 +97,17 @@ public:
     template <class Visitor>
     void visit(Visitor& v, LaneRing& ring, uint32_t depth) {
         const uint32_t ahead = ring.loaded - ring.claimed, used = ring.loaded - ring.freed;
-        const bool enough_now = enough(ring);
-        v.exact(static_cast<uint8_t>(active_ | decoded_ << 1 | word_ << 2 | enough_now << 3 | (used >= depth) << 4 | spent_ << 5));
+        const bool there = columns_there(ring);
+        v.exact(static_cast<uint8_t>(active_ | decoded_ << 1 | word_ << 2 | there << 3 | (used >= depth) << 4 | spent_ << 5 | enough_ << 6));
         v.exact(static_cast<uint16_t>(ring.claimed - ring.ended));
+        v.exact(static_cast<uint16_t>(ring.ended - ring.passing));
         v.exact(static_cast<uint16_t>(ring.ended - ring.freed));
         v.distance(depth > used ? depth - used : 0, ring.starts);
-        v.distance(decoded_ && !enough_now ? next_->array.k - ahead : 0, ring.starts);
+        v.distance(decoded_ && !there ? next_->array.k - ahead : 0, ring.starts);
         v.total(ring.loaded);
         v.total(ring.claimed);
         v.total(ring.ended);
+        v.total(ring.passing);
         v.total(ring.freed);
         v.total(ring.starts);
         if (decoded_) v.reference(next_ref_);
@@ -121,6 +122,10 @@ public:
     void configure(uint32_t lanes) { lanes_floor_ = lanes; }
 
 private:
+    bool columns_there(const LaneRing& ring) const {
+        return decoded_ && (next_->array.held || ring.loaded - ring.claimed >= next_->array.k);
+    }
+
     void begin(LaneRing& ring) {
         active_ = true;
         spent_ = false;
@@ -132,7 +137,8 @@ private:
         ++ring.starts;
     }
 
-    bool active_ = false, decoded_ = false, word_ = false, spent_ = false;  // spent_ : the columns wait for the next command
+    bool active_ = false, decoded_ = false, word_ = false;
+    bool spent_ = false, enough_ = false;  // the columns wait for the next command; its columns are there
     uint8_t in_group_ = 0, in_word_ = 0;
     const Commands *now_ = nullptr, *next_ = nullptr;
     uint32_t ref_ = 0, next_ref_ = 0, lanes_floor_ = 0;
@@ -153,24 +159,25 @@ public:
 
     void step(bool advance, bool ready, uint32_t tile_cols, LaneRing& ring, uint32_t ended_before) {
         const uint32_t cols = total();
-        const bool take = takes(), copy = cols != 0 && advance, room = sums_.writable(depth_);
-        sums_.tick(valid_ && room, ready);
-        if (room) valid_ = take;
-        else valid_ |= take;
+        const bool take = takes(), copy = cols != 0 && advance;
+        room_ = sums_.level() + kSumsMargin <= depth_;
+        sums_.tick(valid_, ready);
+        valid_ = take;
         left_ -= take;
         if (copy) left_ = static_cast<uint16_t>(cols);
         if (!advance) return;
         stages_ = (stages_ << kBits | tile_cols) & ((1ull << kBits * latency_) - 1);
-        ring.freed = ended_before;
+        ring.freed = ring.passing;
+        ring.passing = ended_before;
     }
 
-    bool sleeping() const { return left_ == 0 && !valid_ && sums_.level() == 0 && stages_ == 0; }
+    bool sleeping() const { return left_ == 0 && !valid_ && sums_.level() == 0 && stages_ == 0 && room_; }
 
     template <class Visitor>
     void visit(Visitor& v) {
         v.exact(stages_);
         v.exact(left_);
-        v.exact(static_cast<uint8_t>(valid_));
+        v.exact(static_cast<uint8_t>(valid_ | room_ << 1));
         sums_.visit(v);
     }
 
@@ -179,12 +186,12 @@ private:
     static_assert(kMaxArrayLatency * kBits < 64, "all stages in a word");
 
     uint32_t total() const { return stages_ >> kBits * (latency_ - 1) & ((1u << kBits) - 1); }
-    bool takes() const { return left_ != 0 && (!valid_ || sums_.writable(depth_)); }
+    bool takes() const { return left_ != 0 && room_; }
     bool free() const { return left_ == 0 || (left_ == 1 && takes()); }
 
     uint64_t stages_ = 0;  // a field per pipeline stage: columns of the tile that ends there, or 0
     uint16_t left_ = 0;    // columns still to be drained
     uint32_t latency_ = 1, depth_ = 2;
-    bool valid_ = false;   // a drained column
+    bool valid_ = false, room_ = false;  // a drained column; room for more
     Fifo sums_;
 };

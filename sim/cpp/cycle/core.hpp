@@ -39,8 +39,10 @@ public:
             }
             case kGroups: divide(kSteps); break;
             case kSteps:
-                if (divided) state_ = kWords;
+                if (divided) state_ = kParts;
                 break;
+            case kParts: state_ = kProduct; break;
+            case kProduct: state_ = kWords; break;
             case kWords: divide(kCounted); break;
             case kCounted:
                 if (divided) state_ = kIssue;
@@ -62,10 +64,10 @@ public:
     }
 
 private:
-    enum State : uint8_t { kRequest, kFetch, kCheck, kDecide, kGroups, kSteps, kWords, kCounted, kIssue, kFinish };
+    enum State : uint8_t { kRequest, kFetch, kCheck, kDecide, kGroups, kSteps, kParts, kProduct, kWords, kCounted, kIssue, kFinish };
 
     void divide(State next) {
-        division_ = kDividendBits;
+        division_ = kDivisionCycles;
         state_ = next;
     }
 
@@ -210,7 +212,8 @@ public:
         scales_.visit(v);
         v.unit(unit::row);
         row_.visit(v);
-        v.exact(static_cast<uint8_t>(row_kept_ | bypass_kept_ << 1));
+        v.exact(static_cast<uint8_t>(normed_.held | bypass_.held << 2 | posted_.held << 4 | words_.held << 6));
+        v.exact(static_cast<uint8_t>((room_ && !dispatcher_.finishing()) | routed_rows_.held << 1));
         results_.visit(v);
         if (const Commands* const route = queues_.head(unit::row_out)) v.progress(routed_, route->row_out.count);
         store_.visit(v, queues_.head(unit::store));
@@ -224,7 +227,13 @@ public:
 
     const CommandQueues& queues() const { return queues_; }
     const Dispatcher& dispatcher() const { return dispatcher_; }
-    void replace(const Dispatcher& dispatcher) { dispatcher_ = dispatcher; }
+
+    // What rests is another dispatcher's, with other numbers of commands in the queues: of which one is full, or none matters.
+    void replace(const Dispatcher& dispatcher) {
+        dispatcher_ = dispatcher;
+        room_ = false;
+    }
+
     uint32_t completed() const { return writer_.completed(); }
     const Reader& fetch() const { return readers_[reader::fetch]; }
 
@@ -278,47 +287,55 @@ private:
     bool move_outputs(uint32_t& pops, uint32_t& ready) {
         const Commands *const load = queues_.head(unit::load), *const post = queues_.head(unit::post);
         const Commands *const store = queues_.head(unit::store), *const route = queues_.head(unit::row_out);
-        // behind the row unit is a skid
-        const bool row_offered = row_.valid(), row_valid = row_offered || row_kept_, to_lanes = route && route->row_out.lanes, word_ready = writer_.ready();
-        const bool post_column = results_.out;
-        const bool column = store && (store->store.from_rows ? route && !to_lanes && row_valid : post_column);
+        const bool row_offered = row_.valid(), row_valid = normed_.valid(), to_lanes = route && route->row_out.lanes;
+        const bool word_ready = words_.ready(), post_column = posted_.valid();
+        const bool column = store && (store->store.from_rows ? routed_rows_.valid() : post_column);
         const Store::Result stored = store_.decide(store, column, word_ready);
-        const bool stores_rows = stored.take && store->store.from_rows;
+        const bool stores_rows = stored.take && store->store.from_rows, rows_room = routed_rows_.ready();
         const bool post_ready = post_.out_rows() ? row_.ready() : results_.writable(arch_.results_depth);
         const bool result = post_.out_valid() && !post_.out_rows() && post_ready, result_taken = stored.take && !stores_rows;
-        const bool results_move = result || result_taken || results_.settling();
-        if (results_move) results_.tick(result, result_taken);
+        const bool result_moves = results_.out && posted_.ready();
+        bool moves = result || result_moves || results_.settling();
+        if (moves) {
+            const bool room = posted_.ready(), column_waits = results_.out;
+            results_.tick(result, room);
+            posted_.tick(column_waits, result_taken);
+        } else {
+            moves = posted_.tick(false, result_taken);
+        }
         const bool to_rows = post_.out_valid() && post_.out_rows() && post_ready;
 
         // and before the post unit, on the loader's way past the lanes
-        const bool bypass_kept = bypass_kept_, bypass = bypass_kept || (load && load->load.bypass && valid(reader::a));
-        const Post::Operands offered{array_.valid(), bypass, valid(reader::p), valid(reader::r), scales_.out};
+        const bool bypass_offered = load && load->load.bypass && valid(reader::a), bypass_ready = bypass_.ready();
+        const Post::Operands offered{array_.valid(), bypass_.valid(), valid(reader::p), valid(reader::r), scales_.out};
         Post::Result posted{};
         if (post || !post_.sleeping()) posted = post_.step(post, offered, post_ready);
         acc_ready_ = posted.take && post->post.source == source::ARRAY;
-        bypass_kept_ = bypass && !(posted.take && post->post.source == source::STREAM);
+        moves |= bypass_.tick(bypass_offered, posted.take && post->post.source == source::STREAM);
         const bool scale_taken = posted.take && post->post.by_row && posted.last;
 
-        moved_ = loader_.decide(load, valid(reader::a), to_lanes && row_valid, !bypass_kept, ring_, arch_.lane_depth);
+        moved_ = loader_.decide(load, valid(reader::a), to_lanes && row_valid, bypass_ready, ring_, arch_.lane_depth);
         const bool from_rows = moved_.column && load->load.from_rows;
-        const bool row_ready = route && (to_lanes ? from_rows : stores_rows), scale_ready = scales_.writable(kScalesDepth);
-        const bool row_kept = row_kept_, row_keeps = row_valid && !row_ready;
-        row_kept_ = row_keeps;
+        const bool row_ready = route && (to_lanes ? from_rows : rows_room), scale_ready = scales_.writable(kScalesDepth);
+        const bool row_room = normed_.ready();
+        moves |= normed_.tick(row_offered, row_ready);
+        moves |= routed_rows_.tick(route && !to_lanes && row_valid, stores_rows);
         const bool row_busy = row_.busy(), scale = row_.scale_valid(), routed = row_valid && row_ready;
         RowUnit::Result rowed{};
         const bool row_steps = to_rows || (row_busy && !row_.collecting()) || (!row_busy && queues_.head(unit::row)) ||
                                row_.settling();
-        count(event::row_stalled, (row_offered && row_kept) || (scale && !scale_ready));
+        count(event::row_stalled, (row_offered && !row_room) || (scale && !scale_ready));
         if (row_steps) {
             const Commands* const row = queues_.head(unit::row);
-            rowed = row_.step(row, queues_.place(unit::row), to_rows, valid(reader::g), !row_kept, scale_ready);
+            rowed = row_.step(row, queues_.place(unit::row), to_rows, valid(reader::g), row_room, scale_ready);
         }
         if (scale || scales_.level()) scales_.tick(scale && scale_ready, scale_taken);
         if (routed && routed_.last(route->row_out.count)) pops |= 1u << unit::row_out;
         if (routed) routed_.move(routed_.last(route->row_out.count));
         if (stored.take || stored.word || store_.owes()) store_.step(store, stored, word_ready);
 
-        word_ = stored.word;
+        word_ = words_.valid();
+        moves |= words_.tick(stored.word, writer_.ready());
         if (stored.take && stored.last) pops |= 1u << unit::store;
         if (posted.done) pops |= 1u << unit::post;
         if (posted.take && post->post.residual) ready |= 1u << reader::r;
@@ -338,8 +355,8 @@ private:
         row_waits_ = row_busy;
         waits_ = posted.waits;
         blocked_ = posted.blocked;
-        return row_steps || row_keeps != row_kept || results_move || bypass_kept_ != bypass_kept || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column || stored.take ||
-               stored.word || store_.owes() || scales_.settling();
+        return row_steps || moves || !post_.sleeping() || posted.take || (post && post->post.load_table) || moved_.column ||
+               stored.take || store_.owes() || scales_.settling();
     }
 
     void step_array(uint32_t& pops, uint32_t& ready) {
@@ -348,7 +365,7 @@ private:
         count(event::array_busy, fire);
         count(event::array_blocked, !advance);
         count(event::array_wait_weights, feeder_.starved(values));
-        count(event::array_wait_columns, feeder_.waits(ring_));
+        count(event::array_wait_columns, feeder_.waits());
         const Commands* const c = queues_.head(unit::array);
         const uint32_t ended = ring_.ended;
         Feeder::Result fed{};
@@ -390,7 +407,8 @@ private:
         if (ar) memory_.accept_read(cycle, ar_beats);
         if (write_address_) memory_.accept_write(write_address_beats_);
 
-        issued = dispatcher_.wants_queues() && queues_.writable();
+        issued = dispatcher_.wants_queues() && room_;
+        room_ = queues_.writable();
         const uint32_t push = issued ? (*program_)[dispatcher_.index()].units : 0;
         count(event::instructions, issued);
         dispatcher_.step(*program_, issued, fetched);
@@ -403,7 +421,7 @@ private:
         uint32_t busy = awake_ | (offered & accepting_);
         if (granted >= 0) busy |= 1u << granted;
         if (fetch) busy |= 1u << reader::fetch;
-        uint32_t wake = busy | (ready & valid_);
+        uint32_t wake = busy | flowing_ | (ready & valid_);
         if (owner >= 0) wake |= 1u << owner;
         const uint32_t completed = writer_.completed();
         for (; wake != 0; wake &= wake - 1) {
@@ -412,6 +430,7 @@ private:
             Reader& reader = readers_[channel];
             if (!(busy & bit) && reader.step_inside(channel == owner, ready & bit)) {
                 awake_ |= reader.awake() << channel;
+                flowing_ = reader.flowing() ? flowing_ | bit : flowing_ & ~bit;
                 valid_ = reader.valid() ? valid_ | bit : valid_ & ~bit;
                 continue;
             }
@@ -431,6 +450,7 @@ private:
             if (reader.waits()) waits_for_->mark(kReaderUnit[channel], reader.held());
             accepting_ = reader.cmd_ready() ? accepting_ | bit : accepting_ & ~bit;
             awake_ = reader.awake() ? awake_ | bit : awake_ & ~bit;
+            flowing_ = reader.flowing() ? flowing_ | bit : flowing_ & ~bit;
             valid_ = reader.valid() ? valid_ | bit : valid_ & ~bit;
             requests_ = reader.requesting() ? requests_ | bit : requests_ & ~bit;
         }
@@ -466,13 +486,14 @@ private:
     Feeder feeder_;
     MacArray array_;
     Post post_;
-    bool row_kept_ = false, bypass_kept_ = false;
     Fifo results_, scales_;
+    Buffer normed_, routed_rows_, bypass_, posted_, words_;  // StreamBuffers between units
+    bool room_ = false;                        // every command queue had room
     RowUnit row_;
     Progress routed_;  // RowRoute
     Store store_;
     uint32_t fetches_ = 0;                           // bursts requested by the fetch channel
-    uint32_t awake_ = 0, valid_ = 0, requests_ = 0, accepting_ = ~0u;  // one bit a read channel
+    uint32_t awake_ = 0, flowing_ = 0, valid_ = 0, requests_ = 0, accepting_ = ~0u;  // one bit a read channel
     // signals of the current cycle
     Loader::Move moved_{};
     bool acc_ready_ = false, word_ = false;

@@ -64,16 +64,17 @@ public:
     }
 
 private:
-    static constexpr uint64_t kValid = 1, kKeep = 2, kRows = 4;
-    static_assert(kPostStages <= 8, "a byte per stage");
-    static constexpr unsigned kLast = 8 * (kPostStages - 1);
-    static constexpr uint64_t kStageMask = kPostStages == 8 ? ~0ull : (1ull << 8 * (kPostStages % 8)) - 1;
+    static constexpr uint64_t kValid = 1, kKeep = 2, kRows = 4, kBoth = kValid | kKeep;
+    static constexpr unsigned kBits = 4, kLast = kBits * (kPostStages - 1);  // of a stage
+    static_assert(kBits * kPostStages < 64, "all stages in a word");
+    static constexpr uint64_t kStageMask = (1ull << kBits * kPostStages) - 1;
 
     template <class Command>
     bool ready(const Command& post, const Operands& offered) const {
         const bool source = post.source == source::ZERO || (post.source == source::ARRAY && offered.acc) ||
                             (post.source == source::STREAM && offered.bypass);
-        const bool keep_busy = (stages_ & (kValid | kKeep)) == (kValid | kKeep) && post.psum_in && index_.moved == 0;
+        const bool owed = (stages_ & kBoth) == kBoth || (stages_ >> kBits & kBoth) == kBoth;
+        const bool keep_busy = owed && post.psum_in && index_.moved == 0;
         return source && (!post.by_column || offered.params) && (!post.by_row || offered.scale) &&
                (!post.residual || offered.residual) && !keep_busy;
     }
@@ -87,10 +88,10 @@ private:
         entry_ = result.done ? 0 : entry_ + 1;
     }
 
-    // Partial sums end after the first stage: they are no output.
+    // Partial sums end after the third stage: they are no output.
     void move(uint64_t enter) {
-        if (stages_ & kKeep) stages_ &= ~kValid;
-        stages_ = (stages_ << 8 | enter) & kStageMask;
+        if (stages_ >> 2 * kBits & kKeep) stages_ &= ~(kValid << 2 * kBits);
+        stages_ = (stages_ << kBits | enter) & kStageMask;
     }
 
     uint64_t stages_ = 0;

@@ -4,7 +4,7 @@
 #include "program.hpp"
 #include "state.hpp"
 
-// Reader, with its _Issuer, _Framer and the gearbox of its width.
+// Reader, with its _Runs, _Issuer, _Framer and the gearbox of its width.
 class Reader {
 public:
     void configure(const ArchConfig& arch, unsigned channel) {
@@ -17,30 +17,36 @@ public:
         ratio_ = narrow_ ? bus_ / bytes_ : bytes_ / bus_;
         credit_ = room_ = arch.fifo_beats[channel];
         span_ = bus_ * kBurstBeats - 1;
+        buffered_ = channel != reader::fetch;
     }
 
     // Combinational outputs; they depend on registers only.
     bool cmd_ready() const { return !hold_ && (!narrow_ || commands_.writable(kCommandsAhead)); }
-    bool valid() const { return narrow_ ? fifo_.out && framed_ : widen_ ? full_ : fifo_.out; }
-    bool requesting() const { return request_; }
-    uint32_t request_beats() const { return request_beats_; }
+    bool valid() const { return buffered_ ? buffer_.valid() : word(); }
+    bool requesting() const { return requests_.valid(); }
+    uint32_t request_beats() const { return request_beats_[0]; }
 
     // In the last cycle the command `held` could start but for its `dep`.
     bool waits() const { return waits_; }
     uint32_t held() const { return hold_ref_; }  // its place in the stream
 
-    // Something may move although no input does.
+    // A word may go from the FIFO into the buffer although no input moves.
+    bool flowing() const { return buffered_ && word() && buffer_.ready(); }
+
+    // Something else may.
     bool awake() const {
-        if ((hold_ && !active_) || fifo_.settling() || commands_.settling()) return true;
-        if (active_ && !request_ && credit_ >= burst()) return true;
+        if ((!run_ && (more_ || hold_)) || (run_ && !active_) || fifo_.settling() || commands_.settling()) return true;
+        if (active_ && requests_.ready() && credit_ >= burst()) return true;
         if (narrow_) return !framed_ ? framing_ || commands_.level() : !framing_ && commands_.level();
         return widen_ && fifo_.out && !full_;
     }
 
-    // The cycle of a reader that is not awake, in the middle of a run of words: a beat arrives, a word is taken, or both.
+    // The cycle of a reader that is not awake, in the middle of a run of words: a beat arrives, words move, or both.
     // Returns false, and does nothing, if it is not that simple.
-    bool step_inside(bool data, bool ready) {
+    bool step_inside(bool data, bool taken) {
         if (!framing_ || !framed_ || frame_first_ + frame_left_.value <= ratio_) return false;
+        const bool ready = buffer_.ready();
+        buffer_.tick(fifo_.out, taken);
         const uint32_t current = (inside_ ? slot_ : first_) | wide_;
         const bool read = ready && fifo_.out && current == last_;
         if (read) {
@@ -61,8 +67,10 @@ public:
     }
 
     // One cycle. ref : place of the command that is taken. awaited : instructions that must have completed before, 0 for any.
-    // data : a beat arrives. ready : of the output. granted : the request is taken. completed : the writer's counter.
-    void step(const ReadCommand* cmd, uint32_t ref, uint32_t awaited, bool data, bool ready, bool granted, uint32_t completed) {
+    // data : a beat arrives. taken : of the output. granted : the request is taken. completed : the writer's counter.
+    void step(const ReadCommand* cmd, uint32_t ref, uint32_t awaited, bool data, bool taken, bool granted, uint32_t completed) {
+        const bool ready = buffered_ ? buffer_.ready() : taken;
+        if (buffered_) buffer_.tick(word(), taken);
         const bool read = narrow_ ? step_narrow(cmd, ref, ready) : widen_ ? step_wide(ready) : ready;
         const bool pop = fifo_.out && read;
         issue(granted, completed, pop);
@@ -78,8 +86,9 @@ public:
     // Nothing is on its way, and words wait at the output, or none are to come: whoever takes the words cannot tell how many
     // are left, until the next burst is requested or there are none. Not for words narrower than the bus.
     bool resting() const {
-        const bool words = fifo_.out && (!widen_ || full_), none = !active_ && !full_ && fifo_.level() == 0;
-        return !narrow_ && !hold_ && !request_ && (words || none) && credit_ + fifo_.level() == room_;
+        const bool words = fifo_.out && (!widen_ || full_), none = !more_ && !active_ && !full_ && fifo_.level() == 0;
+        const bool idle = !hold_ && !run_ && !requests_.valid();
+        return !narrow_ && idle && (words || none) && credit_ + fifo_.level() == room_;
     }
 
     uint32_t level() const { return fifo_.level(); }
@@ -100,24 +109,32 @@ public:
 
     template <class Visitor>
     void visit(Visitor& v) {
-        v.exact(static_cast<uint8_t>(hold_ | active_ << 1 | request_ << 2 | inside_ << 3 | full_ << 4 | framed_ << 5 |
-                                     framing_ << 6));
+        v.exact(static_cast<uint8_t>(hold_ | active_ << 1 | run_ << 2 | inside_ << 3 | full_ << 4 | framed_ << 5 |
+                                     framing_ << 6 | more_ << 7));
+        v.exact(static_cast<uint8_t>(buffer_.held | requests_.held << 4));
         v.exact(static_cast<uint16_t>(credit_));
         fifo_.visit(v);
         if (hold_) v.held(hold_ref_, awaited_);
+        if (run_ || more_) {  // how long the run is follows from its address and its command
+            v.reference(run_ref_);
+            v.exact(run_beat_);
+            v.exact(following_);
+        }
+        if (more_) v.countdown(repeats_, 2);
         if (active_) {
             v.reference(ref_);
             v.exact(beat_);
-            v.exact(following_);
             v.countdown(left_, kBurstBeats);
-            v.countdown(repeats_, 1);
         }
-        if (request_) v.exact(request_beats_);
+        for (uint32_t i = 0; i < requests_.held; ++i) v.exact(request_beats_[i]);
         if (widen_) v.exact(slot_);
         if (narrow_) visit_framer(v);
     }
 
 private:
+    // Before the buffer.
+    bool word() const { return narrow_ ? fifo_.out && framed_ : widen_ ? full_ : fifo_.out; }
+
     uint32_t beats(uint32_t addr, uint32_t words) const {
         if (!narrow_) return words * ratio_;
         return (words + (addr >> byte_shift_ & (ratio_ - 1)) + ratio_ - 1) / ratio_;
@@ -132,47 +149,59 @@ private:
     void issue(bool granted, uint32_t completed, bool pop) {
         waits_ = false;
         const uint32_t count = burst();
-        const bool final = left_.value <= count;
-        const bool take = active_ && (!request_ || granted) && credit_ >= count;
+        const bool take = active_ && requests_.ready() && credit_ >= count, final = take && left_.value <= count;
         credit_ += pop;
-        if (!take && !granted && (!hold_ || active_)) return;
-        if (granted) request_ = false;
+        const bool free = !active_ || final, taken = run_ && free;
+        if (!take && !granted && !taken && (run_ || !(more_ || hold_))) return;
+        if (granted) request_beats_[0] = request_beats_[1];
         if (take) {
             credit_ -= count;
-            request_ = true;
-            request_beats_ = static_cast<uint8_t>(count);
+            request_beats_[requests_.held - granted] = static_cast<uint8_t>(count);
+        }
+        requests_.tick(take, granted);
+        if (free) {
+            active_ = run_;
+            beat_ = run_beat_;
+            ref_ = run_ref_;
+            if (run_) left_.load(run_left_);
+        } else if (take) {
             beat_ = (beat_ + count) % kBurstBeats;
             left_.value -= count;
         }
-        bool leave = false;
-        if (take && final && repeats_.value != 1) {
+        if (!run_ || taken) next_run(completed);
+    }
+
+    // The next repeat, or the next command if its time has come.
+    void next_run(uint32_t completed) {
+        run_ = more_;
+        if (more_) {
             start(following_, words_);
-            --repeats_.value;
             following_ = (following_ + stride_) & span_;
-        } else if (hold_ && (!active_ || (take && final))) {
+            more_ = repeats_.value != 2;
+            --repeats_.value;
+        } else if (hold_) {
             // 16-bit counts that wrap; a distance in the upper half is a wait
             waits_ = awaited_ != 0 && static_cast<uint16_t>(completed - awaited_) >> 15;
-            leave = !waits_;
-            active_ = leave;
-            if (leave) load();
-        } else if (take && final) {
-            active_ = false;
+            if (waits_) return;
+            hold_ = false;
+            run_ = true;
+            load();
         }
-        if (leave) hold_ = false;
     }
 
     void start(uint32_t addr, uint32_t words) {
-        beat_ = addr >> bus_shift_;
-        left_.load(beats(addr, words));
+        run_beat_ = (addr >> bus_shift_) % kBurstBeats;
+        run_left_ = beats(addr, words);
     }
 
     void load() {
         start(held_.addr, held_.words);
         words_ = held_.words;
         repeats_.load(held_.repeats);
+        more_ = held_.repeats != 1;
         stride_ = held_.stride;
         following_ = (held_.addr + held_.stride) & span_;
-        ref_ = hold_ref_;
+        run_ref_ = hold_ref_;
     }
 
     bool step_wide(bool ready) {
@@ -263,13 +292,22 @@ private:
 
     uint32_t bus_ = 0, bytes_ = 0, bus_shift_ = 0, byte_shift_ = 0, ratio_ = 0, room_ = 0, span_ = 0;
     bool narrow_ = false, widen_ = false;
-    // _Issuer
-    bool hold_ = false, active_ = false, request_ = false, waits_ = false;
-    uint8_t request_beats_ = 0, beat_ = 0;
-    uint32_t hold_ref_ = 0, awaited_ = 0, ref_ = 0, words_ = 0, stride_ = 0, following_ = 0, credit_ = 0;
+    // _Runs
+    bool hold_ = false, waits_ = false, run_ = false, more_ = false;  // run_ : one is offered; more_ : others follow
+    uint8_t run_beat_ = 0;
+    uint32_t hold_ref_ = 0, awaited_ = 0, run_ref_ = 0, run_left_ = 0, words_ = 0, stride_ = 0, following_ = 0;
     ReadCommand held_{};
-    Countdown left_, repeats_;
+    Countdown repeats_;
+    // _Issuer
+    bool active_ = false;
+    uint8_t request_beats_[2] = {}, beat_ = 0;
+    uint32_t ref_ = 0, credit_ = 0;
+    Countdown left_;
+    Buffer requests_;
     Fifo fifo_;
+    // StreamBuffer at the output
+    bool buffered_ = true;
+    Buffer buffer_;
     // Narrower, Widener
     bool inside_ = false, full_ = false;
     uint8_t slot_ = 0;

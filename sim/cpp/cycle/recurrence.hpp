@@ -73,6 +73,12 @@ public:
     // Beats that the fetch channel loses between a snapshot and a checkpoint.
     static uint32_t taken(const Checkpoint& next, const Snapshot& from) { return from.fetch.level - next.core.fetch().level(); }
 
+    // As many commands wait in the queues, and the dispatcher does the same with them.
+    static bool same_queues(const Snapshot& from, const Snapshot& to) {
+        return from.dispatcher.finishing() == to.dispatcher.finishing() &&
+               std::equal(std::begin(from.behind), std::end(from.behind), to.behind);
+    }
+
 private:
     static constexpr uint64_t kMany = ~0u >> 1;
 
@@ -80,12 +86,6 @@ private:
 
     static bool same_bytes(const Snapshot& from, const Snapshot& to) {
         return from.size == to.size && std::memcmp(from.bytes, to.bytes, to.size) == 0;
-    }
-
-    // As many commands wait in the queues, and the dispatcher does the same with them.
-    static bool same_queues(const Snapshot& from, const Snapshot& to) {
-        return from.dispatcher.finishing() == to.dispatcher.finishing() &&
-               std::equal(std::begin(from.behind), std::end(from.behind), to.behind);
     }
 
     // The dispatcher rests here as it does from there to `next`, and no queue runs empty in one of the two alone.
@@ -189,13 +189,16 @@ private:
         return i;
     }
 
-    // The command at place `i` waits like the one before it that it equals, or neither waits at all: that the latter has not
-    // is known of the one that `base` equals.
+    // The command at place `i` waits like the one it is like, or neither waits at all: the latter has not, nor has any in
+    // between. What the one `base` is like has done is known; of those that the unit holds, only if it has waited.
     bool same_wait(const Snapshot& from, const Present& to, unsigned unit, uint64_t i, uint64_t base) const {
         const uint32_t further = to.seen[unit] - from.seen[unit], later = to.completed - from.completed;
         const uint32_t before = program_.awaited(unit, i - further), now = program_.awaited(unit, i);
         if ((before == 0) == (now == 0) && (now == 0 || now - before == later)) return true;
         if (waits_.waited(unit, base - further)) return false;
+        for (uint64_t place = base; place < least(i, to.seen[unit]); place += further) {
+            if (waits_.waited(unit, place)) return false;
+        }
         const bool sooner = before != 0 && static_cast<int32_t>(now - before - later) < 0;
         const bool over = static_cast<int32_t>(now - to.completed) <= 0;
         return now == 0 || sooner || over;

@@ -85,6 +85,9 @@ public:
                 if (take && left_.value == 1) state_ = is_max() ? kIdle : job_->row.is_norm ? kSquares : kGive;
                 break;
             case kSquares:
+                state_ = kSum;
+                break;
+            case kSum:
                 state_ = kGive;
                 break;
             case kGive:
@@ -111,7 +114,7 @@ public:
     }
 
 private:
-    enum State : uint8_t { kIdle, kColumns, kSquares, kGive };
+    enum State : uint8_t { kIdle, kColumns, kSquares, kSum, kGive };
     State state_ = kIdle;
     const Commands* job_ = nullptr;
     uint32_t ref_ = 0;
@@ -245,7 +248,7 @@ public:
     bool valid() const { return stages_ >> (kNormSteps - 1) & 1; }
     bool idle() const { return !active() && stages_ == 0; }
     bool enabled(bool ready) const { return !valid() || ready; }
-    bool job_ready() const { return !active() && (stages_ & 3) == 0; }  // the first steps use the last job's rows
+    bool job_ready() const { return !active() && (stages_ & ((1u << kNormRowSteps) - 1)) == 0; }  // the first steps use the last job's rows
 
     void step(const Commands* load, uint32_t ref, bool take, bool enabled) {
         if (enabled) stages_ = (stages_ << 1 | take) & ((1 << kNormSteps) - 1);
@@ -283,7 +286,7 @@ public:
     bool ready() const { return collector_.columns() && (collector_.is_max() || fifo_.writable(depth_)); }
     bool valid() const { return norm_.valid() || exp_.valid(scale_.ready()); }
     bool scale_valid() const { return scale_.valid(rows_); }
-    bool settling() const { return fifo_.settling(); }
+    bool settling() const { return fifo_.settling() || (fifo_.out && columns_.ready()); }
 
     // Only the first pass has work, and waits for a column.
     bool collecting() const {
@@ -291,7 +294,7 @@ public:
     }
 
     bool busy() const {
-        return collector_.busy() || fifo_.out || !exp_.idle() || exp_.scale_valid() || scale_.busy() || norm_scale_.busy() ||
+        return collector_.busy() || fifo_.out || columns_.valid() || !exp_.idle() || exp_.scale_valid() || scale_.busy() || norm_scale_.busy() ||
                !norm_.idle();
     }
 
@@ -310,7 +313,7 @@ public:
         const bool sums_ready = scale_.ready(), exp_enabled = exp_.enabled(ready, sums_ready);
         const bool norm_enabled = norm_.enabled(ready);
         const bool exp_ready = exp_.active() && exp_enabled, norm_takes = params && norm_.active() && norm_enabled;
-        const bool exp_take = fifo_.out && exp_ready, norm_take = fifo_.out && norm_takes;
+        const bool exp_take = columns_.valid() && exp_ready, norm_take = columns_.valid() && norm_takes;
         const bool push = column && !collector_.is_max(), sums = exp_.scale_valid();
         const Commands* const given = job ? collector_.job() : nullptr;
 
@@ -319,7 +322,9 @@ public:
         exp_.step(exp_load ? given : nullptr, collector_.ref(), exp_take, exp_enabled, sums_ready);
         scale_.step(sums, scale_ready, rows_);
         pushes_ += push;
-        pops_ += fifo_.tick(push, exp_ready || norm_takes);
+        const bool room = columns_.ready();
+        columns_.tick(fifo_.out, exp_ready || norm_takes);
+        pops_ += fifo_.tick(push, room);
         return {collector_.step(c, ref, column, job_ready), norm_take};
     }
 
@@ -330,6 +335,7 @@ public:
         scale_.visit(v);
         norm_scale_.visit(v);
         norm_.visit(v);
+        v.exact(columns_.held);
         v.level(fifo_, depth_, pushes_, pops_);
     }
 
@@ -337,6 +343,7 @@ private:
     uint32_t rows_ = 0, depth_ = 0, pushes_ = 0, pops_ = 0;
     RowCollector collector_;
     Fifo fifo_;
+    Buffer columns_;
     ExpPass exp_;
     RowScale scale_;
     NormScale norm_scale_;

@@ -32,7 +32,7 @@ struct Snapshot {
     Level level;
     Fetch fetch;
     Counts counts;
-    uint32_t totals[5];
+    uint32_t totals[6];
     uint32_t seen[unit::kCount];    // of each stream: commands that the unit has seen
     uint32_t behind[unit::kCount];  // and that wait behind these
     Count* count;

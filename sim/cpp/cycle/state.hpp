@@ -72,3 +72,18 @@ struct Fifo {
         v.exact(static_cast<uint16_t>(inner << 1 | out));
     }
 };
+
+// hw/stream_util.py, StreamBuffer: two places, registers on both sides.
+struct Buffer {
+    uint8_t held = 0;
+
+    bool valid() const { return held != 0; }
+    bool ready() const { return held != 2; }
+
+    // offered : at the input. taken : what follows is ready. Returns whether anything moved.
+    bool tick(bool offered, bool taken) {
+        const bool enter = offered && ready(), leave = taken && valid();
+        held += enter - leave;
+        return enter || leave;
+    }
+};
