@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import nn
+from torch.nn.modules import transformer
 
 __all__ = ["evaluating", "plain_attention", "quiet_export"]
 
@@ -28,13 +29,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Torch's attention and encoder modules run operator by operator, not as one fused kernel."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    """Torch's attention, encoder and decoder modules run operator by operator, not as one fused kernel, and do not look at the
+    values of a mask to find out whether it is causal: a mask is used as it is either way."""
+    fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
     torch.backends.mha.set_fastpath_enabled(False)
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        transformer._detect_is_causal_mask = detect
 
 
 @contextmanager

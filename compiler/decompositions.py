@@ -1,4 +1,5 @@
-"""Operators that are written in others before anything else happens: einsum, and what libraries define themselves."""
+"""Operators that are written in others before anything else happens: einsum, recurrent layers, gated linear units, norms over
+groups of channels, and what libraries define themselves."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.export import ExportedProgram
 from torch.nn import functional as F
 
@@ -15,11 +17,19 @@ __all__ = ["decompositions", "mixed_convolution"]
 aten = torch.ops.aten
 _COMPOSITE = "CompositeImplicitAutograd"
 
+MAX_STEPS = 128
+"""Steps of recurrent layers, each a product with the state, that are written out; with more, the layers run on the host."""
+_CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+_RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+
 
 def decompositions(program: ExportedProgram) -> dict[Any, Callable[..., Any]]:
     """For `ExportedProgram.run_decompositions`: einsum as products of matrices, a convolution with mixed kernels as one with
-    constant weights, and any other operator of a library that is defined by torch's own."""
-    table: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum}
+    constant weights, recurrent layers step by step, and any other operator of a library that is defined by torch's own."""
+    table: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum, aten.glu.default: _gated}
+    table |= {target: _composite(target) for target in _CELLS}
+    if _recurrent_steps(program) <= MAX_STEPS:
+        table |= get_decompositions(_RECURRENT)
     for node in program.graph.nodes:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload) or target.namespace == "aten":
@@ -29,6 +39,21 @@ def decompositions(program: ExportedProgram) -> dict[Any, Callable[..., Any]]:
         elif torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), _COMPOSITE):
             table[target] = _composite(target)
     return table
+
+
+def _recurrent_steps(program: ExportedProgram) -> int:
+    """Steps of all recurrent layers, in all directions."""
+    steps = 0
+    for node in program.graph.nodes:
+        if node.target in _RECURRENT:
+            *_, layers, _, _, both, batch_first = node.args
+            steps += node.args[0].meta["val"].shape[int(batch_first)] * layers * (1 + int(both))
+    return steps
+
+
+def _gated(x: Tensor, dim: int = -1) -> Tensor:
+    a, b = x.chunk(2, dim)
+    return a * torch.sigmoid(b)
 
 
 def _composite(target: torch._ops.OpOverload) -> Callable[..., Any]:

@@ -217,8 +217,7 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tenso
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if "data-dependent" in first:
                 first += (
-                    " (what runs depends on values: use torch.where, or take the branch out of the module; "
-                    "with a mask for nn.TransformerEncoder, also give is_causal=True or False)"
+                    " (what runs depends on values: use torch.where, or take the branch out of the module)"
                 )
             line = _line(str(error)) or _raised_at(error)
             raise CompileError(

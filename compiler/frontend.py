@@ -134,7 +134,8 @@ MOVES = VIEWS | {
     aten.reflection_pad2d.default, aten.replication_pad1d.default, aten.replication_pad2d.default, aten.channel_shuffle.default,
     aten.unfold.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.narrow.default, aten.movedim.int,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.squeeze.default,
-    aten.squeeze.dims, aten.unflatten.int, aten.t.default,
+    aten.squeeze.dims, aten.unflatten.int, aten.t.default, aten.unsafe_split.Tensor, aten.unsafe_chunk.default,
+    aten.unsafe_split_with_sizes.default,
 }  # fmt: skip
 """Operators that move elements, of one tensor or several, or put zeros between them."""
 
@@ -481,7 +482,10 @@ def _index_select(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return importer.make(Gather, node, (x.name,), channels=tuple(index.value.tolist()))
 
 
-@_imports(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+@_imports(
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_split.Tensor, aten.unsafe_chunk.default,
+    aten.unsafe_split_with_sizes.default,
+)  # fmt: skip
 def _split(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     x, start, parts = a["self"], 0, []
     dim = a["dim"] % len(x.shape)
@@ -634,7 +638,7 @@ def _add(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 @_imports(aten.sub.Tensor)
 def _sub(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     x, y = a["self"], a["other"]
-    if not isinstance(x, Node) or not isinstance(y, Node) or isinstance(x, Constant) or isinstance(y, Constant):
+    if not isinstance(x, Node) or not isinstance(y, Node) or _number(x) is not None or isinstance(y, Constant):
         return None
     operands = [item.meta["val"] for item in node.all_input_nodes]
     if len(operands) != 2 or any(not value.is_floating_point() or value.shape != node.meta["val"].shape for value in operands):
@@ -730,7 +734,7 @@ FUNCTIONS = (
     aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
     aten.elu.default, aten.leaky_relu.default, aten.hardswish.default, aten.hardsigmoid.default,
     aten.hardtanh.default, aten.softplus.default, aten.mish.default, aten.relu6.default, aten.selu.default,
-    aten.celu.default, aten.erf.default, aten.log_sigmoid.default,
+    aten.celu.default, aten.erf.default, aten.log_sigmoid.default, aten.threshold.default, aten.rrelu.default,
 )  # fmt: skip
 """Functions of each element with constant parameters: an activation table holds any of them."""
 

@@ -24,25 +24,36 @@ from compiler.graph import CompileError
 __all__ = ["OPERATORS", "HostOp", "HostPart", "host_operator", "host_part", "is_allowed", "operator_name"]
 
 _NAMES = """
-    _adaptive_avg_pool2d _log_softmax _native_batch_norm_legit_no_training _pdist_forward _softmax _to_copy
-    _unsafe_index _unsafe_view __and__ __or__ __xor__ abs acos adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_max_pool2d add addbmm addcdiv addcmul addmm alias all amax amin any arange argmax argmin argsort as_strided
-    asin atan atan2 avg_pool1d avg_pool2d baddbmm batch_norm bitwise_and bitwise_not bitwise_or bitwise_xor bmm bucketize
-    cat cdist ceil celu chunk clamp clamp_max clamp_min clone col2im constant_pad_nd contiguous conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d convolution cos cosh cumprod cumsum detach diag_embed diagonal diff div dropout elu
-    embedding eq erf erfinv exp expand expand_as expm1 eye feature_dropout fill flatten flip floor
-    floor_divide fmod full full_like gather ge gelu glu grid_sampler grid_sampler_2d group_norm gt hardsigmoid hardswish
-    hardtanh im2col index index_add index_put index_select instance_norm isfinite isinf isnan layer_norm le leaky_relu
-    lift_fresh_copy linear linalg_vector_norm linspace log log10 log1p log2 log_sigmoid log_softmax logical_and
-    logical_not logical_or logical_xor logit logsumexp lt masked_fill matmul max max_pool1d max_pool2d
-    max_pool2d_with_indices maximum mean median meshgrid min minimum mish mm movedim mul multiply native_group_norm
-    native_layer_norm ne neg new_full new_ones new_zeros norm one_hot ones ones_like pad permute pixel_shuffle
-    pixel_unshuffle polar pow prelu prod reciprocal reflection_pad2d relu relu6 remainder repeat repeat_interleave
-    replication_pad2d reshape rms_norm roll round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter
-    scatter_add scatter_reduce select select_scatter selu sigmoid sign silu sin sinh slice slice_scatter softmax softplus
-    sort split split_with_sizes sqrt square squeeze stack std sub sum swapaxes t take_along_dim tan tanh tensor_split tile
-    to topk transpose tril triu true_divide trunc type_as unbind unfold unflatten unsqueeze upsample_bicubic2d
-    upsample_bilinear2d upsample_nearest1d upsample_nearest2d var var_mean view view_as where xlogy zeros zeros_like
+    __and__ __or__ __xor__ _adaptive_avg_pool2d _cdist_forward _embedding_bag _embedding_bag_forward_only _fft_c2c
+    _fft_c2r _fft_r2c _log_softmax _native_batch_norm_legit_no_training _pdist_forward _softmax _to_copy _unsafe_index
+    _unsafe_view _upsample_nearest_exact1d _upsample_nearest_exact2d abs absolute acos acosh adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add addbmm addcdiv addcmul addmm
+    addmv addr alias all amax amin angle any arange argmax argmin argsort as_strided asin asinh atan atan2 atanh
+    avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bilinear bitwise_and bitwise_not bitwise_or bitwise_xor bmm
+    bucketize cat cdist ceil celu channel_shuffle chunk clamp clamp_max clamp_min clip clone col2im complex
+    conj_physical constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    convolution cos cosh cosine_similarity count_nonzero cross cummax cummin cumprod cumsum detach diag_embed diagonal
+    diff dist div divide dot dropout dstack elu embedding embedding_bag eq erf erfc erfinv exp exp2 expand expand_as
+    expm1 eye feature_dropout fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift
+    fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fill flatten flip floor floor_divide fmod frac full
+    full_like gather ge gelu glu greater greater_equal grid_sampler grid_sampler_2d group_norm gru gt hardshrink
+    hardsigmoid hardswish hardtanh heaviside hstack hypot im2col imag index index_add index_put index_select
+    instance_norm isclose isfinite isinf isnan kron layer_norm le leaky_relu less less_equal lift_fresh_copy
+    linalg_cross linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logcumsumexp
+    logical_and logical_not logical_or logical_xor logit logsumexp lstm lt masked_fill matmul max max_pool1d
+    max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices maximum mean median
+    meshgrid min minimum mish mm movedim mul multiply mv nan_to_num narrow native_channel_shuffle native_group_norm
+    native_layer_norm ne neg negative new_full new_ones new_zeros norm not_equal one_hot ones ones_like outer pad
+    pairwise_distance permute pixel_shuffle pixel_unshuffle polar pow prelu prod real reciprocal reflection_pad1d
+    reflection_pad2d relu relu6 remainder renorm repeat repeat_interleave replication_pad1d replication_pad2d
+    replication_pad3d reshape rms_norm rnn_relu rnn_tanh roll rot90 round rrelu rsqrt rsub scalar_tensor
+    scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter selu sigmoid sign
+    silu sin sinh slice slice_scatter softmax softplus softshrink sort special_erfc split split_with_sizes sqrt square
+    squeeze stack std sub subtract sum swapaxes swapdims t take_along_dim tan tanh tensor_split threshold tile to topk
+    trace transpose tril triu true_divide trunc type_as unbind unflatten unfold unsafe_chunk unsafe_split
+    unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+    upsample_nearest2d upsample_trilinear3d var var_mean vdot view view_as view_as_complex view_as_real vstack where
+    xlogy zeros zeros_like
 """
 OPERATORS = frozenset(_NAMES.split())
 """Names of the aten operators that a host part may run: pure, without chance, files or code."""
@@ -197,7 +208,7 @@ def host_operator(target: str) -> Callable[..., Any]:
     return function
 
 
-_HARMLESS = ("dropout", "feature_dropout", "scaled_dot_product_attention")
+_HARMLESS = ("dropout", "feature_dropout", "gru", "lstm", "rnn_relu", "rnn_tanh", "rrelu", "scaled_dot_product_attention")
 """Depend on chance in training alone; `_execute` refuses that."""
 
 
@@ -301,13 +312,22 @@ def _references(value: Any) -> list[str]:
     return []
 
 
+def _by_chance(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator that draws numbers in training is called as in training."""
+    if torch.Tag.nondeterministic_seeded not in getattr(function, "tags", ()):
+        return False
+    given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | dict(kwargs)
+    training = given.get("train", given.get("training", "dropout_p" in given))
+    return bool(training and given.get("p", given.get("dropout", given.get("dropout_p", 1.0))))
+
+
 def _execute(op: HostOp, known: Mapping[str, Any]) -> Any:
     function = host_operator(op.target)
     args = _filled(op.args, known)
     kwargs = {name: _filled(value, known) for name, value in op.kwargs.items()}
     try:
-        if op.target.startswith("aten.dropout") and args[2] and args[1] > 0:
-            raise ValueError("dropout in training depends on chance")
+        if _by_chance(function, args, kwargs):
+            raise ValueError("it is called as in training, where it depends on chance")
         return function(*args, **kwargs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         where = " ".join(filter(None, (op.source or "the module", op.line and f"({op.line})")))

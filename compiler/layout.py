@@ -86,6 +86,8 @@ class Layout:
         atoms = self.dims[dim]
         if length == prod(size for size, _ in atoms):
             return self
+        if length < 1:
+            raise LayoutError("a layout has no empty slices")
         part: list[Atom] = []
         if length > 1:
             inner = prod(size for size, _ in atoms[1:])

@@ -55,7 +55,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
     for stage, kinds in {
         **dict.fromkeys(
             (
-                "trace", "match_norms", "fold_biases", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products",
+                "trace", "match_norms", "fold_biases", "match_rotations", "fold_vectors", "fold_functions", "broadcast_operands",
                 "match_elementwise", "match_scores",
             ),
             {*_PLAIN, *_ATTENTION, *_MOVING, Constant, Aten} - {KeyMask},
@@ -73,6 +73,7 @@ LEGAL: dict[str, frozenset[type[Node]]] = {
         "place_images": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
         "hoist_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, *_MOVING},
         "arrange_rows": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
+        "move_fills": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
         "fold_pads": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose},
         "fold_scales": {*_PLAIN, *_ROWS, *_HOST, Attention, MatMul, Transpose} - {Scale},
         "fuse": {
@@ -151,7 +152,7 @@ def _operands_first(graph: Graph) -> Iterator[Problem]:
 
 
 _EARLY = (
-    "trace", "match_norms", "match_rotations", "fold_vectors", "fold_functions", "broadcast_products", "match_elementwise",
+    "trace", "match_norms", "match_rotations", "fold_vectors", "fold_functions", "broadcast_operands", "match_elementwise",
     "match_scores", "fold_masks", "fold_biases", "fix_constants",
 )  # fmt: skip
 """Stages at which constants and masks may still be broadcast."""

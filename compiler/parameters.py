@@ -7,13 +7,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from algo.quantize import quantize_weight, requant_array, requant_params
+from algo.quantize import MULT_MAX, quantize_weight, requant_array
 from compiler import ops
 from compiler.graph import CompileError, Linear, Norm
 
-__all__ = ["LOG2E_256", "Offset", "multiplier", "norm_parameters", "score_bias", "weight_and_requant"]
+__all__ = ["LOG2E_256", "Offset", "finest_for_norm", "multiplier", "norm_parameters", "score_bias", "weight_and_requant"]
 
 MAX_SHIFT = 63
+LARGEST = MULT_MAX / 2
+"""Largest multiplier there is. With a larger one everything but 0 would saturate: 1 is 16383 with this one, of 32767."""
+SMALLEST = 2.0**-48
+"""A smaller multiplier makes 0 of any 32-bit value."""
 LOG2E_256 = 256 / np.log(2)
 """Scores are in units of 2^-8 in the log2 domain."""
 Offset = NDArray[np.float64] | float
@@ -21,11 +25,19 @@ Offset = NDArray[np.float64] | float
 
 
 def multiplier(value: float, what: str) -> tuple[int, int]:
-    """mult and shift of a multiplier; 0 for one so small that it makes nothing of any 32-bit value."""
-    if 0 <= value < 2.0**-40:
-        return 0, 1
+    """mult and shift of a multiplier, as `_multipliers` has them."""
+    mult, shift = _multipliers(np.array([value]), what)
+    return int(mult[0]), int(shift[0])
+
+
+def _multipliers(values: NDArray[np.float64], what: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """mult and shift of each multiplier: 0 below `SMALLEST`, and no more than `LARGEST`.
+
+    Beyond both are tensors next to nothing beside others: a branch that begins with zero weights, channels that never fire.
+    """
+    within = np.where(values < SMALLEST, np.where(values < 0, values, 0.0), np.minimum(values, LARGEST))
     try:
-        return requant_params(value, max_shift=MAX_SHIFT)
+        return requant_array(within, max_shift=MAX_SHIFT)
     except ValueError as error:
         raise CompileError(f"{what}: {error}") from error
 
@@ -69,11 +81,7 @@ def weight_and_requant(
         real = np.maximum(real, least)
         again = np.rint(node.weight.detach().double().numpy() / real[:, None]).clip(-127, 127).astype(np.int8)
         weight = np.where(coarse[:, None], again, weight)
-    factor = in_scale * real / out_scale
-    try:
-        mult, shift = requant_array(np.where(factor < 2.0**-48, 0.0, factor), max_shift=MAX_SHIFT)
-    except ValueError as error:
-        raise CompileError(f"{what}: {error}") from error
+    mult, shift = _multipliers(in_scale * real / out_scale, what)
     requant = ops.Requant(
         bias=np.rint(bias / (in_scale * real)).astype(np.int32),
         mult=mult.astype(np.int16),
@@ -104,6 +112,12 @@ def norm_parameters(norm: Norm, *, in_scale: float, out_scale: float, offset: Of
         eps=eps,
         rms=norm.rms,
     )
+
+
+def finest_for_norm(norm: Norm) -> float:
+    """Smallest scale of a norm's operand for which ``eps`` fits 32 bits: with a finer one, values that ``eps`` keeps small would
+    be blown up to a variance of 1. It has ``2^16 / columns`` steps for the root of ``eps``."""
+    return float(np.sqrt(norm.eps / ((1 << 32) - 1)) * len(norm.gamma))
 
 
 def _room(values: NDArray[np.float64], limit: int) -> NDArray[np.int64]:

@@ -36,10 +36,11 @@ from compiler.graph import (
     MaxPool,
     Node,
     Pointwise,
+    Rearrange,
     Unfold,
 )
 from compiler.mixed import check_patterns, matching, most_sensitive
-from compiler.parameters import LOG2E_256, multiplier, norm_parameters, score_bias, weight_and_requant
+from compiler.parameters import LOG2E_256, finest_for_norm, multiplier, norm_parameters, score_bias, weight_and_requant
 from compiler.passes import optimise
 from compiler.row_operators import row_operator
 from compiler.scales import WIDE_MARGIN, Grids
@@ -155,14 +156,19 @@ def quantise_together(
 
 
 def alike(graph: Graph, other: Graph) -> bool:
-    """Whether nodes of one name are the same operator of the same module in both, with as many channels; a mean over tokens is
-    a convolution whose kernel has their number."""
-    return all(_identity(node) == _identity(other.nodes[name]) for name, node in graph.nodes.items() if name in other.nodes)
+    """Whether nodes of one name are the same operator of the same module in both, with as many channels where layers read them.
+    A mean over tokens is a convolution whose kernel has their number, scores have as many channels."""
+    users, others = graph.users(), other.users()
+    return all(
+        _identity(node, users[name]) == _identity(other.nodes[name], others[name])
+        for name, node in graph.nodes.items() if name in other.nodes
+    )  # fmt: skip
 
 
-def _identity(node: Node) -> tuple[Any, ...]:
-    channels = node.weight.shape[:2] if isinstance(node, Linear | Convolution) else None
-    return type(node), node.source, channels
+def _identity(node: Node, users: Sequence[Node]) -> tuple[Any, ...]:
+    parameters = node.weight.shape[:2] if isinstance(node, Linear | Convolution) else None
+    told_apart = any(isinstance(user, Linear | Convolution | Rearrange) for user in users)
+    return type(node), node.source, parameters, node.shape[-1] if told_apart else None
 
 
 @dataclass(frozen=True)
@@ -215,8 +221,10 @@ class Builder(Grids):
                 self.pointwise(node)
             else:
                 row_operator(self, node)
-        given = [node.name for node in self.graph.nodes.values() if isinstance(node, Input | Unfold)]
-        inputs = [name for name in given if name in self.tensors]
+        arguments = [node.name for node in self.graph.inputs]
+        read = [node for node in self.graph.nodes.values() if isinstance(node, Input | Unfold) and node.name in self.tensors]
+        read.sort(key=lambda node: arguments.index(node.inputs[0] if isinstance(node, Unfold) else node.name))
+        inputs = [node.name for node in read]
         return ops.QuantNetwork(
             tensors=self.tensors,
             ops=tuple(self.ops),
@@ -260,15 +268,16 @@ class Builder(Grids):
         out, post = self.out(node), node.post
         offset = self.offsets.get(node.name, np.zeros(1))
         grid, zero, table, norm, inner = out.scale, 0.0, None, None, 0.0
+        finest = 0.0 if post.norm is None else finest_for_norm(post.norm)
         if post.function is not None:
             last = post.norm is None
-            inner = out.scale if last else self.calibration.scale(node.name, "function")
+            inner = out.scale if last else max(finest, self.calibration.scale(node.name, "function"))
             at = float(offset[0]) if last else 0.0
             sample, symmetric = self.calibration.sample(node.name, "sum"), isinstance(node, Pointwise) or post.multiply
             grid, zero = table_input(post.function, sample, out_scale=inner, out_offset=at, symmetric=symmetric)
             table = activation_table(post.function, in_scale=grid, in_offset=zero, out_scale=inner, out_offset=at)
         elif post.norm is not None:
-            grid = max(self.peak(node, "sum"), 1e-30) / WIDE_MARGIN
+            grid = max(finest, self.peak(node, "sum") / WIDE_MARGIN, 1e-30)
         if post.norm is not None:
             summed = grid if post.function is None else inner
             norm = norm_parameters(post.norm, in_scale=summed, out_scale=out.scale, offset=offset)

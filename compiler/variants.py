@@ -112,17 +112,19 @@ def make_variants(
         shapes = dynamic_shapes(dynamic, names)
     combinations = list(shapes.combinations())
     batches = None if calibration is None else _sorted(calibration, shapes, combinations, names)
-    made: list[Variant] = []
-    for number, sizes in enumerate(combinations):
-        report("trace", number, len(combinations))
+    own = shapes.sizes(input_shapes(example, names, "the network"), nearest=True)
+    made: dict[int, Variant] = {}
+    for number in sorted(range(len(combinations)), key=lambda number: len(combinations[number].items() - own.items())):
+        sizes = combinations[number]  # the example's first, then one dimension at a time: a failure shows which is at fault
+        report("trace", len(made), len(combinations))
         given = resized(example, names, shapes, sizes)
         try:
             variant = make_variant(model, given, target, host, report, sizes)
         except CompileError as error:
-            raise CompileError(f"{_blamed(shapes, sizes, made)}: {error}", error.problems) from error
+            raise CompileError(f"{_blamed(shapes, sizes, list(made.values()))}: {error}", error.problems) from error
         those = [_Batch(variant.example)] if batches is None else batches[number]
-        made.append(replace(variant, batches=[_checked(variant, batch) for batch in those]))
-    return shapes, made
+        made[number] = replace(variant, batches=[_checked(variant, batch) for batch in those])
+    return shapes, [made[number] for number in range(len(combinations))]
 
 
 @dataclass(frozen=True, eq=False)

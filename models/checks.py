@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_images", "check_multiple", "check_options", "check_positive", "check_share", "check_tokens"]
+__all__ = ["check_images", "check_multiple", "check_options", "check_pixels", "check_positive", "check_share", "check_tokens"]
 
 
 def check_positive(config: Any, *, zero: Collection[str] = ()) -> None:
@@ -59,13 +59,22 @@ def check_images(images: Tensor, channels: int, size: int | None = None) -> None
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         Says what is expected and what came.
     """
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point, normalised as the network expects, not {images.dtype}")
     shape = tuple(images.shape)
     wanted = ("H", "W") if size is None else (size, size)
     if len(shape) != 4 or shape[1] != channels or (size is not None and shape[2:] != wanted):
         raise ValueError(f"images must be (B, {channels}, {wanted[0]}, {wanted[1]}), not {shape}")
+
+
+def check_pixels(images: Tensor) -> None:
+    """Refuse images (B, ...) with a pixel that is not finite; ValueError has the number of the image."""
+    finite = images.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        raise ValueError(f"image {int((~finite).nonzero()[0])} has a pixel that is not finite")
 
 
 def check_tokens(tokens: Tensor, positions: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.backbone import build_backbone
 from models.boxes import clip_boxes, cxcywh_to_xyxy
-from models.checks import check_positive
+from models.checks import check_pixels, check_positive
 from models.detection import Detections, Detector, Target, check_targets
 from models.fpn import FPN, Extra
 from models.roi import nms
@@ -120,9 +120,7 @@ def image_sizes(images: Tensor, mask: Tensor | None = None) -> Tensor:
         Wrong shapes, or a pixel that is not finite.
     """
     mask = Detector.check_images(images, mask)
-    if not bool(images.isfinite().all()):
-        number = int((~images.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"image {number} has a pixel that is not finite")
+    check_pixels(images)
     return torch.stack([mask[:, 0].sum(1), mask[:, :, 0].sum(1)], 1).to(images.dtype)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from models.boxes import check_boxes, clip_boxes, cxcywh_to_xyxy, xyxy_to_cxcywh
+from models.checks import check_images, check_pixels
 from models.losses import box_l1_loss, check_finite, class_loss, giou_loss, sigmoid_focal_loss
 from models.matcher import BoxMatcher
 
@@ -284,8 +285,12 @@ class Detector(nn.Module):
         return self.detect(self.extract(images, self.check_images(images, mask)))
 
     def losses(self, images: Tensor, targets: Sequence[Target], mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Weighted losses by name of images with known objects; see `DetectionCriterion` and `check_targets`."""
+        """Weighted losses by name of images with known objects; see `DetectionCriterion` and `check_targets`.
+
+        A pixel that is not finite is refused, as in `predict`: ValueError with the number of the image.
+        """
         mask = self.check_images(images, mask)
+        check_pixels(images)
         check_targets(targets, images=len(images), classes=self.num_classes)
         if self.training and self.augmentation is not None:
             return self.augmentation.losses(self, images, mask, targets)
@@ -297,6 +302,7 @@ class Detector(nn.Module):
     ) -> list[Detections]:
         """What is in each image: at most ``top`` objects with a score above ``threshold``."""
         mask = self.check_images(images, mask)
+        check_pixels(images)
         sizes = torch.stack([mask[:, 0].sum(1), mask[:, :, 0].sum(1)], 1)
         return self.results(self(images, mask), sizes, top=top, threshold=threshold)
 
@@ -322,8 +328,7 @@ class Detector(nn.Module):
     @staticmethod
     def check_images(images: Tensor, mask: Tensor | None) -> Tensor:
         """The mask, or one that is True everywhere; images or masks of a wrong shape are refused."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), not {tuple(images.shape)}")
+        check_images(images, 3)
         shape = (len(images), *images.shape[2:])
         if mask is None:
             return torch.ones(shape, dtype=torch.bool, device=images.device)

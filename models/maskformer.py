@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from models import swin
 from models.backbone import Backbone, build_backbone
-from models.checks import check_images, check_positive
+from models.checks import check_images, check_pixels, check_positive
 from models.detection import object_count
 from models.detr import DecoderLayer, DetrConfig, Mlp
 from models.huggingface import rename_backbone, rename_detector
@@ -309,20 +309,26 @@ class Segmenter(nn.Module):
         raise NotImplementedError
 
     def losses(self, images: Tensor, targets: Sequence[MaskTarget]) -> dict[str, Tensor]:
-        """Weighted losses by name of images with known objects; see `MaskCriterion` and `check_mask_targets`."""
+        """Weighted losses by name of images with known objects; see `MaskCriterion` and `check_mask_targets`.
+
+        A pixel that is not finite is refused, as in `semantic` and `instances`: ValueError with the number of the image.
+        """
         check_images(images, 3)
+        check_pixels(images)
         check_mask_targets(targets, images=images, classes=self.num_classes)
         return self.criterion(self(images), targets)
 
     @torch.no_grad()
     def semantic(self, images: Tensor) -> Tensor:
         """The class of each pixel: int64 (B, H, W)."""
+        check_pixels(images)
         output = self(images)
         return semantic_map(output.logits, output.masks, images.shape[-2:])
 
     @torch.no_grad()
     def instances(self, images: Tensor, *, threshold: float = 0.5) -> list[Instances]:
         """The objects in each image with a score of at least ``threshold``; see `best_instances`."""
+        check_pixels(images)
         output = self(images)
         return best_instances(output.logits, output.masks, images.shape[-2:], threshold=threshold)
 

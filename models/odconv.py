@@ -19,7 +19,6 @@ Shapes: B images, C input channels, O output channels, H and W pixels, n kernels
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -387,18 +386,14 @@ def _register(name: str, base: str, kernels: int) -> Callable[..., nn.Module]:
     kind, config = _BASES[base]
 
     def builder(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-        known = [*_OPTIONS, *(field.name for field in fields(config))]
-        unknown = sorted(set(overrides) - set(known))
-        if unknown:
-            raise ValueError(f"{name} has no option {unknown[0]!r}: it has {', '.join(known)}")
-        options = {"kernels": kernels} | {key: overrides.pop(key) for key in _OPTIONS if key in overrides}
+        options = {"kernels": kernels} | {key: overrides[key] for key in _OPTIONS if key in overrides}
 
         def build(changed: Any) -> nn.Module:
             model = kind(changed)
             convert(model, **options)
             return model
 
-        return build_vision_model(name, build, config, pretrained, overrides)
+        return build_vision_model(name, build, config, pretrained, overrides, options=_OPTIONS)
 
     builder.__name__ = name
     builder.__doc__ = f"{base} with dynamic convolutions, {kernels} kernel{'s' * (kernels > 1)} each."

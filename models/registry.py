@@ -112,10 +112,14 @@ def create_model(name: str, *, pretrained: bool | str | Path = False, **override
     ------
     ValueError
         Unknown name (the message offers near ones), unknown override, or weights that do not fit.
+    TypeError
+        ``pretrained`` is neither a bool nor a path.
     FileNotFoundError
         The weights are not there; the message says what to install.
     """
     _check(name)
+    if not isinstance(pretrained, bool | str | Path):
+        raise TypeError(f"pretrained must be True, False or a path, not {pretrained!r}")
     return _builders[name](pretrained=pretrained, **overrides).eval()
 
 
@@ -124,6 +128,8 @@ def _check(name: str) -> None:
     if not isinstance(name, str):
         raise TypeError(f"a model's name must be a string, not {type(name).__name__}")
     if name not in _builders:
-        near = difflib.get_close_matches(name, _builders, n=3, cutoff=0.5)
+        wanted = name.lower()
+        near = difflib.get_close_matches(wanted, _builders, n=3, cutoff=0.5)
+        near = near or [known for known in list_models() if wanted and wanted in known][:3]
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list_models())}"
         raise ValueError(f"unknown model {name!r}: {hint}")

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TypeAlias
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -139,8 +140,9 @@ def _concatenate(readers: list[Callable[[], Tensor]], dim: int) -> Tensor:
 def _entries_of(file: Path) -> Iterator[Entry]:
     """(key, shape as a meta tensor, reader of the values) of each tensor in a file."""
     if file.suffix in (".pth", ".pt", ".bin"):
-        for name, value in _mapped(file).items():
-            yield name, value.to("meta"), value.clone if value.nbytes < LARGE else partial(_read_mapped, file, name)
+        mapped = is_zipfile(file)
+        for name, value in _tensors(file, mapped=mapped).items():
+            yield name, value.to("meta"), partial(_read_mapped, file, name) if mapped and value.nbytes >= LARGE else value.clone
         return
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -159,13 +161,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _mapped(file: Path) -> dict[str, Tensor]:
-    """The tensors of torch's file, in pages of the file that come into memory when they are read.
+def _tensors(file: Path, *, mapped: bool) -> dict[str, Tensor]:
+    """The tensors of torch's file; ``mapped``: in pages of the file that come into memory when they are read, which files from
+    before torch 1.6, no archives yet, do not allow.
 
     A training's checkpoint may hold them under ``model`` or ``state_dict``.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, UnpicklingError, EOFError) as error:
         raise ValueError(f"{file} is not a whole file of tensors ({error})") from None
     inner = (state[key] for key in ("model", "state_dict") if isinstance(state, dict) and isinstance(state.get(key), dict))
@@ -177,7 +180,7 @@ def _mapped(file: Path) -> dict[str, Tensor]:
 
 def _read_mapped(file: Path, name: str) -> Tensor:
     """A large tensor, in memory of its own: mapped for itself, so that its pages are let go at once."""
-    return _mapped(file)[name].clone()
+    return _tensors(file, mapped=True)[name].clone()
 
 
 def _read(file: Path, name: str) -> Tensor:

@@ -60,7 +60,7 @@ def _disturbed(network: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
 
     def disturb(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        return output + NOISE * output.std() * torch.randn(output.shape, generator=generator)
+        return output + NOISE * output.std(correction=0) * torch.randn(output.shape, generator=generator)
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
     hooks = [module.register_forward_hook(disturb) for module in network.modules() if isinstance(module, kinds)]

@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from compiler.shapes import sizes_text
 from nmforge.console import out
 from sim.simulate import Run
 
@@ -86,6 +87,8 @@ def _scaled(value: int | None) -> str:
 def print_run(run: Run) -> None:
     """Print what a simulation came to."""
     table = Table(show_header=False, title=f"{run.engine} on {run.arch.name}", title_justify="left")
+    if run.sizes:
+        table.add_row("shape", sizes_text(run.sizes))
     if run.cycles is not None:
         table.add_row("cycles", f"{run.cycles:,}")
         table.add_row("utilisation", f"{run.utilisation:.3f}")

@@ -150,7 +150,10 @@ def run_reference(
     wanted = keep if keep is not None else lambda name: True
     values = {name: np.asarray(inputs[name]) for name in network.inputs}
     batch = next((len(value) for value in values.values()), 1)
-    values |= {name: np.broadcast_to(fixed, (batch, *fixed.shape[1:])).copy() for name, fixed in network.constants.items()}
+    own = network.tensors[network.inputs[0]].shape[0] if network.inputs else 1
+    for name, fixed in network.constants.items():
+        copies = network.tensors[name].shape[0] * batch // own
+        values[name] = np.broadcast_to(fixed, (copies, *fixed.shape[1:])).copy()
     last = {name: i for i, op in enumerate(network.ops) for name in _reads(op)}
     result = {name: value for name, value in values.items() if wanted(name)}
     for i, op in enumerate(network.ops):

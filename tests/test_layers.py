@@ -1,6 +1,7 @@
 """Imports run one way (docs/architecture.md), and each module has a test of its name or is named here."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,29 @@ ALLOWED = {
 }
 
 
+def imported(path):
+    """Full names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_imports_run_one_way(folder):
     for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
-            for name in names:
-                top = name.split(".")[0]
-                assert top not in ALLOWED or top in ALLOWED[folder], f"{path.relative_to(ROOT)} imports {name}"
+        for name in imported(path):
+            top = name.split(".")[0]
+            assert top not in ALLOWED or top in ALLOWED[folder], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_networks_need_no_framework():
+    """`models/` is read as the reference: torch, files of weights, Hungarian matching, words; no timm, torchvision, mmdet, ..."""
+    allowed = {"models", "torch", "safetensors", "scipy", "tokenizers", "numpy", *sys.stdlib_module_names}
+    for path in (ROOT / "models").glob("*.py"):
+        strange = {name.split(".")[0] for name in imported(path)} - allowed
+        assert not strange, f"{path.name} imports {', '.join(strange)}"
 
 
 def test_nothing_is_pickled():

@@ -12,8 +12,9 @@ from dataclasses import replace
 from compiler.graph import Graph
 from compiler.legality import check
 from compiler.passes.attention import match_heads, match_scores
-from compiler.passes.broadcasts import broadcast_products
+from compiler.passes.broadcasts import broadcast_operands
 from compiler.passes.elementwise import fix_constants, match_elementwise
+from compiler.passes.fills import move_fills
 from compiler.passes.flatten import flatten_images
 from compiler.passes.functions import fold_functions
 from compiler.passes.fuse import fuse
@@ -36,7 +37,7 @@ PASSES: tuple[Pass, ...] = (
     match_rotations,  # rotary positions become two products and a sum
     fold_vectors,  # a product with a vector of channels goes into what was before it
     fold_functions,  # x * sigmoid(x) and the like become one function
-    broadcast_products,  # x * y with fewer pixels or channels gets operands of equal shapes
+    broadcast_operands,  # x * y with fewer pixels or channels gets operands of equal shapes
     match_elementwise,  # a * b of activations, and of a constant
     match_scores,  # softmax(q k^T * scale + mask) v becomes one ScaledDotProduct
     fold_masks,  # mask arithmetic becomes one KeyMask
@@ -54,6 +55,7 @@ PASSES: tuple[Pass, ...] = (
     place_images,  # images come and go as rows of pixels
     hoist_rows,  # rows are chosen before they are multiplied
     arrange_rows,  # what still moves becomes copies of rows
+    move_fills,  # constants joined with data go into a constant added to both
     fold_pads,  # zeros around an image become padding
     fold_scales,  # scales go into weights and attention
     fuse,  # residual, function and norm go into the operator before them

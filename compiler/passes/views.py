@@ -33,12 +33,12 @@ def sink_views(graph: Graph) -> Graph:
 def drop_views(graph: Graph) -> Graph:
     """Sink the views again, now that head splits meet merges; reshaping an output is left to the host."""
     graph = sink_views(graph)
-    renamed = {}
+    renamed: dict[str, str] = {}  # as outputs alone: other operators read the view
     for name in graph.outputs:
         node = graph.nodes[name]
         if isinstance(node, View) and node.layout.is_contiguous() and prod(node.shape) == prod(graph.nodes[node.inputs[0]].shape):
             renamed[name] = node.inputs[0]
-    return graph.rewrite(graph.nodes.values(), renamed=renamed)
+    return graph.rewrite(graph.nodes.values(), outputs=tuple(renamed.get(name, name) for name in graph.outputs))
 
 
 def _lifted_view(node: Node, nodes: dict[str, Node]) -> View | None:

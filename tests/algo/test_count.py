@@ -95,3 +95,16 @@ def test_errors():
         as_arguments(3)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError):
         count(nn.Linear(3, 4), torch.ones(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("share", "macs", "kept"), [(0.5, 2.0456, 13.8296), (0.25, 1.0238, 7.9658), (0.125, 0.5129, 5.034), (0.0625, 0.2575, 3.5681)]
+)
+def test_resnet50_with_sparse_convolutions(share, macs, kept):
+    """N:M in every convolution, the classifier dense (A. Zhou et al., arXiv 2102.04010): G MACs and M weights that are left."""
+    with torch.device("meta"):
+        found = count(create_model("resnet50"), torch.zeros(1, 3, 224, 224))
+    convolutions = [row for row in found.layers if row.kind == "conv"]
+    less = lambda name: (1 - share) * sum(getattr(row, name) for row in convolutions)
+    assert (found.macs - less("macs")) / 1e9 == pytest.approx(macs, abs=1e-4)
+    assert (found.parameters - less("parameters")) / 1e6 == pytest.approx(kept, abs=6e-4)

@@ -123,3 +123,26 @@ def test_networks_own_tensors_are_the_default() -> None:
     given = [ModelTensor(name="a", tensor=network.inputs[0], shape=(1,), dtype="torch.float32", scale=1.0)]
     assert compile_network(network, "tiny", inputs=given, outputs=()).inputs == tuple(given)
     assert isinstance(program.constants, np.ndarray)
+
+
+class _Two(nn.Module):
+    """The second image is convolved first; or the first input is turned, the second not."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.turned = turned
+        self.a, self.b = (nn.Linear(9, 9) if turned else nn.Conv2d(3, 8, 3) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y @ self.a(y @ x) if self.turned else self.a(y) - self.b(x)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_inputs_keep_their_order(turned: bool) -> None:
+    torch.manual_seed(0)
+    shape = (2, 9, 9) if turned else (1, 3, 6, 6)
+    module, inputs = _Two(turned).eval(), (torch.randn(shape), torch.randn(shape))
+    program = compile_model(module, inputs, arch="tiny", calibration=[inputs])
+    assert [spec.name for spec in program.inputs] == ["x", "y"]
+    (found,) = _run(program, inputs)
+    assert torch.cosine_similarity(found.flatten(), module(*inputs).flatten(), 0) > 0.99

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from compiler.exported import export
+from compiler.frontend import IMPORTS, MOVES
 from compiler.graph import CompileError
 from compiler.host import OPERATORS, HostOp, HostPart, host_operator, host_part, is_allowed
 from tests.compiler.modules import Apply
@@ -97,7 +98,7 @@ def test_chance_is_refused_with_the_line() -> None:
 
 def test_dropout_in_training() -> None:
     op = HostOp(name="y", target="aten.dropout.default", args=[{"ref": "x"}, 0.5, True], kwargs={})
-    with pytest.raises(ValueError, match="dropout in training depends on chance"):
+    with pytest.raises(ValueError, match="called as in training, where it depends on chance"):
         HostPart(ops=(op,), constants={}, inputs=("x",), outputs=("y",)).run({"x": torch.zeros(2)})
 
 
@@ -125,3 +126,8 @@ def test_unknown_arguments() -> None:
     op = HostOp(name="y", target="aten.add.Tensor", args=[{"ref": "x"}, {"dtype": "__name__"}], kwargs={})
     with pytest.raises(ValueError, match="unknown argument"):
         HostPart(ops=(op,), constants={}, inputs=("x",), outputs=("y",)).run({"x": torch.zeros(2)})
+
+
+def test_what_can_be_imported_can_also_run_on_the_host() -> None:
+    names = {target._schema.name.removeprefix("aten::") for target in (*IMPORTS, *MOVES)}
+    assert names <= OPERATORS and all(hasattr(torch.ops.aten, name) for name in OPERATORS)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from compiler.graph import Norm
-from compiler.parameters import norm_parameters
+from compiler.graph import CompileError, Norm
+from compiler.parameters import LARGEST, finest_for_norm, multiplier, norm_parameters
 from hw.row import layernorm_rows, norm_constants
 
 
@@ -34,3 +34,19 @@ def test_epsilon_of_a_norm_counts():
     made = norm_parameters(norm, in_scale=1e-3, out_scale=1 / 64)
     assert made.eps == round(1e-2 * 16**2 / 1e-6)
     assert norm_parameters(norm, in_scale=1e-9, out_scale=1 / 64).eps == (1 << 32) - 1  # clipped
+
+
+def test_values_that_epsilon_keeps_small_are_not_blown_up():
+    norm = Norm(torch.ones(16), torch.zeros(16), 1e-2)
+    finest = finest_for_norm(norm)
+    assert norm_parameters(norm, in_scale=finest, out_scale=1 / 64).eps == (1 << 32) - 1
+    assert norm_parameters(norm, in_scale=2 * finest, out_scale=1 / 64).eps == 1 << 30
+    assert finest < 1e-2**0.5 / 4000
+
+
+def test_multipliers_end_where_every_value_saturates_or_vanishes():
+    assert multiplier(2.0**-50, "x") == (0, 1) and multiplier(0.0, "x") == (0, 1)
+    assert multiplier(2.0**-48, "x") == (1 << 14, 62)
+    assert multiplier(LARGEST, "x") == multiplier(1e40, "x") == ((1 << 15) - 1, 1)
+    with pytest.raises(CompileError, match="x: a requantisation multiplier must be finite and >= 0, not -1.0"):
+        multiplier(-1.0, "x")

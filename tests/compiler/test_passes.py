@@ -230,3 +230,21 @@ def test_the_passes_are_one_visible_list():
     names = [transform.__name__ for transform in PASSES]
     assert names[0] == "match_norms" and names[-1] == "fuse"
     assert [graph.stage for graph in stages("linear")] == ["trace", *names]
+
+
+def test_a_view_that_is_a_result_stays_what_others_read():
+    module = Apply(lambda m, x: ((y := m.a(x).view(2, 7, 5, 8)), y[:, :, [3]]), a=nn.Linear(24, 40))
+    x = torch.randn(2, 7, 24)
+    wanted = module(x)
+    graph = trace(module, x)
+    for after in (graph, *run_passes(graph)):
+        for found, right in zip(after.run(x).values(), wanted, strict=True):
+            torch.testing.assert_close(found.flatten(), right.flatten())
+
+
+def test_empty_slices_are_empty():
+    """As of a rotation of all channels that is written for one of a part of them."""
+    module = Apply(lambda m, x: torch.cat([(y := m.a(x))[..., :8].tanh(), y[..., 8:]], -1), a=nn.Linear(24, 8))
+    x = torch.randn(2, 7, 24)
+    for after in run_passes(trace(module, x)):
+        torch.testing.assert_close(after.run(x)[after.outputs[0]], module(x))

@@ -43,8 +43,8 @@ def test_every_pass_keeps_the_result_of_a_random_module(seed):
             )
 
 
-ELSEWHERE = {"fold_gathers", "hoist_rows"}
-"""Passes that need more than chance builds here: their graphs are in test_rotations.py and test_token_networks.py."""
+ELSEWHERE = {"fold_gathers", "hoist_rows", "move_fills"}
+"""Passes that need more than chance builds here: see test_rotations.py, test_token_networks.py and test_fills.py."""
 
 
 def test_every_pass_has_something_to_do():

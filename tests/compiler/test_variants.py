@@ -22,6 +22,7 @@ from compiler.shapes import Dim
 from sim.simulate import simulate
 from tests.compiler.dynamic_networks import Branching, Causal, Masked, Pixels, Rotary, Scores
 from tests.compiler.modules import Apply
+from tests.compiler.random_modules import RandomTokens
 
 Make = Callable[..., Any]
 
@@ -67,7 +68,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Make, Make, tuple[tuple[int, ...
     "class token, causal mask, mean": (
         Causal, lambda b, n: torch.randint(0, 50, (b, n)), both("tokens"), ((1, 2), (5, 9)), {},
     ),
-    "rotary positions": (Rotary, lambda b, n: torch.randn(b, n, 16), both("x"), ((2,), (5, 9)), {}),
+    "rotary positions, one token": (Rotary, lambda b, n: torch.randn(b, n, 16), both("x"), ((1,), (1, 5, 9)), {}),
     "masks, smooth, bits16": (Masked, masked, both("x", "mask"), ((1, 3), (7,)), {"smooth": 0.5, "bits16": "auto"}),
     "torch encoder": (_Encoder, masked, both("x", "mask"), ((2,), (4, 9)), {"bits16": "*"}),
     "transformers BERT": (_Bert, tokens, both("input_ids", "attention_mask"), ((1,), (6, 11)), {}),
@@ -105,6 +106,26 @@ def test_every_shape_is_the_module_there(name: str) -> None:
         for got, exact in zip(run.outputs, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
             assert isinstance(got, Tensor) and got.shape == exact.shape
             assert F.cosine_similarity(got.flatten(), exact.flatten(), 0) > 0.98
+
+
+@pytest.mark.parametrize("seed", [4, 24, 29])
+def test_random_modules(seed: int) -> None:
+    module, lengths = RandomTokens(seed, length=7, blocks=4, host=seed == 24).eval(), (5, 7)
+
+    def inputs(length: int) -> tuple[Tensor, ...]:
+        found = masked(2, length)
+        return (found["x"], found["mask"]) if module.masked else (found["x"],)
+
+    batches = [inputs(length) for length in lengths for _ in range(3)]
+    program = compiled(module, batches[0], calibration=batches, dynamic=[{1: lengths}] * len(batches[0]))
+    for length in lengths:
+        given = inputs(length)
+        with torch.no_grad():
+            wanted = module(*given)
+        run = simulate(program, given, engine="isa")
+        assert run.bit_exact
+        for got, exact in zip(run.outputs, wanted, strict=True):
+            assert F.cosine_similarity(torch.as_tensor(got).flatten(), exact.flatten(), 0) > 0.99
 
 
 def test_scales_and_weights_are_those_of_all_batches() -> None:
@@ -185,6 +206,8 @@ def test_what_cannot_vary_is_named() -> None:
     message = r"the network cannot have n = 9 \(input 'args_0' dimension 1\): torch.* cannot trace Apply .* at test_variants.py:"
     with pytest.raises(CompileError, match=message):
         compiled(fixed, torch.randn(1, 6, 8), dynamic=({0: batch, 1: length},), calibration=[torch.randn(1, 6, 8)])
+    with pytest.raises(CompileError, match="the network cannot have n = 4 "):  # and not the batch, which is the example's neither
+        compiled(fixed, torch.randn(2, 6, 8), dynamic=({0: batch, 1: Dim("n", (4, 6))},), calibration=[torch.randn(1, 6, 8)])
     with pytest.raises(CompileError, match=r"cannot have n = 6 .*host=\"forbid\", but"):
         tokens = torch.randint(0, 50, (1, 6))
         compiled(Causal(), tokens, dynamic={"tokens": {1: length}}, host="forbid", calibration=[tokens])

@@ -18,6 +18,8 @@ TINY = {
 # (convolutions, linear layers, attention's products; batch 1 at 224).
 PARAMETERS = {"ceit_tiny": 6_356_904, "ceit_small": 24_204_840, "ceit_base": 94_405_416}
 MACS = {"ceit_tiny": 1.395, "ceit_small": 4.760, "ceit_base": 17.749}
+WITHOUT_PRODUCTS = {"ceit_tiny": 1.217, "ceit_small": 4.402, "ceit_base": 17.034}  # of attention
+NARROW_STEM = {"ceit_tiny": 6_253_832, "ceit_small": 24_003_464, "ceit_base": 94_007_432}
 
 
 def tiny(**changes):
@@ -39,6 +41,16 @@ def test_published_sizes(name):
             assert model(x).shape == (1, 1000)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert round(counter.get_total_flops() / 2e9, 3) == MACS[name]
+    operators = counter.get_flop_counts()["Global"]  # convolutions and linear layers alone:
+    layers = sum(flops for name, flops in operators.items() if str(name).startswith(("aten.conv", "aten.addmm", "aten.mm")))
+    assert layers / 2e9 == pytest.approx(WITHOUT_PRODUCTS[name], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", NARROW_STEM)
+def test_a_stem_of_32_channels_is_not_what_was_published(name):
+    with torch.device("meta"):
+        size = sum(p.numel() for p in create_model(name, stem=32).parameters())
+    assert size == NARROW_STEM[name] and f"{size / 1e6:.1f}" != f"{PARAMETERS[name] / 1e6:.1f}"
 
 
 def test_names_are_the_authors():

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from models.checks import check_images, check_multiple, check_options, check_positive, check_share, check_tokens
+from models.checks import check_images, check_multiple, check_options, check_pixels, check_positive, check_share, check_tokens
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,21 @@ def test_images_of_any_size():
     check_images(torch.zeros(2, 3, 8, 8), 3, 8)
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), not \(2, 4, 8, 8\)"):
         check_images(torch.zeros(2, 4, 8, 8), 3)
+
+
+def test_images_of_whole_numbers():
+    with pytest.raises(TypeError, match="images must be floating point, normalised as the network expects, not torch.uint8"):
+        check_images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pixels(value):
+    images = torch.zeros(3, 3, 8, 9)
+    check_pixels(images)
+    check_pixels(images[:0])
+    images[1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match="^image 1 has a pixel that is not finite$"):
+        check_pixels(images)
 
 
 def test_tokens():

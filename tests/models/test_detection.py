@@ -143,3 +143,9 @@ def test_wrong_images_are_refused():
         model(torch.zeros(2, 1, 32, 32))
     with pytest.raises(ValueError, match=r"the mask must be bool \(2, 32, 32\)"):
         model(torch.zeros(2, 3, 32, 32), torch.ones(2, 32, 32))
+    images = torch.zeros(2, 3, 32, 32)
+    images[1, 0, 3, 4] = float("nan")
+    nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
+    for use in (lambda: model.losses(images, [nothing] * 2), lambda: model.predict(images)):
+        with pytest.raises(ValueError, match="image 1 has a pixel that is not finite"):
+            use()

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import transformers
@@ -156,10 +158,13 @@ def test_wrong_use(tmp_path):
     ):
         with pytest.raises(kind, match=message):
             model.losses(images, [target])
-    with pytest.raises(ValueError, match="not finite"):
-        model.losses(images * float("nan"), [good])
+    for use in (lambda wrong: model.losses(wrong, [good]), model.semantic, model.instances):
+        with pytest.raises(ValueError, match="image 0 has a pixel that is not finite"):
+            use(images * float("inf"))
+    broken = copy.deepcopy(model)
+    broken.class_head.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="the loss 'class' is not finite"):
-        model.losses(images * float("inf"), [MaskTarget(good.labels[:0], good.masks[:0])])
+        broken.losses(images, [MaskTarget(good.labels[:0], good.masks[:0])])
     for change, message in (
         ({"hidden": 48}, "hidden must be a multiple of 32 and of heads, not 48 with 4 heads"),
         ({"heads": 5}, "hidden must be a multiple of 32 and of heads, not 64 with 5 heads"),

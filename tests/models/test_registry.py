@@ -34,8 +34,17 @@ def test_unknown_name_offers_near_ones():
         create_model("minilm_l13")
     with pytest.raises(ValueError, match="unknown model 'zzz': known: "):
         create_model("zzz")
+    with pytest.raises(ValueError, match="unknown model 'LLaMA-7B': did you mean llama_7b"):
+        create_model("LLaMA-7B")
+    with pytest.raises(ValueError, match="unknown model 'r50': did you mean "):  # a part of names
+        create_model("r50")
     with pytest.raises(TypeError, match="must be a string, not int"):
         create_model(3)  # type: ignore[arg-type]
+
+
+def test_pretrained_is_a_bool_or_a_path():
+    with pytest.raises(TypeError, match="pretrained must be True, False or a path, not None"):
+        create_model("resnet18", pretrained=None)  # type: ignore[arg-type]
 
 
 def test_register(monkeypatch):

@@ -52,6 +52,8 @@ def test_shards(tmp_path):
 def test_torch_files(tmp_path):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "w.pth")
     assert torch.equal(read_weights(tmp_path / "w.pth")["a"], torch.arange(4.0))
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)  # as before torch 1.6
+    assert torch.equal(read_weights(tmp_path / "w.pth")["a"], torch.arange(4.0))
     (tmp_path / "w.pth").write_bytes(b"not one")
     with pytest.raises(ValueError, match="w.pth is not a whole file of tensors"):
         read_weights(tmp_path / "w.pth")

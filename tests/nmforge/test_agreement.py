@@ -32,6 +32,9 @@ def test_noise_tells_a_network_that_makes_much_of_little() -> None:
     assert alone == pytest.approx(1 / (1 + NOISE**2) ** 0.5, abs=2e-5)
     assert float_agreement(network, {"x": x}, (exact[0], -exact[1]))["cosine"] == pytest.approx(-1)
     assert not network.first._forward_hooks
+    gate = nn.Linear(32, 1)  # a single value has no spread
+    with torch.no_grad():
+        assert float_agreement(gate, x[:1], [gate(x[:1])])["cosine_noisy"] == pytest.approx(1)
 
 
 def test_the_encoder_of_torch_is_disturbed_too() -> None:

@@ -75,6 +75,7 @@ def test_an_encoder_of_several_lengths(tmp_path: Path, monkeypatch: pytest.Monke
     small = json.loads(nmforge_command("report", path, "--json", "--shape", "length=3").stdout)
     assert "variants" not in small and small["rows"][0]["shape"] == [6, 16]
     assert "the largest:" in nmforge_command("report", path).stdout
+    assert "batch = 2, length = 3" in nmforge_command("simulate", path, "--engine", "cycle", "--shape", "length=3").stdout
     load(path).at(batch=2, length=3).save(path)  # type: ignore[union-attr]
     assert "the program has fixed shapes" in " ".join(nmforge_command(*run, "--shape", "length=3").stderr.split())
 
