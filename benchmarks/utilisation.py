@@ -17,7 +17,7 @@ from sim.memory import MemoryModel
 from sim.plots import columns
 from sim.simulate import simulate
 
-__all__ = ["PATTERNS", "gemv_program", "mixed", "run"]
+__all__ = ["MIXED", "PATTERNS", "gemv_program", "mixed", "run"]
 
 PATTERNS = (None, "2:4", "2:8", "1:4", "1:8")
 ODD = ("3:4", "5:7", "1:32")

@@ -585,6 +585,8 @@ def _baddbmm(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     if a["dropout_p"] or isinstance(a["query"], Constant):
         return None
+    if a["query"].shape[-1] != a["value"].shape[-1]:
+        return _attention_as_products(importer, node, a)
     for name in ("key", "value"):
         if isinstance(a[name], Constant):
             if len(a[name].shape) != 4:
@@ -606,6 +608,23 @@ def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     names, path = tuple(item.name for item in operands), importer.path(node)
     name = f"{path}.attention" if path else node.name
     return importer.make(ScaledDotProduct, node, names, name=name, scale=float(scale))
+
+
+def _attention_as_products(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    """Of values with other widths than the keys, without a mask."""
+    q, k, v = (a[name] for name in ("query", "key", "value"))
+    alike = len(q.shape) == len(k.shape) == len(v.shape) and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+    if a["attn_mask"] is not None or a["is_causal"] or not alike or any(isinstance(x, Constant) for x in (k, v)):
+        return None
+    rank, shape = len(q.shape), (*q.shape[:-1], k.shape[-2])
+    keys = importer.view(
+        node, k, Layout.contiguous(k.shape).permute((*range(rank - 2), rank - 1, rank - 2)), f"{node.name}.keys"
+    )  # fmt: skip
+    scores = importer.make(MatMul, node, (q.name, keys.name), name=f"{node.name}.scores", shape=shape)
+    scale = a["scale"] if a["scale"] is not None else q.shape[-1] ** -0.5
+    scaled = importer.make(Scale, node, (scores.name,), name=f"{node.name}.scaled", shape=shape, factor=float(scale))
+    shares = importer.make(Softmax, node, (scaled.name,), name=f"{node.name}.shares", shape=shape)
+    return importer.make(MatMul, node, (shares.name, v.name))
 
 
 @_imports(aten.softmax.int, aten._softmax.default)

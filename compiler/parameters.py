@@ -18,6 +18,8 @@ LARGEST = MULT_MAX / 2
 """Largest multiplier there is. With a larger one everything but 0 would saturate: 1 is 16383 with this one, of 32767."""
 SMALLEST = 2.0**-48
 """A smaller multiplier makes 0 of any 32-bit value."""
+LINEAR = 6.0
+"""A norm is linear to 1.4 % if the root of ``eps`` is so many times the largest magnitude."""
 LOG2E_256 = 256 / np.log(2)
 """Scores are in units of 2^-8 in the log2 domain."""
 Offset = NDArray[np.float64] | float
@@ -100,11 +102,11 @@ def norm_parameters(norm: Norm, *, in_scale: float, out_scale: float, offset: Of
     ``z`` has 10 fraction bits, so ``gamma / out_scale * 2^-10 = g * 2^-shift``: as large a shift as keeps g
     in 16 bits and beta in 31.
     """
-    gamma = norm.gamma.detach().double().numpy() / out_scale / 1024
+    exact = norm.eps * len(norm.gamma) ** 2 / in_scale**2
+    eps = round(min(exact, (1 << 32) - 1))
+    gamma = norm.gamma.detach().double().numpy() / out_scale / 1024 * (np.sqrt(eps / exact) if exact > 1 << 32 else 1.0)
     beta = (norm.beta.detach().double().numpy() - offset) / out_scale
     shift = np.minimum(_room(gamma, (1 << 15) - 1), _room(beta, (1 << 30) - 1)).clip(1, 30)
-    cols = len(gamma)
-    eps = round(min(norm.eps * cols**2 / in_scale**2, (1 << 32) - 1))
     return ops.LayerNorm(
         gamma=np.rint(gamma * 2.0**shift).clip(-(1 << 15), (1 << 15) - 1).astype(np.int16),
         beta=np.rint(beta * 2.0**shift).clip(-(1 << 30), 1 << 30).astype(np.int32),
@@ -114,10 +116,10 @@ def norm_parameters(norm: Norm, *, in_scale: float, out_scale: float, offset: Of
     )
 
 
-def finest_for_norm(norm: Norm) -> float:
-    """Smallest scale of a norm's operand for which ``eps`` fits 32 bits: with a finer one, values that ``eps`` keeps small would
-    be blown up to a variance of 1. It has ``2^16 / columns`` steps for the root of ``eps``."""
-    return float(np.sqrt(norm.eps / ((1 << 32) - 1)) * len(norm.gamma))
+def finest_for_norm(norm: Norm, peak: float) -> float:
+    """Smallest scale of a norm's operand whose largest magnitude is ``peak``: ``eps`` fits 32 bits, else values that it keeps
+    small would be blown up to a variance of 1; or they are so small beside it that the norm is linear: gamma makes up for it."""
+    return float(len(norm.gamma) * min(np.sqrt(norm.eps), LINEAR * peak) / 2.0**16)
 
 
 def _room(values: NDArray[np.float64], limit: int) -> NDArray[np.int64]:

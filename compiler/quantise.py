@@ -268,7 +268,8 @@ class Builder(Grids):
         out, post = self.out(node), node.post
         offset = self.offsets.get(node.name, np.zeros(1))
         grid, zero, table, norm, inner = out.scale, 0.0, None, None, 0.0
-        finest = 0.0 if post.norm is None else finest_for_norm(post.norm)
+        normed = self.calibration.peak(node.name, "sum" if post.function is None else "function")
+        finest = 0.0 if post.norm is None else finest_for_norm(post.norm, normed)
         if post.function is not None:
             last = post.norm is None
             inner = out.scale if last else max(finest, self.calibration.scale(node.name, "function"))

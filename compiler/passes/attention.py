@@ -45,6 +45,8 @@ def _match(graph: Graph, product: MatMul, data: set[str]) -> list[Node] | None:
     if found is None:
         return None
     scores, scale, masks = found
+    if graph.nodes[scores.inputs[0]].shape[-1] != product.shape[-1]:
+        return None  # values of other widths than keys: products like any others
     made: list[Node] = []
     while len(masks) > 1:
         shapes = [graph.nodes[name].shape if name in graph.nodes else made[-1].shape for name in masks[:2]]

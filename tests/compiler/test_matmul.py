@@ -61,6 +61,24 @@ def test_from_torch() -> None:
     assert float((run.outputs[0] - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_attention_with_wider_values(written: bool) -> None:
+    def attend(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (m.q, m.k, m.v))  # type: ignore[operator]
+        shares = torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, -1)
+        mixed = shares @ v if written else nn.functional.scaled_dot_product_attention(q, k, v)
+        return m.o(mixed.transpose(1, 2).flatten(2))  # type: ignore[operator]
+
+    torch.manual_seed(0)
+    widths = {"q": (16, 16), "k": (16, 16), "v": (16, 24), "o": (24, 5)}
+    module, x = Apply(attend, **{name: nn.Linear(*sizes) for name, sizes in widths.items()}).eval(), torch.randn(2, 7, 16)
+    program = compile_model(module, x, arch="tiny", calibration=[x], host="forbid")
+    run = simulate(program, x, engine="isa")
+    assert run.bit_exact
+    with torch.no_grad():
+        assert torch.cosine_similarity(torch.as_tensor(run.outputs[0]).flatten(), module(x).flatten(), 0) > 0.99
+
+
 def test_errors() -> None:
     network = _network(np.random.default_rng(0))
     for name, shape, message in (("y", (9, 9, 9), "y .'y'. must have the shape"), ("out", (9, 9, 9), "must have the shape")):

@@ -36,12 +36,21 @@ def test_epsilon_of_a_norm_counts():
     assert norm_parameters(norm, in_scale=1e-9, out_scale=1 / 64).eps == (1 << 32) - 1  # clipped
 
 
-def test_values_that_epsilon_keeps_small_are_not_blown_up():
-    norm = Norm(torch.ones(16), torch.zeros(16), 1e-2)
-    finest = finest_for_norm(norm)
-    assert norm_parameters(norm, in_scale=finest, out_scale=1 / 64).eps == (1 << 32) - 1
-    assert norm_parameters(norm, in_scale=2 * finest, out_scale=1 / 64).eps == 1 << 30
-    assert finest < 1e-2**0.5 / 4000
+@pytest.mark.parametrize("size", [1.0, 0.1, 1e-2, 1e-3, 1e-6])
+def test_values_that_epsilon_keeps_small_are_not_blown_up(size):
+    torch.manual_seed(0)
+    cols = 48
+    norm = Norm(torch.randn(cols), torch.zeros(cols), 1e-2)
+    x = torch.randn(20, cols) * size
+    exact, peak = norm.apply(x), float(x.abs().max())
+    in_scale, out_scale = max(finest_for_norm(norm, peak), peak / (1 << 14)), float(exact.abs().max() / 127)
+    made = norm_parameters(norm, in_scale=in_scale, out_scale=out_scale)
+    ln_inv, ln_shift, row_mult, row_shift = norm_constants(cols)
+    y = layernorm_rows(
+        (x / in_scale).round().long().numpy(), made.gamma, made.beta, made.shift,
+        ln_inv=ln_inv, ln_shift=ln_shift, eps=made.eps, row_mult=row_mult, row_shift=row_shift,
+    )  # fmt: skip
+    assert np.abs(y - (exact / out_scale).numpy()).max() < 3
 
 
 def test_multipliers_end_where_every_value_saturates_or_vanishes():

@@ -49,6 +49,15 @@ def test_skipping_changes_nothing(name, programs, channels):
     assert stepped < 0.9 * cycles
 
 
+@pytest.mark.parametrize("seed", [902013, 902115])
+def test_commands_that_wait_for_others(seed):
+    """The command of one pass waits, its likes before and after it do not, and the units hold all three at once."""
+    case = random_case(seed, TINY, ops=3, repeat=6, max_channels=300, max_rows=9)
+    fast, slow = (run_code(case.code, TINY, case.memory, address=case.address, skip=skip) for skip in (True, False))
+    assert fast.counters == slow.counters and np.array_equal(fast.completed, slow.completed)
+    assert fast.stepped < 0.9 * slow.stepped
+
+
 def test_repeated_layers_are_skipped():
     case = random_case(3, TINY, ops=2)
     body = case.program.code[:-INSTRUCTION_BYTES]
