@@ -94,8 +94,7 @@ private:
         bool full = false;
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             const uint32_t there = queues.behind(unit), here = there + to.behind[unit] - from.behind[unit];
-            const bool moves = queues.seen(unit) != from.seen[unit];
-            if (there != here && moves && (!queues.offers(unit) || static_cast<int32_t>(here) < 0)) return false;
+            if (there != here && (!queues.offers(unit) || static_cast<int32_t>(here) < 0)) return false;
             full |= here == kQueueDepth - 1;
         }
         return to.dispatcher.finishing() ? to.completed + (next.core.completed() - from.completed) < to.index : full;
