@@ -270,8 +270,9 @@ class Dispatcher(wiring.Component):
         transposed = raw.out == Destination.STORE8T
 
         def send(unit: str, when, **fields) -> None:
-            port = getattr(self, unit)
-            m.d.comb += port.valid.eq(issue & when)
+            port, needed = getattr(self, unit), Signal(name=f"needed_{unit}")
+            m.d.sync += needed.eq(when)  # a cycle late: the instruction does not change while it is checked
+            m.d.comb += port.valid.eq(issue & needed)
             for name in port.payload.shape().members:
                 value = fields.get(name, getattr(raw, name, None) if name in isa_fields else None)
                 if value is not None:
@@ -293,10 +294,11 @@ class Dispatcher(wiring.Component):
         send("load", (array & ~held) | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand == Operand.ROWS,
              bypass=bypass, zero=Mux(norm, 0, raw.g_addr))
         send("array", array, held=held)
-        send("post", tile | load_table, load_table=load_table)
+        send("post", tile | load_table, load_table=load_table, **commands.post_flags(raw))
         send("row", rows, op=raw.row_op, first=raw.row_first, last=raw.row_last)
         send("row_out", rows & rows_out, count=raw.cols, lanes=raw.out == Destination.LANES)
-        send("store", stores, from_rows=raw.row_op != RowOp.NONE)
+        send("store", stores, from_rows=raw.row_op != RowOp.NONE, from_post=raw.row_op == RowOp.NONE,
+             transposed=transposed, wide=raw.out == Destination.STORE16)
         send("write", 1, addr=raw.o_addr, stride=raw.o_stride, store=stores, wide=raw.out == Destination.STORE16,
              repeats=Mux(transposed, tiles, 1),
              words=Mux(transposed, arch.rows, Mux(raw.out == Destination.STORE16, raw.cols << 1, raw.cols)))

@@ -41,12 +41,13 @@ def _first(bits):
 
 
 class PositionDecoder(wiring.Component):
-    """Position word of one lane. Combinational output, the word changes on `load` and `advance`.
+    """Position word of one lane. Combinational output, the word changes on `advance`.
 
     Members
     -------
-    word, load : next position word. bitmap, bit, mask : format, first bit of the field, its mask (shared by all lanes).
-    advance : the current position was taken. position : 0..31.
+    word : next position word. bitmap, bit, mask : format, first bit of the field, its mask (shared by all lanes).
+    advance : the current position was taken, or there was none; `load`: the next word takes the place of this one.
+    position : 0..31.
     """
 
     word: In(32)
@@ -68,12 +69,13 @@ class PositionDecoder(wiring.Component):
             window.eq(Cat(low, Cat(left[4:], C(0, 4)).word_select(nibble, 4))),
             self.position.eq(Mux(self.bitmap, Cat(rank, nibble), window.bit_select(self.bit[:2], 5) & self.mask)),
         ]
-        with m.If(self.load):
-            m.d.sync += [left.eq(self.word), filled.eq(Cat(self.word.word_select(k, 4).any() for k in range(8)))]
-        with m.Elif(self.advance & self.bitmap):
+        with m.If(self.advance & (self.load | self.bitmap)):
             for k in range(8):
-                with m.If(nibble == k):
-                    m.d.sync += [left[4 * k:4 * k + 4].eq(rest), filled[k].eq(rest.any())]
+                word, now = self.word.word_select(k, 4), left[4 * k:4 * k + 4]
+                with m.If(self.load):
+                    m.d.sync += [now.eq(word), filled[k].eq(word.any())]
+                with m.Elif(nibble == k):
+                    m.d.sync += [now.eq(rest), filled[k].eq(rest.any())]
         return m
 
 
@@ -162,14 +164,15 @@ class Feeder(wiring.Component):
         first, group_last, last_group, word_last, tile_end, word_end = (
             Signal(name=name) for name in ("first", "group_last", "last_group", "word_last", "tile_end", "word_end"))
         cols_left, last_tile = Signal(16), Signal()
-        word_valid, spent = Signal(), Signal()  # spent: the columns wait for the next command
+        # known: every lane has its position, or needs none. spent: the columns wait for the next command
+        word_valid, known, spent = Signal(), Signal(), Signal()
         fire, cmd_end, start, free, supplied = (Signal() for _ in range(5))
 
         enough = Signal()  # all columns of the next command are in the lanes, known a cycle late
         m.d.sync += enough.eq(decode.o.valid & ~start & (cmd.held | ((self.loaded - next_base)[: self._bits + 1] >= cmd.k)))
         m.d.comb += [
             free.eq((spent | (fire & cmd_end)) & decode.o.valid & ~cmd.held),
-            supplied.eq(self.values.valid & (now.dense | word_valid)),
+            supplied.eq(self.values.valid & known),
             fire.eq(active & supplied & self.advance),
             cmd_end.eq(tile_end & last_tile),
             start.eq((~active | (fire & cmd_end)) & enough),
@@ -196,9 +199,9 @@ class Feeder(wiring.Component):
                    (first, group_last, last_group, word_last))
         with m.If(fire & tile_end & ~cmd_end):
             m.d.sync += [cols_left.eq(cols_left - lanes), last_tile.eq(cols_left <= 2 * lanes)]
-        with m.If(self.positions.ready):
-            m.d.sync += word_valid.eq(self.positions.valid)
-        self._lanes(m, platform, now, fire, word_end, base, offset, bit)
+        word_next = Mux(self.positions.ready, self.positions.valid, word_valid)
+        m.d.sync += [word_valid.eq(word_next), known.eq(word_next | Mux(start, cmd.dense, now.dense))]
+        self._lanes(m, platform, now, fire, ~word_valid, word_end, base, offset, bit)
         return m
 
     def _walk(self, m: Module, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit) -> None:
@@ -240,7 +243,7 @@ class Feeder(wiring.Component):
             m.d.sync += [*(now_.eq(next_) for now_, next_ in zip(flags, following, strict=True)),
                          tile_end.eq(ends), word_end.eq((ends | next_word_last) & ~dense)]
 
-    def _lanes(self, m: Module, platform: object, now, fire, word_end, base, offset, bit) -> None:
+    def _lanes(self, m: Module, platform: object, now, fire, wordless, word_end, base, offset, bit) -> None:
         """One position decoder per lane; registers of position and weight, then of address and weight."""
         mask, origin, decoded = Signal(5), Signal(self._bits), Signal()
         m.d.comb += mask.eq((C(1, 6) << now.bits) - 1)
@@ -258,8 +261,8 @@ class Feeder(wiring.Component):
             place(m, platform, f"position{lane}", position, module="position")
             m.d.comb += [
                 position.word.eq(self.positions.payload.word_select(lane, 32)),
-                position.load.eq(self.positions.ready & self.positions.valid),
-                position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask), position.advance.eq(fire),
+                position.load.eq(wordless | word_end), position.advance.eq(wordless | fire),
+                position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask),
             ]
             with m.If(fire):
                 m.d.sync += place_.eq(Mux(now.dense, 0, position.position))

@@ -15,8 +15,10 @@ def decode(word, *, bitmap, bits=1, steps):
     async def bench(ctx):
         ctx.set(dut.word, word)
         ctx.set(dut.load, 1)
+        ctx.set(dut.advance, 1)
         await ctx.tick()
         ctx.set(dut.load, 0)
+        ctx.set(dut.advance, 0)
         ctx.set(dut.bitmap, bitmap)
         ctx.set(dut.mask, (1 << bits) - 1)
         for step in range(steps):
