@@ -76,20 +76,20 @@ def post_command() -> data.StructLayout:
                      **dict.fromkeys(_POST_FLAGS, 1))
 
 
-_POST_FLAGS = ("array", "bypass", "by_column", "by_row", "params", "scaled", "residual", "times8", "times16", "add", "larger", "rows")
+_POST_FLAGS = ("array", "bypass", "array_data", "bypass_data", "by_column", "by_row", "params", "scaled", "residual", "times8", "times16", "add", "larger", "rows")
 
 
 def post_flags(f: Any) -> dict[str, Any]:
     """Flags of a `post_command` from the fields of its TILE, ints or values of Amaranth.
 
-    array, bypass : where columns come from, else nowhere. by_column, by_row : whose multiplier. params, scaled : a column takes a
+    array, bypass : where columns come from, else nowhere; array_data, bypass_data : the same, for the data. by_column, by_row : whose multiplier. params, scaled : a column takes a
     word of parameters, a command a row scale. residual : a column takes one; times8, times16, add, larger : what becomes of it.
     rows : to the row unit.
     """
     by_column, by_row, ends = f.scale == isa.Scale.COLUMN, f.scale == isa.Scale.ROW, f.psum_out == 0
-    kinds = isa.Residual
+    array, bypass, kinds = f.source == isa.Source.ARRAY, f.source == isa.Source.STREAM, isa.Residual
     return {
-        "array": f.source == isa.Source.ARRAY, "bypass": f.source == isa.Source.STREAM,
+        "array": array, "bypass": bypass, "array_data": array, "bypass_data": bypass,
         "by_column": by_column, "by_row": by_row, "params": by_column & ends, "scaled": by_row & ends,
         "residual": f.residual != kinds.NONE, "times8": f.residual == kinds.MUL8, "times16": f.residual == kinds.MUL16,
         "add": (f.residual == kinds.INT8) | (f.residual == kinds.INT16), "larger": f.residual == kinds.MAX8,

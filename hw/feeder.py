@@ -45,7 +45,8 @@ class PositionDecoder(wiring.Component):
 
     Members
     -------
-    word : next position word. bitmap, bit, mask : format, first bit of the field, its mask (shared by all lanes).
+    word : next position word. bitmap, bit : format and first bit of the field in the next cycle, so that every lane has
+    registers of its own. mask : of the field (shared by all lanes).
     advance : the current position was taken, or there was none; `load`: the next word takes the place of this one.
     position : 0..31.
     """
@@ -61,15 +62,17 @@ class PositionDecoder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         left, filled, nibble = Signal(32), Signal(8), Signal(3)  # filled : nibbles of `left` with a set bit
+        bitmap, bit = Signal(), Signal(5)
+        m.d.sync += [bitmap.eq(self.bitmap), bit.eq(self.bit)]
         low, rest, rank, window = Signal(4), Signal(4), Signal(2), Signal(8)
         # both formats look at one nibble: the first with a set bit, or the one in which the field starts
         m.d.comb += [
-            nibble.eq(Mux(self.bitmap, _first(filled), self.bit[2:])),
+            nibble.eq(Mux(bitmap, _first(filled), bit[2:])),
             low.eq(left.word_select(nibble, 4)), rank.eq(_first(low)), rest.eq(Cat(low[i] & low[:i].any() for i in range(4))),
             window.eq(Cat(low, Cat(left[4:], C(0, 4)).word_select(nibble, 4))),
-            self.position.eq(Mux(self.bitmap, Cat(rank, nibble), window.bit_select(self.bit[:2], 5) & self.mask)),
+            self.position.eq(Mux(bitmap, Cat(rank, nibble), window.bit_select(bit[:2], 5) & self.mask)),
         ]
-        with m.If(self.advance & (self.load | self.bitmap)):
+        with m.If(self.advance & (self.load | bitmap)):
             for k in range(8):
                 word, now = self.word.word_select(k, 4), left[4 * k:4 * k + 4]
                 with m.If(self.load):
@@ -159,7 +162,7 @@ class Feeder(wiring.Component):
         now = taken if self._arch.sparse else _dense(taken)
         base, next_base = Signal(self._bits + 1), Signal(self._bits + 1)
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
-        rest, bit, in_word = Signal(16), Signal(5), Signal(6)  # columns from the group on
+        rest, in_word = Signal(16), Signal(6)  # columns from the group on
         # whether the next step is the first or last of its tile, group, position word: known when it comes
         first, group_last, last_group, word_last, tile_end, word_end = (
             Signal(name=name) for name in ("first", "group_last", "last_group", "word_last", "tile_end", "word_end"))
@@ -194,26 +197,26 @@ class Feeder(wiring.Component):
             m.d.sync += spent.eq(0)
         with m.Elif(fire & cmd_end):
             m.d.sync += spent.eq(1)
-        self._walk(m, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit)
+        self._walk(m, now, fire, group_last, tile_end, word_end, offset, in_group, in_word)
         self._ends(m, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word,
                    (first, group_last, last_group, word_last))
         with m.If(fire & tile_end & ~cmd_end):
             m.d.sync += [cols_left.eq(cols_left - lanes), last_tile.eq(cols_left <= 2 * lanes)]
         word_next = Mux(self.positions.ready, self.positions.valid, word_valid)
         m.d.sync += [word_valid.eq(word_next), known.eq(word_next | Mux(start, cmd.dense, now.dense))]
-        self._lanes(m, platform, now, fire, ~word_valid, word_end, base, offset, bit)
+        self._lanes(m, platform, cmd, now, start, fire, ~word_valid, word_end, tile_end, base, offset)
         return m
 
-    def _walk(self, m: Module, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit) -> None:
+    def _walk(self, m: Module, now, fire, group_last, tile_end, word_end, offset, in_group, in_word) -> None:
         """Counters of step, group and position word."""
         with m.If(fire):
-            m.d.sync += [in_group.eq(in_group + 1), in_word.eq(in_word + 1), bit.eq(bit + now.bits)]
+            m.d.sync += [in_group.eq(in_group + 1), in_word.eq(in_word + 1)]
             with m.If(group_last):
                 m.d.sync += in_group.eq(0)
                 with m.If(~now.bitmap):
                     m.d.sync += offset.eq(offset + now.m)
             with m.If(word_end | tile_end):
-                m.d.sync += [in_word.eq(0), bit.eq(0)]
+                m.d.sync += in_word.eq(0)
                 with m.If(now.bitmap):
                     m.d.sync += offset.eq(offset + now.word_span)
             with m.If(tile_end):
@@ -243,15 +246,18 @@ class Feeder(wiring.Component):
             m.d.sync += [*(now_.eq(next_) for now_, next_ in zip(flags, following, strict=True)),
                          tile_end.eq(ends), word_end.eq((ends | next_word_last) & ~dense)]
 
-    def _lanes(self, m: Module, platform: object, now, fire, wordless, word_end, base, offset, bit) -> None:
+    def _lanes(self, m: Module, platform: object, cmd, now, start, fire, wordless, word_end, tile_end, base, offset) -> None:
         """One position decoder per lane; registers of position and weight, then of address and weight."""
-        mask, origin, decoded = Signal(5), Signal(self._bits), Signal()
-        m.d.comb += mask.eq((C(1, 6) << now.bits) - 1)
+        mask, origin, decoded, next_bitmap = Signal(5), Signal(self._bits), Signal(), Signal()
+        bit, next_bit = Signal(5), Signal(5)  # first bit of the field in the position word
+        m.d.comb += [mask.eq((C(1, 6) << now.bits) - 1), next_bitmap.eq(Mux(start, cmd.bitmap, now.bitmap)),
+                     next_bit.eq(Mux(fire, Mux(word_end | tile_end, 0, bit + now.bits), bit))]
+        m.d.sync += bit.eq(next_bit)
         with m.If(self.advance):
             m.d.sync += [decoded.eq(fire), origin.eq(base + offset)]
         for lane in range(self._arch.lanes):
             weight, place_ = Signal(8, name=f"weight{lane}"), Signal(5, name=f"place{lane}")
-            with m.If(fire):
+            with m.If(self.advance):  # what no step brings is not `decoded`
                 m.d.sync += weight.eq(self.values.payload.word_select(lane, 8))
             with m.If(decoded & self.advance):
                 m.d.sync += [self.weight[lane].eq(weight), self.addr[lane].eq(origin + place_)]
@@ -262,7 +268,7 @@ class Feeder(wiring.Component):
             m.d.comb += [
                 position.word.eq(self.positions.payload.word_select(lane, 32)),
                 position.load.eq(wordless | word_end), position.advance.eq(wordless | fire),
-                position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask),
+                position.bitmap.eq(next_bitmap), position.bit.eq(next_bit), position.mask.eq(mask),
             ]
-            with m.If(fire):
+            with m.If(self.advance):
                 m.d.sync += place_.eq(Mux(now.dense, 0, position.position))

@@ -53,7 +53,7 @@ class Loader(wiring.Component):
         m.d.comb += [
             window.eq(_window(self._arch, self.memory.payload, cmd.a_rotate, cmd.zero)),
             column.eq(Mux(cmd.from_rows, self.row_unit.payload, window)),
-            room.eq((self.loaded - self.freed)[: len(self.loaded)] < self._arch.lane_depth),
+            room.eq((self.loaded ^ self.freed) != self._arch.lane_depth),  # full: they differ in the highest bit alone
             available.eq(Mux(cmd.from_rows, self.row_unit.valid, self.memory.valid)),
             to_lanes.eq(self.cmd.valid & ~cmd.bypass & available & room),
             self.bypass.valid.eq(self.cmd.valid & cmd.bypass & self.memory.valid),
@@ -63,10 +63,6 @@ class Loader(wiring.Component):
             self.cmd.ready.eq(move & columns.last),
             self.busy.eq(move), self.full.eq(self.cmd.valid & ~cmd.bypass & available & ~room),
         ]
-        m.d.sync += self.write_en.eq(to_lanes)
-        with m.If(to_lanes):
-            m.d.sync += [
-                self.write_addr.eq(self.loaded), self.loaded.eq(self.loaded + 1),
-                self.write_data.eq(lane_column(self._arch, column, cmd.a_unsigned)),
-            ]
+        m.d.sync += [self.write_en.eq(to_lanes), self.write_addr.eq(self.loaded), self.loaded.eq(self.loaded + to_lanes),
+                     self.write_data.eq(lane_column(self._arch, column, cmd.a_unsigned))]
         return m

@@ -33,7 +33,7 @@ class RowControl(wiring.Signature):
 
     Members
     -------
-    take : a column enters. empty, room : the pipeline moves if its end is empty or what follows has room: a register each, so that
+    empty, room : the pipeline moves if its end is empty or what follows has room: a register each, so that
     every row makes its own enable. bias : of the column in `entered`. psum_addr : whose stored sums are
     read; psum_in : add them. keep, keep_addr : the sum goes to the psum RAM.
     r_mult : of the residual; r_shift : of what is added. times8, times16 : the residual, int8 or int16, times r_mult is the
@@ -44,7 +44,7 @@ class RowControl(wiring.Signature):
     def __init__(self, arch: Arch) -> None:
         psum = (arch.psum_depth - 1).bit_length()
         super().__init__({
-            "take": Out(1), "empty": Out(1), "room": Out(1), "psum_addr": Out(psum), "keep": Out(1), "keep_addr": Out(psum),
+            "empty": Out(1), "room": Out(1), "psum_addr": Out(psum), "keep": Out(1), "keep_addr": Out(psum),
             "psum_in": Out(1), "bias": Out(signed(32)), "r_mult": Out(signed(16)), "r_shift": Out(6),
             "times8": Out(1), "times16": Out(1), "add": Out(1), "larger": Out(1),
             "table": Out(1), "table_en": Out(1), "table_addr": Out(8), "table_data": Out(8),
@@ -82,10 +82,8 @@ class PostRow(wiring.Component):
             total.eq(later + held), keep.en.eq(c.keep), keep.addr.eq(c.keep_addr), keep.data.eq(total),
             entry.en.eq(c.table_en), entry.addr.eq(c.table_addr), entry.data.eq(c.table_data),
         ]
-        with m.If(c.take):
-            m.d.sync += entered.eq(self.acc)
         with m.If(advance):
-            m.d.sync += [acc.eq(entered + c.bias), later.eq(acc), held.eq(Mux(c.psum_in, stored.data, 0)), biased.eq(total)]
+            m.d.sync += [entered.eq(self.acc), acc.eq(entered + c.bias), later.eq(acc), held.eq(Mux(c.psum_in, stored.data, 0)), biased.eq(total)]
         r_product = self._residual(m, advance)
         scaled = self._scale(m, advance, biased, r_product)
         self._finish(m, advance, scaled, r_product, looked)
@@ -196,7 +194,7 @@ class Post(wiring.Component):
             m.d.sync += [empty.eq(~stages[-2].valid), *(now.eq(before) for now, before in zip(stages, [enter, *stages[:-1]]))]
             # partial sums end here: they are no output
             m.d.sync += stages[3].valid.eq(stages[2].valid & ~stages[2].keep)
-        control = self._rows(m, platform, enter, stages, take, advance, empty, columns.index, owed[2])
+        control = self._rows(m, platform, stages, advance, empty, columns.index, owed[2])
         self._table(m, control, advance, tile & take & columns.last, cmd.params & take)
         return m
 
@@ -215,7 +213,7 @@ class Post(wiring.Component):
         ]
         self._result, self._room = skid.i.payload.column, skid.i.ready
 
-    def _rows(self, m: Module, platform: object, enter, stages: list, take, advance, empty, index, keep):
+    def _rows(self, m: Module, platform: object, stages: list, advance, empty, index, keep):
         """Instances of the row datapath and the operands all rows share."""
         cmd, rows = self.cmd.payload, self._arch.rows
         params = data.View(param_layout(), self.params.payload)
@@ -229,7 +227,7 @@ class Post(wiring.Component):
             found = [Signal(value.shape(), name=f"{name}_{stage}", reset_less=True) for stage in STAGES[:steps]]
             for stage, (now, before) in enumerate(zip(found, [value, *found])):
                 needed = (cmd.by_row if stage == 0 else stages[stage - 1].by_row) if by_row else 1
-                with m.If((advance if stage else take) & needed):
+                with m.If(advance & needed):
                     m.d.sync += now.eq(before)
             return found
 
@@ -241,7 +239,7 @@ class Post(wiring.Component):
         row_shift = travel(Cat(self.scale.payload.shift), 5, "row_shift", by_row=True)[-1]
         residual = travel(Cat(self._residual(t) for t in range(rows)), 1, "residual")[0]
         m.d.comb += [
-            control.take.eq(take), control.empty.eq(empty), control.room.eq(self._room), control.bias.eq(bias[0]), control.psum_addr.eq(addr[0]),
+            control.empty.eq(empty), control.room.eq(self._room), control.bias.eq(bias[0]), control.psum_addr.eq(addr[0]),
             control.psum_in.eq(stages[1].psum_in), control.keep.eq(keep & advance), control.keep_addr.eq(addr[2]),
             control.r_mult.eq(r_mult[0]), control.r_shift.eq(r_shift[2]),
             control.times8.eq(stages[2].times8), control.times16.eq(stages[2].times16),
@@ -252,8 +250,8 @@ class Post(wiring.Component):
             place(m, platform, f"row{t}", row, module="post_row")
             for name in RowControl(self._arch).members:
                 m.d.comb += getattr(row.control, name).eq(getattr(control, name))
-            acc = Mux(cmd.array, self.acc.payload[t],
-                      Mux(cmd.bypass, self.bypass.payload.word_select(t, 8).as_signed(), 0))
+            acc = Mux(cmd.array_data, self.acc.payload[t],
+                      Mux(cmd.bypass_data, self.bypass.payload.word_select(t, 8).as_signed(), 0))
             m.d.comb += [
                 row.acc.eq(acc), row.residual.eq(residual.word_select(t, 16).as_signed()),
                 row.mult.eq(Mux(stages[2].by_row, row_mult.word_select(t, 16), mult[2])),

@@ -211,7 +211,7 @@ class Registers(wiring.Component):
     done : ``In(1)``
         Pulse: the program has ended.
     error : ``In(1)``
-        Pulse: the program was stopped; with `error_code`, `error_addr`.
+        Pulse: the program was stopped; with `error_code`, `error_addr`, which stay for another cycle.
     error_code : ``In(ErrorCode)``
     error_addr : ``In(32)``
     counters : ``In(StructLayout)``
@@ -329,15 +329,16 @@ class Registers(wiring.Component):
         register = next(register for register in REGISTERS if register.name == "STATUS")
         done, error, irq = (state["STATUS"][register.field_offset(name)] for name in ("done", "error", "irq"))
         control = next(register for register in REGISTERS if register.name == "CTRL")
+        failed = Signal()  # a cycle late: the end of a program comes at the end of long paths
+        m.d.sync += failed.eq(self.error)
+        with m.If(failed):
+            m.d.sync += [state["ERROR"].eq(self.error_code), state["ERROR_ADDR"].eq(self.error_addr)]
         with m.If(self.start):
             m.d.sync += [done.eq(0), error.eq(0), irq.eq(0), state["ERROR"].eq(0), state["ERROR_ADDR"].eq(0)]
         with m.If(self.done):
             m.d.sync += [done.eq(1), irq.eq(1)]
         with m.If(self.error):
-            m.d.sync += [
-                error.eq(1), irq.eq(1),
-                state["ERROR"].eq(self.error_code), state["ERROR_ADDR"].eq(self.error_addr),
-            ]
+            m.d.sync += [error.eq(1), irq.eq(1)]
         m.d.comb += self.irq.eq(irq & state["CTRL"][control.field_offset("irq_enable")])
 
     def _read(self, m: Module, state: dict[str, Signal]) -> None:

@@ -92,17 +92,17 @@ class Gather(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        count = Signal(range(self.rows + 1))
+        count, complete, room = Signal(range(self.rows + 1)), Signal(), Signal(init=1)
         chain = [Signal(self.shape, name=f"value{row}", reset_less=True) for row in range(self.rows)]
         m.d.comb += [
-            self.valid.eq(count == self.rows),
-            self.i.ready.eq(count != self.rows),
+            self.valid.eq(complete),
+            self.i.ready.eq(room),
         ]
         m.d.comb += [port.eq(value) for port, value in zip(self.data, chain, strict=True)]
         with m.If(self.valid & self.ready):
-            m.d.sync += count.eq(0)
+            m.d.sync += [count.eq(0), complete.eq(0), room.eq(1)]
         with m.Elif(self.i.valid & self.i.ready):
-            m.d.sync += count.eq(count + 1)
+            m.d.sync += [count.eq(count + 1), complete.eq(count == self.rows - 1), room.eq(count != self.rows - 1)]
             m.d.sync += chain[-1].eq(self.i.payload)
             m.d.sync += [value.eq(above) for value, above in zip(chain, chain[1:], strict=False)]
         return m

@@ -146,7 +146,8 @@ class Store(wiring.Component):
         column, valid, take = Signal(column_layout(rows, 16)), Signal(), Signal()
         columns, transposing = Columns(m, cmd.cols, take), Signal()  # transposing : something is owed
         wide, transposed = cmd.wide, cmd.transposed
-        bytes_ = Cat(saturate(column[t], 8) for t in range(rows))
+        # clipped before the choice, which drives the whole column
+        bytes_ = Mux(cmd.from_rows, *(Cat(saturate(source.payload[t], 8) for t in range(rows)) for source in (self.row_unit, self.post)))
         words = Cat(column[t] for t in range(rows))
         # words still in the transposer leave before the next direct column
         owed, owed_next = Signal(range(4 * rows)), Signal(range(4 * rows))

@@ -85,7 +85,7 @@ def test_post_equals_model(stall, seed):
 
 def test_one_column_per_cycle():
     count = 60
-    cmd = {"array": 1, "mult": 1 << 14, "shift": 14, "cols": count}
+    cmd = {"array": 1, "array_data": 1, "mult": 1 << 14, "shift": 14, "cols": count}
     columns = [[i] * T for i in range(count)]
     got = run_streams(Post(TINY), inputs={"cmd": [cmd], "acc": columns}, outputs={"to_store": count}, max_cycles=count * 3 + 20)
     assert got["to_store"] == columns
