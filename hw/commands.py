@@ -61,8 +61,9 @@ def writer_command() -> data.StructLayout:
 
 def loader_command() -> data.StructLayout:
     """`count` columns go to the lanes (from memory or, with `from_rows`, from the row unit) or straight to the post unit. Those
-    from memory are turned by `a_rotate` row groups, and the groups of `zero` are zeros."""
-    return _from_isa("a_unsigned", "a_rotate", count=16, from_rows=1, bypass=1, zero=MAX_ROW_GROUPS)
+    from memory are turned by `a_rotate` row groups, and the groups of `zero` are zeros. `from_memory` is the inverse of `from_rows`,
+    which drives the whole column."""
+    return _from_isa("a_unsigned", "a_rotate", count=16, from_rows=1, from_memory=1, bypass=1, zero=MAX_ROW_GROUPS)
 
 
 def array_command() -> data.StructLayout:

@@ -296,7 +296,7 @@ class Dispatcher(wiring.Component):
         send("read_g", norm, addr=raw.g_addr, words=raw.cols, repeats=1)
         held = raw.operand == Operand.HELD
         send("load", (array & ~held) | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand == Operand.ROWS,
-             bypass=bypass, zero=Mux(norm, 0, raw.g_addr))
+             from_memory=raw.operand != Operand.ROWS, bypass=bypass, zero=Mux(norm, 0, raw.g_addr))
         send("array", array, held=held)
         send("post", tile | load_table, load_table=load_table, **commands.post_flags(raw))
         send("row", rows, op=raw.row_op, first=raw.row_first, last=raw.row_last)

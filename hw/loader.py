@@ -54,12 +54,12 @@ class Loader(wiring.Component):
             window.eq(_window(self._arch, self.memory.payload, cmd.a_rotate, cmd.zero)),
             column.eq(Mux(cmd.from_rows, self.row_unit.payload, window)),
             room.eq((self.loaded ^ self.freed) != self._arch.lane_depth),  # full: they differ in the highest bit alone
-            available.eq(Mux(cmd.from_rows, self.row_unit.valid, self.memory.valid)),
+            available.eq(Mux(cmd.from_memory, self.memory.valid, self.row_unit.valid)),
             to_lanes.eq(self.cmd.valid & ~cmd.bypass & available & room),
             self.bypass.valid.eq(self.cmd.valid & cmd.bypass & self.memory.valid),
             self.bypass.payload.eq(window),
             move.eq(to_lanes | (self.bypass.valid & self.bypass.ready)),
-            self.memory.ready.eq(move & ~cmd.from_rows), self.row_unit.ready.eq(move & cmd.from_rows),
+            self.memory.ready.eq(move & cmd.from_memory), self.row_unit.ready.eq(move & ~cmd.from_memory),
             self.cmd.ready.eq(move & columns.last),
             self.busy.eq(move), self.full.eq(self.cmd.valid & ~cmd.bypass & available & ~room),
         ]
