@@ -61,8 +61,8 @@ def writer_command() -> data.StructLayout:
 
 def loader_command() -> data.StructLayout:
     """`count` columns go to the lanes (from memory or, with `from_rows`, from the row unit) or straight to the post unit. Those
-    from memory are turned by `a_rotate` row groups, and the groups of `zero` are zeros. `from_memory` is the inverse of `from_rows`,
-    which drives the whole column."""
+    from memory are turned by `a_rotate` row groups, and the groups of `zero` are zeros. `from_memory` is the inverse of
+    `from_rows`, which drives the whole column."""
     return _from_isa("a_unsigned", "a_rotate", count=16, from_rows=1, from_memory=1, bypass=1, zero=MAX_ROW_GROUPS)
 
 
@@ -77,15 +77,16 @@ def post_command() -> data.StructLayout:
                      **dict.fromkeys(_POST_FLAGS, 1))
 
 
-_POST_FLAGS = ("array", "bypass", "array_data", "bypass_data", "by_column", "by_row", "params", "scaled", "residual", "times8", "times16", "add", "larger", "rows")
+_POST_FLAGS = ("array", "bypass", "array_data", "bypass_data", "by_column", "by_row", "params", "scaled", "residual", "times8",
+               "times16", "add", "larger", "rows")
 
 
 def post_flags(f: Any) -> dict[str, Any]:
     """Flags of a `post_command` from the fields of its TILE, ints or values of Amaranth.
 
-    array, bypass : where columns come from, else nowhere; array_data, bypass_data : the same, for the data. by_column, by_row : whose multiplier. params, scaled : a column takes a
-    word of parameters, a command a row scale. residual : a column takes one; times8, times16, add, larger : what becomes of it.
-    rows : to the row unit.
+    array, bypass : where columns come from, else nowhere; array_data, bypass_data : the same, for the data. by_column, by_row :
+    whose multiplier. params, scaled : a column takes a word of parameters, a command a row scale. residual : a column takes one;
+    times8, times16, add, larger : what becomes of it. rows : to the row unit.
     """
     by_column, by_row, ends = f.scale == isa.Scale.COLUMN, f.scale == isa.Scale.ROW, f.psum_out == 0
     array, bypass, kinds = f.source == isa.Source.ARRAY, f.source == isa.Source.STREAM, isa.Residual

@@ -83,7 +83,8 @@ class PositionDecoder(wiring.Component):
 
 
 class _Decode(wiring.Component):
-    """Adds what the format implies to a command; one register, full throughput. one_step : a group is a step; one_group : a
+    """Adds what the format implies to a command; one register, whose ready does not depend on what follows: a command every other
+    cycle. one_step : a group is a step; one_group : a
     column tile is a group; one_tile : the command is a column tile."""
 
     def __init__(self, arch: Arch) -> None:
@@ -98,7 +99,7 @@ class _Decode(wiring.Component):
         m = Module()
         cmd, out = self.i.payload, self.o.payload
         dense, bitmap = Signal(), Signal()
-        m.d.comb += [self.i.ready.eq(~self.o.valid | self.o.ready),
+        m.d.comb += [self.i.ready.eq(~self.o.valid),
                      dense.eq(cmd.format == Format.DENSE), bitmap.eq(cmd.format == Format.BITMAP)]
         bits = Array(index_bits(k) for k in range(M_MAX + 1))[cmd.m]
         groups = Array(32 // max(k, 1) for k in range(M_MAX + 1))[cmd.m]
@@ -106,8 +107,7 @@ class _Decode(wiring.Component):
         steps = product(groups, cmd.n, spare=True)  # six bits: no multiplier block for that
         n, m_ = Mux(dense, 1, cmd.n), Mux(dense, 1, cmd.m)
         per_index_word = Array(32 // index_bits(k) for k in range(M_MAX + 1))[cmd.m]
-        with m.If(self.i.ready):
-            m.d.sync += self.o.valid.eq(self.i.valid)
+        m.d.sync += self.o.valid.eq(Mux(self.o.valid, ~self.o.ready, self.i.valid))
         with m.If(self.i.ready & self.i.valid):
             m.d.sync += [
                 *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols", "held")),
@@ -134,8 +134,9 @@ class Feeder(wiring.Component):
     cmd : one `array_command` per TILE. values : `lanes` weights per step. positions : `lanes` position words.
     loaded : columns written to the lanes' rings so far (wraps). freed : columns given back (wraps), once the next command
     is known not to hold them.
-    advance : low freezes the array pipeline. step, first, last, unsigned_a : a step and its place in the column tile.
-    tile_cols : columns of the tile (with `last`). addr[l], weight[l] : registered, two moves after `step`.
+    advance : low freezes the array pipeline; ended, free : why, for the steps alone (see `Drain`).
+    step, first, last, unsigned_a : a step and its place in the column tile. tile_cols : columns of the tile (with `last`).
+    addr[l], weight[l] : registered, two moves after `step`.
     wait_weights, wait_columns : no step for lack of weights or activations (counters).
     """
 
@@ -146,7 +147,7 @@ class Feeder(wiring.Component):
             "cmd": In(stream.Signature(array_command())),
             "values": In(stream.Signature(8 * arch.lanes)),
             "positions": In(stream.Signature(32 * arch.lanes)),
-            "loaded": In(self._bits + 1), "freed": Out(self._bits + 1), "advance": In(1),
+            "loaded": In(self._bits + 1), "freed": Out(self._bits + 1), "advance": In(1), "ended": In(1), "free": In(1),
             "step": Out(1), "first": Out(1), "last": Out(1), "unsigned_a": Out(1),
             "tile_cols": Out(range(arch.lanes + 1)),
             "addr": Out(self._bits).array(arch.lanes), "weight": Out(signed(8)).array(arch.lanes),
@@ -176,7 +177,7 @@ class Feeder(wiring.Component):
         m.d.comb += [
             free.eq((spent | (fire & cmd_end)) & decode.o.valid & ~cmd.held),
             supplied.eq(self.values.valid & known),
-            fire.eq(active & supplied & self.advance),
+            fire.eq(active & supplied & (~self.ended | self.free)),  # `advance`, which has many loads
             cmd_end.eq(tile_end & last_tile),
             start.eq((~active | (fire & cmd_end)) & enough),
             decode.o.ready.eq(start), self.values.ready.eq(fire),

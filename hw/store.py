@@ -147,7 +147,8 @@ class Store(wiring.Component):
         columns, transposing = Columns(m, cmd.cols, take), Signal()  # transposing : something is owed
         wide, transposed = cmd.wide, cmd.transposed
         # clipped before the choice, which drives the whole column
-        bytes_ = Mux(cmd.from_rows, *(Cat(saturate(source.payload[t], 8) for t in range(rows)) for source in (self.row_unit, self.post)))
+        clipped = [Cat(saturate(source.payload[t], 8) for t in range(rows)) for source in (self.row_unit, self.post)]
+        bytes_ = Mux(cmd.from_rows, *clipped)
         words = Cat(column[t] for t in range(rows))
         # words still in the transposer leave before the next direct column
         owed, owed_next = Signal(range(4 * rows)), Signal(range(4 * rows))

@@ -13,7 +13,8 @@ def decode(word, *, bitmap, bits=1, steps):
     dut, found, rng = PositionDecoder(), [], random.Random(word)
 
     async def bench(ctx):
-        for name, value in (("word", word), ("load", 1), ("advance", 1), ("bitmap", bitmap), ("bit", 0), ("mask", (1 << bits) - 1)):
+        given = {"word": word, "load": 1, "advance": 1, "bitmap": bitmap, "bit": 0, "mask": (1 << bits) - 1}
+        for name, value in given.items():
             ctx.set(getattr(dut, name), value)
         await ctx.tick()
         ctx.set(dut.load, 0)

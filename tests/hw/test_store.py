@@ -28,11 +28,13 @@ def test_store(stall, seed):
     for _ in range(40):
         out, from_rows, cols = int(rng.integers(1, 4)), int(rng.integers(2)), int(rng.integers(1, 12))
         columns = rng.integers(-300, 300, (cols, T)) if rng.random() < 0.5 else rng.integers(-32768, 32768, (cols, T))
-        inputs["cmd"].append({"cols": cols, "from_rows": from_rows, "from_post": 1 - from_rows, "wide": out == Out.STORE16, "transposed": out == Out.STORE8T})
+        inputs["cmd"].append({"cols": cols, "from_rows": from_rows, "from_post": 1 - from_rows, "wide": out == Out.STORE16,
+                              "transposed": out == Out.STORE8T})
         inputs["row_unit" if from_rows else "post"] += columns.tolist()
         expected += words_of(columns, out)
     got = run_streams(Store(TINY), inputs=inputs, outputs={"o": len(expected)}, stall=stall, seed=seed)
-    wide = [cmd["wide"] for cmd in inputs["cmd"] for _ in range(-(-cmd["cols"] // T) * T if cmd["transposed"] else cmd["cols"])]
+    wide = [cmd["wide"] for cmd in inputs["cmd"]
+            for _ in range(-(-cmd["cols"] // T) * T if cmd["transposed"] else cmd["cols"])]
     assert [word if both else word % (1 << 8 * T) for word, both in zip(got["o"], wide, strict=True)] == expected
 
 
