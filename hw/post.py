@@ -83,7 +83,8 @@ class PostRow(wiring.Component):
             entry.en.eq(c.table_en), entry.addr.eq(c.table_addr), entry.data.eq(c.table_data),
         ]
         with m.If(advance):
-            m.d.sync += [entered.eq(self.acc), acc.eq(entered + c.bias), later.eq(acc), held.eq(Mux(c.psum_in, stored.data, 0)), biased.eq(total)]
+            m.d.sync += [entered.eq(self.acc), acc.eq(entered + c.bias), later.eq(acc), held.eq(Mux(c.psum_in, stored.data, 0)),
+                         biased.eq(total)]
         r_product = self._residual(m, advance)
         scaled = self._scale(m, advance, biased, r_product)
         self._finish(m, advance, scaled, r_product, looked)

@@ -41,8 +41,8 @@ def test_store(stall, seed):
 @pytest.mark.parametrize("out", [Out.STORE8, Out.STORE16])
 def test_one_column_a_cycle(out):
     columns = np.arange(60 * T).reshape(60, T) % 128
-    got = run_streams(Store(TINY), inputs={"cmd": [{"from_post": 1, "wide": out == Out.STORE16, "cols": 60}], "post": columns.tolist()}, outputs={"o": 60},
-                      max_cycles=63)
+    cmd = {"from_post": 1, "wide": out == Out.STORE16, "cols": 60}
+    got = run_streams(Store(TINY), inputs={"cmd": [cmd], "post": columns.tolist()}, outputs={"o": 60}, max_cycles=63)
     assert len(got["o"]) == 60
 
 
