@@ -770,4 +770,5 @@ def _function(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 
 import compiler.image_imports  # noqa: E402, F401  registers its imports, and needs the functions above
+import compiler.norm_imports  # noqa: E402, F401  likewise
 import compiler.resampling  # noqa: E402, F401  likewise

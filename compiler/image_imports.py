@@ -21,7 +21,7 @@ from compiler.frontend import IMPORTS, _Importer, _imports
 from compiler.graph import Activation, Add, Constant, Convolution, Function, Linear, MaxPool, Node, View
 from compiler.layout import Layout
 
-__all__ = ["affine", "as_image", "as_rows", "by_channel", "convolve", "image_size", "pair"]
+__all__ = ["affine", "as_image", "as_rows", "by_channel", "convolve", "image_size", "pair", "pixel_rows"]
 
 aten = torch.ops.aten
 Pair = tuple[int, int]
@@ -133,10 +133,15 @@ def affine(importer: _Importer, node: fx.Node, x: Node, scale: Tensor, shift: Te
 
 def by_channel(importer: _Importer, node: fx.Node, x: Node, scale: Tensor, shift: Tensor | None) -> Node:
     """`affine` of an image or line (batch, channels, ...)."""
+    return as_image(importer, node, affine(importer, node, pixel_rows(importer, node, x), scale, shift), x.shape)
+
+
+def pixel_rows(importer: _Importer, node: fx.Node, x: Node) -> Node:
+    """`as_rows`, or the rows that an image is made of."""
     rows = as_rows(importer, node, x)
     if isinstance(x, View) and (below := importer.nodes[x.inputs[0]]).shape == rows.shape and _turns_back(x, rows):
-        rows = below
-    return as_image(importer, node, affine(importer, node, rows, scale, shift), x.shape)
+        return below
+    return rows
 
 
 def _turns_back(image: View, rows: Node) -> bool:
