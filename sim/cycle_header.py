@@ -54,10 +54,8 @@ def machine_header() -> str:
 
 def _ring_sizes() -> dict[str, int]:
     """Powers of two that hold what a queue may hold."""
-    def above(depth: int) -> int:
-        return 1 << depth.bit_length()
-
-    return {"kCommandsAheadRing": above(reader.COMMANDS_AHEAD), "kMemoryRing": above(max(reader.OUTSTANDING, writer.OUTSTANDING))}
+    depths = {"kCommandsAheadRing": reader.COMMANDS_AHEAD, "kMemoryRing": max(reader.OUTSTANDING, writer.OUTSTANDING)}
+    return {name: 1 << (depth - 1).bit_length() for name, depth in depths.items()}
 
 
 def _fields() -> list[tuple[str, int, int]]:

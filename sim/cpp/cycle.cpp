@@ -47,7 +47,7 @@ public:
 
 private:
     static constexpr uint32_t kInnerSets = 1021, kOuterSets = 2047;
-    static constexpr uint64_t kSampleDistance = 16, kRecordDistance = 256, kLeastCopy = 32;
+    static constexpr uint64_t kSampleDistance = 16, kRecordDistance = 128, kLeastCopy = 32;
 
     // The core is reset while the memory ports finish.
     void stop() {
@@ -201,6 +201,7 @@ private:
 }  // namespace
 
 extern "C" {
+#pragma GCC visibility push(default)
 
 Program* nm_cycle_open(const ArchConfig* arch, const uint8_t* code, uint64_t instructions) {
     return new Program{*arch, code, instructions};
@@ -215,4 +216,6 @@ void nm_cycle_run(const Program* program, const ArchConfig* arch, const MemoryCo
     auto simulation = std::make_unique<Simulation>(*arch, *memory, *program, *options, stores, stores_size, store);
     *result = simulation->run();
 }
+
+#pragma GCC visibility pop
 }
