@@ -94,8 +94,7 @@ private:
         bool full = false;
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             const uint32_t there = queues.behind(unit), here = there + to.behind[unit] - from.behind[unit];
-            const bool moves = queues.seen(unit) != from.seen[unit];
-            if (there != here && moves && (!queues.offers(unit) || static_cast<int32_t>(here) < 0)) return false;
+            if (there != here && (!queues.offers(unit) || static_cast<int32_t>(here) < 0)) return false;
             full |= here == kQueueDepth - 1;
         }
         return to.dispatcher.finishing() ? to.completed + (next.core.completed() - from.completed) < to.index : full;
@@ -163,9 +162,24 @@ private:
         limit = dispatched == 0 ? 0 : (dispatched - 1) / length;
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
             const uint64_t period = to.seen[unit] - from.seen[unit];
-            if (period == 0) continue;
+            if (period == 0) {
+                limit = least(limit, of_held(from, to, unit));
+                continue;
+            }
             const uint64_t alike = same_commands(from, to, unit, to.held[unit], to.seen[unit] + limit * period, period);
             limit = alike < to.seen[unit] ? 0 : least(limit, (alike - to.seen[unit]) / period);
+        }
+        return limit;
+    }
+
+    // For how many more periods a unit that got no command in this one does not begin those it holds.
+    uint64_t of_held(const Snapshot& from, const Present& to, unsigned unit) const {
+        const uint32_t completed = to.completed - from.completed;
+        uint64_t limit = kMany;
+        for (uint64_t i = to.held[unit]; unit < unit::load && completed != 0 && i < to.seen[unit]; ++i) {
+            const auto left = static_cast<int32_t>(program_.awaited(unit, i) - to.completed);
+            if (program_.awaited(unit, i) == 0 || left <= -static_cast<int32_t>(completed)) continue;
+            limit = least(limit, left <= 0 ? 0 : (left - 1) / completed);
         }
         return limit;
     }
