@@ -292,10 +292,11 @@ def compile_networks(
         )  # fmt: skip
 
     best = [0] * len(networks)
-    if measure is not None and len(orders) > 1:
+    if measure is not None:
         for number, made in enumerate(drafts):
-            cycles = [measure(program(number, order, 0, made.code_bytes(order))) for order in range(len(orders))]
-            best[number] = cycles.index(min(cycles))
+            if len(made.orders) > 1:
+                cycles = [measure(program(number, order, 0, made.code_bytes(order))) for order in range(len(made.orders))]
+                best[number] = cycles.index(min(cycles))
     starts = [0, *itertools.accumulate(made.code_bytes(order) for made, order in zip(drafts, best, strict=True))]
     result = [program(number, order, starts[number], starts[-1]) for number, order in enumerate(best)]
     report("lower", len(networks), len(networks))

@@ -37,7 +37,7 @@ from compiler.ops import (
 from compiler.placement import RowPlacement
 from compiler.plan import ADDRESS_SPACE, align_up
 from compiler.program import Kind, Layout, MaskTable, OperatorInfo, TensorInfo
-from compiler.schedule import Order, Task, schedule
+from compiler.schedule import Order, Task, schedule, worth_choosing
 from compiler.steps import (
     Constants,
     Step,
@@ -112,7 +112,7 @@ def lower(
     reuse
         Share memory between tensors of different times. False keeps every tensor to the end of the run.
     orders
-        See `compiler.schedule`.
+        See `compiler.schedule`; of very long programs there is one, by operator.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def lower(
     image = made.emitter.constants.image
     return [
         assemble(made, order, constants=image, constants_address=made.code_bytes(order), reuse=reuse)
-        for order in range(len(orders))
+        for order in range(len(made.orders))
     ]
 
 
@@ -144,6 +144,7 @@ def draft(
     emitter = Emitter(arch, constants, layouts)
     tasks = emit_tasks(emitter, network)
     depth = _safe_depth(network, arch, pipeline_depth)
+    orders = orders if worth_choosing(tasks) else ("operator",)
     steps = tuple(_finish(schedule(tasks, arch, depth=depth, order=order)) for order in orders)
     return Draft(network=network, emitter=emitter, orders=steps)
 

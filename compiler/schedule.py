@@ -22,7 +22,7 @@ from compiler.steps import Region, Step, pipelined
 from hw.arch import Arch
 from hw.isa import Instruction, Operand, Out, RowOp, Source
 
-__all__ = ["ORDERS", "Order", "Task", "by_cost", "by_operator", "estimate", "schedule"]
+__all__ = ["MOST_STEPS", "ORDERS", "Order", "Task", "by_cost", "by_operator", "estimate", "schedule", "worth_choosing"]
 
 Order = Literal["cost", "operator", "tight", "loose"]
 ORDERS: tuple[Order, ...] = ("operator", "tight", "loose")
@@ -42,6 +42,8 @@ RANK = {"tight": 2, "loose": 6}
 """How long the post unit may wait for a task rather than for the one that is next less urgent."""
 WIDTH = 12
 """Tasks that `by_cost` compares at each step."""
+MOST_STEPS = 100_000
+"""Longer programs keep the order of the operators: comparing tasks would take longer than all else in compiling."""
 
 _COSTLY = ("source", "operand", "format", "n", "m", "k", "cols", "out", "residual", "psum_out")
 
@@ -70,6 +72,11 @@ class Task:
     @cached_property
     def row_operations(self) -> int:
         return sum(bool(step.fields.get("row_op")) for step in self.steps)
+
+
+def worth_choosing(tasks: Iterable[Task]) -> bool:
+    """Whether there are few enough steps to compare orders."""
+    return sum(len(task.steps) + len(task.close) for task in tasks) <= MOST_STEPS
 
 
 def schedule(tasks: Sequence[Task], arch: Arch, *, depth: int, order: Order = "cost") -> list[Step]:

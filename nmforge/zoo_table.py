@@ -90,7 +90,7 @@ def _measure(system: System, patterns: list[str], arch: Arch, folder: Path, rtl:
 def rows(systems: Iterable[System], arch: Arch, folder: Path) -> list[dict[str, Any]]:
     """One row a network and pattern that has been measured, JSON values: the measurement, ``label``, ``input``, ``speedup`` over
     dense, ``ideal_speedup``, and ``rtl``: whether a recorded run of the RTL had the same cycles and every byte right (None: no
-    run)."""
+    run, or one of other sources)."""
     found = []
     for system in systems:
         dense = recall(folder, system, DENSE, arch.name)
@@ -107,7 +107,7 @@ def rows(systems: Iterable[System], arch: Arch, folder: Path) -> list[dict[str, 
 
 
 def _checked(point: Mapping[str, Any], rtl: Mapping[str, Any] | None) -> bool | None:
-    if rtl is None or "error" in rtl or "error" in point:
+    if rtl is None or "error" in rtl or "error" in point or rtl["sources"] != point["sources"]:
         return None
     return bool(rtl["bit_exact"] and rtl["cycles"] == point["cycles"] and rtl["memory"] == point["memory"])
 
