@@ -95,7 +95,8 @@ def runs_of_instructions(code: bytes, seed: int, *, length: int = 200) -> bytes:
     while len(parts) < length:
         pattern = [chosen[index] for index in rng.integers(len(chosen), size=rng.choice([1, 1, 2, 3, 4]))]
         parts += pattern * int(rng.integers(1, rng.choice([10, 40])))
-    return other_waits(b"".join(parts), seed, share=float(rng.choice([0, 1 / 40, 1 / 8, 1 / 2])), farthest=int(rng.choice([3, 12, 60])))
+    share, farthest = float(rng.choice([0, 1 / 40, 1 / 8, 1 / 2])), int(rng.choice([3, 12, 60]))
+    return other_waits(b"".join(parts), seed, share=share, farthest=farthest)
 
 
 def _instructions(code: bytes) -> list[bytes]:
