@@ -185,7 +185,7 @@ class Emitter:
         if op.table is not None:
             fields["table"] = 1
         if op.norm is not None:
-            norm_fields, gamma = self.norm(op.norm, segment.stop - segment.start)
+            norm_fields, gamma = self.norm(op.norm, segment)
             fields |= norm_fields
             addresses["g_addr"] = gamma
         return fields, addresses, reads, written
@@ -201,9 +201,10 @@ class Emitter:
         fields = {"residual": kind, "r_mult": residual.mult, "r_shift": residual.shift}
         return fields, {"r_addr": self.column(residual.tensor, tile, segment.start)}, ((residual.tensor, tile),)
 
-    def norm(self, norm: LayerNorm, cols: int) -> tuple[dict[str, int], At]:
-        """Fields of a row normalisation over `cols` columns, and its parameters."""
-        ln_inv, ln_shift, row_mult, row_shift = norm_constants(cols)
+    def norm(self, norm: LayerNorm, segment: Segment) -> tuple[dict[str, int], At]:
+        """Fields of a row normalisation over the columns of a segment, and its parameters."""
+        ln_inv, ln_shift, row_mult, row_shift = norm_constants(segment.stop - segment.start)
+        part = slice(segment.start, segment.stop)
         fields = {
             "row_op": RowOp.RMSNORM if norm.rms else RowOp.LAYERNORM,
             "ln_inv": ln_inv,
@@ -212,7 +213,7 @@ class Emitter:
             "row_shift": row_shift,
             "ln_eps": norm.eps,
         }
-        return fields, At(self.constants.add(_params(norm.beta, norm.gamma, norm.shift)))
+        return fields, At(self.constants.add(_params(norm.beta[part], norm.gamma[part], norm.shift[part])))
 
     def table(self, op: Linear | Pointwise | Conv) -> str | None:
         return None if op.table is None else self.constants.add(op.table)
@@ -391,6 +392,9 @@ class Emitter:
 
     def runs(self, op: Pointwise) -> list[Segment]:
         """Segments of a tensor without matmul; channels that are neighbours in x and in the output stay together."""
+        width = op.norm.width if op.norm is not None else 0
+        if op.norm is not None and op.norm.groups > 1:
+            return [Segment(start=start, stop=start + width) for start in range(0, len(op.norm.gamma), width)]
         segments = self.segments(op.out)
         if op.channels is None:
             return segments
