@@ -26,11 +26,13 @@ from hw.isa_check import constant_alignment, k_limits
 from hw.numerics import PARAM_DTYPE
 from hw.row import norm_constants
 
-__all__ = ["IDENTITY", "MAX_COLS", "Emitter", "Segment", "Stream", "k_chunks", "mask_stride", "requant_params"]
+__all__ = ["COPY", "IDENTITY", "MAX_COLS", "Emitter", "Segment", "Stream", "k_chunks", "mask_stride", "requant_params"]
 
 MAX_COLS = (1 << 16) - 1
 NOTHING = {"source": Source.ZERO, "mult": 0, "shift": 1}
 """Columns of zeros. A tensor without matmul comes as the residual, past the loader, which is then free for the next matmul."""
+COPY = {"source": Source.STREAM, "mult": 2, "shift": 1}
+"""Columns as they are, through the loader, which can turn them by row groups."""
 IDENTITY = {"r_mult": 2, "r_shift": 1}
 """Scaling that changes nothing: rshr(2 x, 1) = x."""
 
@@ -61,7 +63,8 @@ class Emitter:
     -------
     constants : constant buffers so far. tensors : layout of each tensor, copies included.
     copies : name of the copy of a tensor in another layout, by (tensor, layout, heads). tails : bytes of the buffers for row
-    tiles that hold the tails of several keys or values. tables : name of the host-written parameter tables, by (mask,
+    tiles that hold the tails of several keys or values, and of what `compiler.emit_gather` turns. turned : tiles that it has
+    turned. tables : name of the host-written parameter tables, by (mask,
     multiplier, shift). weights : stored bytes and format of each Linear, by operator number.
     """
 
@@ -70,6 +73,7 @@ class Emitter:
     tensors: dict[str, TensorInfo]
     copies: dict[tuple[str, Layout, int], str] = field(default_factory=dict)
     tails: dict[str, int] = field(default_factory=dict)
+    turned: set[Region] = field(default_factory=set)
     tables: dict[tuple[str, int, int], str] = field(default_factory=dict)
     weights: dict[int, tuple[int, str]] = field(default_factory=dict)
 
