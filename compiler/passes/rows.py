@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from compiler.graph import (
     Activation,
     Add,
     Constant,
+    Fixed,
     Graph,
     Input,
     LayerNorm,
@@ -161,19 +161,25 @@ def arrange_rows(graph: Graph) -> Graph:
         return name if ids is None else best(graph.nodes[name], ids, shape) or name
 
     def best(node: Node, ids: Tensor, shape: Shape) -> str | None:
-        """Copies of rows, or if that takes many narrow ones, rows and channels changed of what takes fewer."""
+        """Copies of rows, or if that takes many narrow ones, rows and channels changed of what takes fewer, or copies of rows of
+        a tensor whose rows and channels have changed."""
         key = (shape, _digest(ids))
         if key in known:
             return known[key]
-        made: Transpose | Rearrange | str | None = _arranged(graph, node, ids, shape, numbers)
+        made: Transpose | Rearrange | str | None = _arranged(node, ids, shape, numbers)
         if _narrow(made) and shape[-1] > 1:
             turned = ids.reshape((1,) * (3 - len(shape)) + shape).transpose(1, 2).contiguous()
-            base = _arranged(graph, replace(node, name=f"{node.name}.turned"), turned, tuple(turned.shape), numbers)
+            base = _arranged(replace(node, name=f"{node.name}.turned"), turned, tuple(turned.shape), numbers)
             if base is not None and not _narrow(base):
                 kept = base if isinstance(base, str) else nodes.setdefault(base.name, base).name
                 made = Transpose(
                     name=f"{node.name}.arranged", inputs=(kept,), shape=shape, source=node.source, origin=node.origin
                 )  # fmt: skip
+            elif (swapped := numbers.swapped(ids, node)) is not None:
+                base = _arranged(node, swapped[0], shape, numbers)
+                if base is not None and not _narrow(base):
+                    nodes.setdefault(swapped[1].name, swapped[1])
+                    made = base
         if made is None:
             return None
         known[key] = made if isinstance(made, str) else nodes.setdefault(made.name, made).name
@@ -249,8 +255,9 @@ class _Numbers:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.firsts: list[int] = []
-        self.bases: list[str] = []
+        self.bases: list[Node] = []
         self.found: dict[str, Tensor | None] = {}
+        self.transposes: dict[str, tuple[Transpose, int]] = {}  # of a tensor: it turned, and the number of its first element
         self.next = 1
 
     def of(self, name: str) -> Tensor | None:
@@ -262,29 +269,47 @@ class _Numbers:
                 known = [item for item in operands if item is not None]
                 self.found[name] = node.evaluate(*known) if len(known) == len(operands) else None
             else:
-                self.found[name] = self._base(node)
+                first = self._add(node)
+                self.found[name] = torch.arange(first, self.next).reshape(node.shape)
         return self.found[name]
 
-    def _base(self, node: Node) -> Tensor:
-        size = math.prod(node.shape)
+    def _add(self, node: Node) -> int:
+        """Number of a tensor's first element."""
         self.firsts.append(self.next)
-        self.bases.append(node.name)
-        self.next += size
-        return torch.arange(self.next - size, self.next).reshape(node.shape)
+        self.bases.append(node)
+        self.next += math.prod(node.shape)
+        return self.firsts[-1]
 
-    def base(self, number: int) -> tuple[str, int]:
-        """Tensor of an element, and the number of its first element."""
-        place = bisect_right(self.firsts, number) - 1
-        return self.bases[place], self.firsts[place]
+    def owners(self, ids: Tensor) -> Tensor:
+        """Place in `bases` of the tensor that each element is of, -1 for none."""
+        places = torch.tensor(self.firsts)
+        return torch.where(ids > 0, torch.searchsorted(places, ids.contiguous(), right=True) - 1, -1)
+
+    def swapped(self, ids: Tensor, like: Node) -> tuple[Tensor, Transpose] | None:
+        """Elements of one tensor as those of the same with rows and channels changed, and the node that makes it."""
+        used = [int(i) for i in self.owners(ids).unique() if i >= 0]
+        base = self.bases[used[0]] if len(used) == 1 else None
+        if base is None or len(base.shape) not in (2, 3) or isinstance(base, Rearrange | Fixed):
+            return None
+        *lead, rows, channels = base.shape
+        if base.name not in self.transposes:
+            turned = Transpose(
+                name=f"{base.name}.swapped", inputs=(base.name,), shape=(*(lead or [1]), channels, rows), source=like.source,
+                origin=like.origin,
+            )  # fmt: skip
+            self.transposes[base.name] = turned, self._add(turned)
+        made, first = self.transposes[base.name]
+        local = ids - self.firsts[used[0]]
+        entry, row, channel = local // (rows * channels), local // channels % rows, local % channels
+        return torch.where(ids > 0, (entry * channels + channel) * rows + row + first, 0), made
 
 
-def _arranged(graph: Graph, node: Node, ids: Tensor, shape: Shape, numbers: _Numbers) -> Rearrange | str | None:
+def _arranged(node: Node, ids: Tensor, shape: Shape, numbers: _Numbers) -> Rearrange | str | None:
     """A node that makes a tensor of these elements, the name of the one that they are, or None."""
     flat = ids.reshape(-1, shape[-1])
-    places = torch.tensor(numbers.firsts)
-    owner = torch.where(flat > 0, torch.searchsorted(places, flat.contiguous(), right=True) - 1, -1)
+    owner = numbers.owners(flat)
     used = [int(i) for i in owner.unique() if i >= 0]
-    tensors = [graph.nodes[numbers.bases[i]] for i in used]
+    tensors = [numbers.bases[i] for i in used]
     constants = [isinstance(t, Rearrange) and not t.parts for t in tensors]
     if len(used) == 1 and not constants[0] and by_rows(tensors[0].shape) == shape == tensors[0].shape:
         if bool((ids.reshape(-1) == torch.arange(math.prod(shape)) + numbers.firsts[used[0]]).all()):
