@@ -20,6 +20,8 @@ _COMPOSITE = "CompositeImplicitAutograd"
 
 MAX_STEPS = 128
 """Steps of recurrent layers, each a product with the state, that are written out; with more, the layers run on the host."""
+FEW = 4
+"""Parts that are added for their mean."""
 _CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
 _RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
@@ -27,7 +29,7 @@ _RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_rel
 def decompositions(program: ExportedProgram) -> dict[Any, Callable[..., Any]]:
     """For `ExportedProgram.run_decompositions`: einsum as products of matrices, a convolution with mixed kernels as one with
     constant weights, recurrent layers step by step, and any other operator of a library that is defined by torch's own."""
-    table: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum, aten.glu.default: _gated}
+    table: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum, aten.glu.default: _gated, aten.mean.dim: _mean_of_few}
     table |= {target: _composite(target) for target in _CELLS}
     if _recurrent_steps(program) <= MAX_STEPS:
         table |= get_decompositions(_RECURRENT)
@@ -55,6 +57,15 @@ def _recurrent_steps(program: ExportedProgram) -> int:
 def _gated(x: Tensor, dim: int = -1) -> Tensor:
     a, b = x.chunk(2, dim)
     return a * torch.sigmoid(b)
+
+
+def _mean_of_few(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A mean over one of the outer dimensions as a sum: its parts lie apart, and need not be brought together."""
+    place = dim[0] % x.ndim if dim and len(dim) == 1 else x.ndim
+    if place > x.ndim - 3 or x.shape[place] > FEW or dtype is not None:
+        return NotImplemented
+    total = reduce(torch.add, x.unbind(place)) * (1 / x.shape[place])
+    return total.unsqueeze(place) if keepdim else total
 
 
 def _composite(target: torch._ops.OpOverload) -> Callable[..., Any]:
