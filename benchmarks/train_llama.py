@@ -5,6 +5,9 @@
    AdamW (0.9, 0.95), weight decay 0.02, two fifths of warm-up, half a cosine; only the answer is learned. Ours: ten epochs and a
    higher learning rate, for a small base that never saw an instruction.
 3. The same with gates fixed at 1 from the start: prompts drawn at random disturb the base ("rand-init" of the paper's table 5).
+4. Sixteen of the examples by heart: an adapter alone, and as a control all weights of the base.
+
+``python -m benchmarks.train_llama`` does the first and the last of these only.
 
 Every stage is a training that goes on where it was stopped (``out/train_llama``).
 """
@@ -12,8 +15,11 @@ Every stage is a training that goes on where it was stopped (``out/train_llama``
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from tokenizers import Tokenizer
@@ -51,21 +57,37 @@ TOPIC = "What is this article about?"
 OPINION = "Did the author like the film?"
 LENGTH, HELD_OUT, KNOWN, PER_EPOCH = 80, 500, 3000, 1500
 PRETRAINING = TrainConfig(epochs=4, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=0.05, schedule="cosine", clip=1.0)
+ADAPTER = AdapterConfig(length=10, layers=5)
 TUNING = TrainConfig(epochs=10, lr=0.2, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
+BY_HEART = {
+    "adapter": TrainConfig(epochs=400, lr=0.05, weight_decay=0.0, beta2=0.95, warmup=0.1, schedule="constant", clip=1.0),
+    "all weights": TrainConfig(epochs=60, lr=1e-3, weight_decay=0.0, beta2=0.95, warmup=0.1, schedule="constant", clip=1.0),
+}
+"""An epoch is one step with all the examples."""
+FEW = 16
 WINDOWS = 1700
 """Windows of 128 tokens in an epoch of pre-training."""
+
+Row: TypeAlias = tuple[list[int], list[int]]
+"""Tokens and labels of an example."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The tokenizer, the text that the base learns, and examples as tokens and labels."""
+    """The tokenizer, the text that the base learns, examples to learn as tokens and labels (and a few of them, of both kinds
+    alike), and held-out ones."""
 
     tokenizer: Tokenizer
     stream: Tensor
     held_stream: Tensor
-    train: list[tuple[list[int], list[int]]]
+    train: list[Row]
+    few: list[Row]
     topics: list[Example]
     opinions: list[Example]
+
+    def rows(self, examples: Sequence[Example]) -> list[Row]:
+        """Examples as tokens and labels."""
+        return [encode(self.tokenizer, example, LENGTH) for example in examples]
 
 
 def _data(vocabulary: int) -> Data:
@@ -85,8 +107,9 @@ def _data(vocabulary: int) -> Data:
         tokenizer = train_tokenizer([*texts, *whole], vocabulary)
         tokenizer.save(str(file))
     rows = [encode(tokenizer, example, LENGTH) for example in (*topics[:KNOWN], *opinions[:KNOWN])]
+    few = rows[: FEW // 2] + rows[KNOWN : KNOWN + FEW // 2]
     held = [example.text for example in (*held_topics, *held_opinions)]
-    return Data(tokenizer, _stream(tokenizer, texts), _stream(tokenizer, held), rows, held_topics, held_opinions)
+    return Data(tokenizer, _stream(tokenizer, texts), _stream(tokenizer, held), rows, few, held_topics, held_opinions)
 
 
 def _topics(part: list[Sentence], classes: tuple[str, ...]) -> list[Example]:
@@ -107,12 +130,12 @@ def _stream(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _held_out(model: nn.Module, tokenizer: Tokenizer, examples: list[Example]) -> tuple[float, float]:
+def _score(model: nn.Module, rows: Sequence[Row]) -> tuple[float, float]:
     """Mean loss of an answer's tokens in nats, and the share of answers that the likeliest tokens spell out (which is what greedy
     generation would give)."""
     model.eval()
     total, count, right = 0.0, 0, 0
-    rows = sorted((encode(tokenizer, example, LENGTH) for example in examples), key=lambda row: len(row[0]))
+    rows = sorted(rows, key=lambda row: len(row[0]))
     for start in range(0, len(rows), 50):
         batch = collate(rows[start : start + 50])
         logits = model(batch.tokens)
@@ -149,13 +172,33 @@ def _pretrained(data: Data) -> tuple[Llama, TrainResult]:
 
 def _tuned(name: str, base: Llama, data: Data, *, gated: bool) -> tuple[LlamaAdapter, TrainResult]:
     torch.manual_seed(1)
-    model = LlamaAdapter(copy.deepcopy(base), AdapterConfig(length=10, layers=5))
+    model = LlamaAdapter(copy.deepcopy(base), ADAPTER)
     if not gated:
         for gate in model.gates:
             nn.init.constant_(gate, 20.0).requires_grad_(False)  # tanh(20) is 1 in float32
     batches = example_batches(data.train, size=PER_EPOCH, batch_size=16, seed=0)
-    held = data.topics[:150] + data.opinions[:150]
-    return model, _stage(name, model, batches, TUNING, lambda model: _held_out(model, data.tokenizer, held)[0])
+    held = data.rows(data.topics[:150] + data.opinions[:150])
+    return model, _stage(name, model, batches, TUNING, lambda model: _score(model, held)[0])
+
+
+def _by_heart(base: Llama, data: Data) -> Table:
+    """Answers of a few examples, learned by an adapter alone and, as a control, by all weights."""
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    rows = []
+    for name, config in BY_HEART.items():
+        torch.manual_seed(1)
+        own = copy.deepcopy(base)
+        model = LlamaAdapter(own, ADAPTER) if name == "adapter" else own.requires_grad_()
+        learned = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        first, _ = _score(model, data.few)
+        batches = example_batches(data.few, size=None, batch_size=FEW, seed=0)
+        result = _stage(f"by_heart_{name.replace(' ', '_')}", model, batches, config, None)
+        last, right = _score(model, data.few)
+        same = sum(torch.equal(value, before[key]) for key, value in own.state_dict().items())
+        rows.append((name, learned, config.epochs, first, last, 100 * right, f"{same} of {len(before)}", result.cpu_seconds))
+    columns = ("what learns", "numbers", "steps", "loss, start", "loss", "right (%)", "tensors of the base unchanged", "CPU s")
+    note = f"{FEW} training examples, half of each instruction, all in every step; right: the whole answer by greedy decoding."
+    return Table("Sixteen examples by heart", columns, tuple(rows), note)
 
 
 def run() -> list[Table]:
@@ -191,6 +234,7 @@ def run() -> list[Table]:
     columns = ("model", "learned", "loss, start", "loss, topics", "right (%)", "loss, opinions", "right (%)")
     return [
         Table("LLaMA-Adapter on held-out instructions", columns, tuple(rows), note),
+        _by_heart(base, data),
         Table("Held-out loss", ("stage", "after epoch 1", "after the last"), tuple(curves)),
         Table("Greedy answers", ("text", "wanted", "given"), tuple(samples), "The first held-out examples."),
     ]
@@ -199,15 +243,15 @@ def run() -> list[Table]:
 def _start(base: Llama, data: Data, gated: bool) -> float:
     """Held-out loss of an adapter that has learned nothing yet."""
     torch.manual_seed(1)
-    model = LlamaAdapter(copy.deepcopy(base), AdapterConfig(length=10, layers=5))
+    model = LlamaAdapter(copy.deepcopy(base), ADAPTER)
     if not gated:
         for gate in model.gates:
             nn.init.constant_(gate, 20.0)
-    return _held_out(model, data.tokenizer, data.topics + data.opinions)[0]
+    return _score(model, data.rows(data.topics + data.opinions))[0]
 
 
 def _row(name: str, model: nn.Module, data: Data, start: float | None, learned: int) -> tuple[str | int | float | None, ...]:
-    (topic, right), (opinion, liked) = (_held_out(model, data.tokenizer, part) for part in (data.topics, data.opinions))
+    (topic, right), (opinion, liked) = (_score(model, data.rows(part)) for part in (data.topics, data.opinions))
     return name, learned, start, topic, 100 * right, opinion, 100 * liked
 
 
@@ -219,3 +263,17 @@ def _samples(model: LlamaAdapter, data: Data) -> list[tuple[str, str, str]]:
         (answer,) = generate(model.eval(), [prompt], new_tokens=8, stop=END)
         found.append((example.text[:60], example.answer, data.tokenizer.decode(answer).strip()))
     return found
+
+
+def main() -> int:
+    """The base and what is learned by heart, without the report."""
+    torch.set_num_threads(1)
+    data = _data(create_model("llama_small").config.vocabulary)
+    table = _by_heart(_pretrained(data)[0], data)
+    for row in (table.columns, *table.rows):
+        print(*(f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row), sep=" | ")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.checks import check_images
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
 from models.vision import DropPath, build_vision_model
@@ -213,8 +214,7 @@ class CeiT(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Image (B, channels, H, W) -> tokens (B, T, C) before the first block."""
         config = self.config
-        if tuple(x.shape[1:]) != (config.channels, config.image, config.image):
-            raise ValueError(f"images must be (B, {config.channels}, {config.image}, {config.image}), not {tuple(x.shape)}")
+        check_images(x, config.channels, config.image)
         return torch.cat([self.cls_token.expand(len(x), -1, -1), self.i2t(x)], 1) + self.pos_embed
 
     def forward(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from models import swin
 from models.backbone import Backbone, build_backbone
-from models.checks import check_images, check_pixels, check_positive
+from models.checks import check_entries, check_images, check_labels, check_pixels, check_positive
 from models.detection import object_count
 from models.detr import DecoderLayer, DetrConfig, Mlp
 from models.huggingface import rename_backbone, rename_detector
@@ -121,22 +121,15 @@ def check_mask_targets(targets: Sequence[MaskTarget], *, images: Tensor, classes
     Raises
     ------
     TypeError
-        Labels that are not int64, masks that are not bool.
+        Entries that are no `MaskTarget`, labels that are not int64, masks that are not bool.
     ValueError
         Another number of targets than images, labels or masks of a wrong shape or range, or an empty mask; the message has the
         number of the image.
     """
-    if len(targets) != len(images):
-        raise ValueError(f"{len(images)} images need as many targets, not {len(targets)}")
+    check_entries(targets, MaskTarget, images=len(images), name="targets")
     for number, target in enumerate(targets):
-        labels, masks = target.labels, target.masks
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels of image {number} must be int64, not {labels.dtype}")
-        check_masks(masks, height=images.shape[2], width=images.shape[3], name=f"masks of image {number}")
-        if labels.shape != masks.shape[:1]:
-            raise ValueError(f"image {number} has labels {tuple(labels.shape)} for masks {tuple(masks.shape)}: one for each mask")
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-            raise ValueError(f"labels of image {number} must be in 0 to {classes - 1}, not {labels.tolist()}")
+        check_masks(target.masks, height=images.shape[2], width=images.shape[3], name=f"masks of image {number}")
+        check_labels(target.labels, target.masks, classes=classes, image=number, name="masks")
 
 
 class MaskPrediction(NamedTuple):
@@ -321,6 +314,7 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def semantic(self, images: Tensor) -> Tensor:
         """The class of each pixel: int64 (B, H, W)."""
+        check_images(images, 3)
         check_pixels(images)
         output = self(images)
         return semantic_map(output.logits, output.masks, images.shape[-2:])
@@ -328,6 +322,7 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def instances(self, images: Tensor, *, threshold: float = 0.5) -> list[Instances]:
         """The objects in each image with a score of at least ``threshold``; see `best_instances`."""
+        check_images(images, 3)
         check_pixels(images)
         output = self(images)
         return best_instances(output.logits, output.masks, images.shape[-2:], threshold=threshold)

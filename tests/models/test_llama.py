@@ -333,8 +333,12 @@ def test_wrong_use():
     model = create_model("llama_tiny")
     with pytest.raises(ValueError, match="129 tokens, but the model has 128 positions"):
         model(torch.zeros(1, 129, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"token numbers must be \(B, S\), not \(4,\)"):
+    with pytest.raises(ValueError, match=r"token numbers must be \(B, S\), at least one of a sequence, not \(4,\)"):
         model(torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"token numbers must be in 0 to 511, not 512 \(place 1 of sequence 0\)"):
+        model(torch.tensor([[511, 512]]))
+    with pytest.raises(ValueError, match="token numbers must be in 0 to 511, not 600"):
+        generate(model, [[600]], new_tokens=1)
     with pytest.raises(ValueError, match=r"places must be in \[1, 128\], the positions of the model, not 130"):
         generate(model, [[1, 2]], new_tokens=128)
     for options, message in (
@@ -345,6 +349,21 @@ def test_wrong_use():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             generate(model, **options)
+
+
+def test_wrong_places():
+    model, tokens, places = create_model("llama_tiny"), torch.zeros(2, 3, dtype=torch.int64), torch.arange(3)
+    cache = model.new_cache(2, 8)
+    for arguments, message in (
+        ((tokens, places[:2]), r"positions must be integers \(3,\), one a token, not torch.int64 \(2,\)"),
+        ((tokens, places.float()), r"positions must be integers \(3,\), one a token, not torch.float32 \(3,\)"),
+        ((tokens[:1], places, cache), "the cache must have 4 layers and 1 sequences, not 4 and 2: new_cache gives one"),
+        ((tokens, places, cache[:1]), "the cache must have 4 layers and 2 sequences, not 1 and 2"),
+        ((tokens, places, ()), "the cache must have 4 layers and 2 sequences, not 0 and 0"),
+        ((tokens, places + 6, cache), r"positions in this cache must be in 0 to 7, not 8 \(place 2 of sequence 0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
 
 
 # -- sparse and pruned ------------------------------------------------------------------------------------------------
