@@ -60,7 +60,7 @@ PRETRAINING = TrainConfig(epochs=4, lr=2e-3, weight_decay=0.1, beta2=0.95, warmu
 ADAPTER = AdapterConfig(length=10, layers=5)
 TUNING = TrainConfig(epochs=10, lr=0.2, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
 BY_HEART = {
-    "adapter": TrainConfig(epochs=400, lr=0.05, weight_decay=0.0, beta2=0.95, warmup=0.1, schedule="constant", clip=1.0),
+    "adapter": TrainConfig(epochs=800, lr=0.05, weight_decay=0.0, beta2=0.95, warmup=0.1, schedule="constant", clip=1.0),
     "all weights": TrainConfig(epochs=60, lr=1e-3, weight_decay=0.0, beta2=0.95, warmup=0.1, schedule="constant", clip=1.0),
 }
 """An epoch is one step with all the examples."""

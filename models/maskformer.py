@@ -16,8 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +33,8 @@ from models.losses import check_finite, class_loss, dice_loss, sigmoid_focal_los
 from models.masks import Instances, best_instances, check_masks, instance_masks, resize_masks, semantic_map, semantic_masks
 from models.matcher import MaskMatcher
 from models.position import sine_position
-from models.registry import describe_models, register_model
-from models.vision import build_vision_model
+from models.registry import describe_models
+from models.vision import register_vision_models
 
 __all__ = [
     "CONFIGS",
@@ -437,32 +436,12 @@ def huggingface_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
     return kept | rename_detector(rest, own)
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, MaskFormer, CONFIGS[name], pretrained, overrides, rename=huggingface_names)
-
-
-@register_model
-def maskformer_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MaskFormer with ResNet-50, 41.3 M parameters."""
-    return _build("maskformer_r50", pretrained, overrides)
-
-
-@register_model
-def maskformer_swin_tiny(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MaskFormer with Swin-T, 41.8 M parameters."""
-    return _build("maskformer_swin_tiny", pretrained, overrides)
-
-
-@register_model
-def maskformer_swin_base(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MaskFormer with Swin-B of window 12, 101.8 M parameters."""
-    return _build("maskformer_swin_base", pretrained, overrides)
-
-
-@register_model
-def maskformer_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MaskFormer on a ResNet-18 of a quarter of the width, 24 queries, 3 classes: trains in minutes on a CPU."""
-    return _build("maskformer_small", pretrained, overrides)
+register_vision_models(MaskFormer, CONFIGS, {
+    "maskformer_r50": "MaskFormer with ResNet-50, 41.3 M parameters.",
+    "maskformer_swin_tiny": "MaskFormer with Swin-T, 41.8 M parameters.",
+    "maskformer_swin_base": "MaskFormer with Swin-B of window 12, 101.8 M parameters.",
+    "maskformer_small": "MaskFormer on a ResNet-18 of a quarter of the width, 24 queries, 3 classes: trains in minutes on a CPU.",
+}, rename=huggingface_names)  # fmt: skip
 
 
 def _paper(parameters: float, macs: float) -> Published:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ from torch.nn import functional as F
 from models.backbone import register_backbone
 from models.checks import check_images, check_positive
 from models.info import ModelInfo, Published, image
-from models.registry import describe_models, register_model
-from models.vision import DropPath, build_vision_model
+from models.registry import describe_models
+from models.vision import DropPath, register_vision_models
 
 __all__ = ["CONFIGS", "Swin", "SwinBackbone", "SwinConfig", "official_names"]
 
@@ -404,44 +403,14 @@ def _backbone(
     return SwinBackbone(config, stages=stages, frozen_stages=frozen_stages)
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, Swin, CONFIGS[name], pretrained, overrides, rename=lambda state, own: official_names(state))
-
-
-@register_model
-def swin_tiny(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-T, window 7, for 224 pixels, 28.3 M parameters."""
-    return _build("swin_tiny", pretrained, overrides)
-
-
-@register_model
-def swin_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-S, window 7, for 224 pixels, 49.6 M parameters."""
-    return _build("swin_small", pretrained, overrides)
-
-
-@register_model
-def swin_base(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-B, window 7, for 224 pixels, 87.8 M parameters."""
-    return _build("swin_base", pretrained, overrides)
-
-
-@register_model
-def swin_large(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-L, window 7, for 224 pixels, 196.5 M parameters."""
-    return _build("swin_large", pretrained, overrides)
-
-
-@register_model
-def swin_base_384(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-B, window 12, for 384 pixels, 87.9 M parameters."""
-    return _build("swin_base_384", pretrained, overrides)
-
-
-@register_model
-def swin_large_384(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-L, window 12, for 384 pixels, 196.7 M parameters."""
-    return _build("swin_large_384", pretrained, overrides)
+register_vision_models(Swin, CONFIGS, {
+    "swin_tiny": "Swin-T, window 7, for 224 pixels, 28.3 M parameters.",
+    "swin_small": "Swin-S, window 7, for 224 pixels, 49.6 M parameters.",
+    "swin_base": "Swin-B, window 7, for 224 pixels, 87.8 M parameters.",
+    "swin_large": "Swin-L, window 7, for 224 pixels, 196.5 M parameters.",
+    "swin_base_384": "Swin-B, window 12, for 384 pixels, 87.9 M parameters.",
+    "swin_large_384": "Swin-L, window 12, for 384 pixels, 196.7 M parameters.",
+}, rename=lambda state, own: official_names(state))  # fmt: skip
 
 
 _README = "the authors' README"

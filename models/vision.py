@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from models.checks import check_options
+from models.registry import register_model
 from models.weights import load_weights, read_weights
 
-__all__ = ["DropPath", "build_vision_model", "initialise_convolutions", "load_backbone"]
+__all__ = ["DropPath", "build_vision_model", "initialise_convolutions", "load_backbone", "register_vision_models"]
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
@@ -89,6 +90,27 @@ def build_vision_model(
     if backbone_weights is not None:
         load_backbone(model, backbone_weights, name=name)
     return model
+
+
+def register_vision_models(
+    kind: Callable[[Config], Model],
+    configs: Mapping[str, Config],
+    summaries: Mapping[str, str],
+    *,
+    rename: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] = lambda state, own: dict(state),
+) -> None:
+    """Register a builder for each name in ``summaries``: ``kind(configs[name])``, by `build_vision_model`; the summaries are the
+    builders' docstrings."""
+
+    def register(name: str, summary: str) -> None:
+        def builder(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
+            return build_vision_model(name, kind, configs[name], pretrained, overrides, rename=rename)
+
+        builder.__name__, builder.__doc__, builder.__module__ = name, summary, kind.__module__
+        register_model(builder)
+
+    for name, summary in summaries.items():
+        register(name, summary)
 
 
 def load_backbone(model: nn.Module, path: str | Path, *, name: str) -> None:
