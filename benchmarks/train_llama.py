@@ -5,17 +5,14 @@
    AdamW (0.9, 0.95), weight decay 0.02, two fifths of warm-up, half a cosine; only the answer is learned. Ours: ten epochs and a
    higher learning rate, for a small base that never saw an instruction.
 3. The same with gates fixed at 1 from the start: prompts drawn at random disturb the base ("rand-init" of the paper's table 5).
-4. Sixteen of the examples by heart: an adapter alone, and as a control all weights of the base.
 
-``python -m benchmarks.train_llama`` does the first and the last of these only.
-
-Every stage is a training that goes on where it was stopped (``out/train_llama``).
+Every stage is a training that goes on where it was stopped (``out/train_llama``). ``train_llama_by_heart`` learns a few of the
+examples by heart.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +43,7 @@ from algo.train import RunOptions, TrainConfig, TrainResult, progress_bars, trai
 from benchmarks import Table
 from models import AdapterConfig, Llama, LlamaAdapter, create_model, generate
 
-__all__ = ["run"]
+__all__ = ["ADAPTER", "FEW", "Data", "load_data", "pretrained", "run", "score_of", "stage"]
 
 OUT = Path("out/train_llama")
 TOPICS = {
@@ -59,12 +56,8 @@ LENGTH, HELD_OUT, KNOWN, PER_EPOCH = 80, 500, 3000, 1500
 PRETRAINING = TrainConfig(epochs=4, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=0.05, schedule="cosine", clip=1.0)
 ADAPTER = AdapterConfig(length=10, layers=5)
 TUNING = TrainConfig(epochs=10, lr=0.2, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
-BY_HEART = {
-    "adapter": TrainConfig(epochs=800, lr=0.05, weight_decay=0.0, beta2=0.95, warmup=0.1, schedule="constant", clip=1.0),
-    "all weights": TrainConfig(epochs=60, lr=1e-3, weight_decay=0.0, beta2=0.95, warmup=0.1, schedule="constant", clip=1.0),
-}
-"""An epoch is one step with all the examples."""
 FEW = 16
+"""Examples for `train_llama_by_heart`."""
 WINDOWS = 1700
 """Windows of 128 tokens in an epoch of pre-training."""
 
@@ -90,7 +83,7 @@ class Data:
         return [encode(self.tokenizer, example, LENGTH) for example in examples]
 
 
-def _data(vocabulary: int) -> Data:
+def load_data(vocabulary: int) -> Data:
     news = r8()
     films, held_films = movie_sentences(seed=0, test_size=HELD_OUT)
     topics, held_topics = _topics(news.train, news.classes), _topics(_spread(news.test), news.classes)
@@ -130,7 +123,7 @@ def _stream(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _score(model: nn.Module, rows: Sequence[Row]) -> tuple[float, float]:
+def score_of(model: nn.Module, rows: Sequence[Row]) -> tuple[float, float]:
     """Mean loss of an answer's tokens in nats, and the share of answers that the likeliest tokens spell out (which is what greedy
     generation would give)."""
     model.eval()
@@ -146,7 +139,7 @@ def _score(model: nn.Module, rows: Sequence[Row]) -> tuple[float, float]:
     return total / count, right / len(rows)
 
 
-def _stage(name: str, model: nn.Module, batches: object, config: TrainConfig, score: object) -> TrainResult:
+def stage(name: str, model: nn.Module, batches: object, config: TrainConfig, score: object) -> TrainResult:
     with progress_bars() as progress:
         return train(
             model, batches, token_loss, config, checkpoint=OUT / f"{name}.safetensors", evaluate=score,  # type: ignore[arg-type]
@@ -154,7 +147,7 @@ def _stage(name: str, model: nn.Module, batches: object, config: TrainConfig, sc
         )  # fmt: skip
 
 
-def _pretrained(data: Data) -> tuple[Llama, TrainResult]:
+def pretrained(data: Data) -> tuple[Llama, TrainResult]:
     torch.manual_seed(0)
     base = create_model("llama_small")
     held = window_batches(data.held_stream, length=128, size=None, batch_size=50, seed=0)(0)
@@ -165,7 +158,7 @@ def _pretrained(data: Data) -> tuple[Llama, TrainResult]:
         return sum(float(token_loss(model, TokenBatch(*batch))) for batch in held) / len(held)
 
     batches = window_batches(data.stream, length=128, size=WINDOWS, batch_size=16, seed=0)
-    result = _stage("base", base, batches, PRETRAINING, score)
+    result = stage("base", base, batches, PRETRAINING, score)
     assert isinstance(base, Llama)
     return base, result
 
@@ -178,35 +171,15 @@ def _tuned(name: str, base: Llama, data: Data, *, gated: bool) -> tuple[LlamaAda
             nn.init.constant_(gate, 20.0).requires_grad_(False)  # tanh(20) is 1 in float32
     batches = example_batches(data.train, size=PER_EPOCH, batch_size=16, seed=0)
     held = data.rows(data.topics[:150] + data.opinions[:150])
-    return model, _stage(name, model, batches, TUNING, lambda model: _score(model, held)[0])
-
-
-def _by_heart(base: Llama, data: Data) -> Table:
-    """Answers of a few examples, learned by an adapter alone and, as a control, by all weights."""
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    rows = []
-    for name, config in BY_HEART.items():
-        torch.manual_seed(1)
-        own = copy.deepcopy(base)
-        model = LlamaAdapter(own, ADAPTER) if name == "adapter" else own.requires_grad_()
-        learned = sum(value.numel() for value in model.parameters() if value.requires_grad)
-        first, _ = _score(model, data.few)
-        batches = example_batches(data.few, size=None, batch_size=FEW, seed=0)
-        result = _stage(f"by_heart_{name.replace(' ', '_')}", model, batches, config, None)
-        last, right = _score(model, data.few)
-        same = sum(torch.equal(value, before[key]) for key, value in own.state_dict().items())
-        rows.append((name, learned, config.epochs, first, last, 100 * right, f"{same} of {len(before)}", result.cpu_seconds))
-    columns = ("what learns", "numbers", "steps", "loss, start", "loss", "right (%)", "tensors of the base unchanged", "CPU s")
-    note = f"{FEW} training examples, half of each instruction, all in every step; right: the whole answer by greedy decoding."
-    return Table("Sixteen examples by heart", columns, tuple(rows), note)
+    return model, stage(name, model, batches, TUNING, lambda model: score_of(model, held)[0])
 
 
 def run() -> list[Table]:
     """Losses and accuracies on held-out texts, before and after tuning, and what tuning changed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    data = _data(create_model("llama_small").config.vocabulary)
-    base, first = _pretrained(data)
+    data = load_data(create_model("llama_small").config.vocabulary)
+    base, first = pretrained(data)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     rows: list[tuple[str | int | float | None, ...]] = [_row("base, frozen", base, data, None, 0)]
     curves = [("base: next token of texts", *first.scores[:1], *first.scores[-1:])]
@@ -234,7 +207,6 @@ def run() -> list[Table]:
     columns = ("model", "learned", "loss, start", "loss, topics", "right (%)", "loss, opinions", "right (%)")
     return [
         Table("LLaMA-Adapter on held-out instructions", columns, tuple(rows), note),
-        _by_heart(base, data),
         Table("Held-out loss", ("stage", "after epoch 1", "after the last"), tuple(curves)),
         Table("Greedy answers", ("text", "wanted", "given"), tuple(samples), "The first held-out examples."),
     ]
@@ -247,11 +219,11 @@ def _start(base: Llama, data: Data, gated: bool) -> float:
     if not gated:
         for gate in model.gates:
             nn.init.constant_(gate, 20.0)
-    return _score(model, data.rows(data.topics + data.opinions))[0]
+    return score_of(model, data.rows(data.topics + data.opinions))[0]
 
 
 def _row(name: str, model: nn.Module, data: Data, start: float | None, learned: int) -> tuple[str | int | float | None, ...]:
-    (topic, right), (opinion, liked) = (_score(model, data.rows(part)) for part in (data.topics, data.opinions))
+    (topic, right), (opinion, liked) = (score_of(model, data.rows(part)) for part in (data.topics, data.opinions))
     return name, learned, start, topic, 100 * right, opinion, 100 * liked
 
 
@@ -263,17 +235,3 @@ def _samples(model: LlamaAdapter, data: Data) -> list[tuple[str, str, str]]:
         (answer,) = generate(model.eval(), [prompt], new_tokens=8, stop=END)
         found.append((example.text[:60], example.answer, data.tokenizer.decode(answer).strip()))
     return found
-
-
-def main() -> int:
-    """The base and what is learned by heart, without the report."""
-    torch.set_num_threads(1)
-    data = _data(create_model("llama_small").config.vocabulary)
-    table = _by_heart(_pretrained(data)[0], data)
-    for row in (table.columns, *table.rows):
-        print(*(f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row), sep=" | ")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

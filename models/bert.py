@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.checks import check_mask, check_multiple, check_numbers, check_options, check_positive, check_share, check_tokens
+from models.huggingface import renamed
 from models.info import Input, ModelInfo, Published
 from models.registry import describe_models, register_model
 from models.weights import distribution_file, load_weights, read_weights
@@ -214,13 +215,8 @@ _UNUSED = re.compile(r"^(pooler\.|cls\.|embeddings\.position_ids$)")
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a Hugging Face state dict to `BertModel`'s names; heads, the pooler and position_ids are left
     out."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        if not _UNUSED.match(key):
-            renamed[key] = value
-    return renamed
+    found = {renamed(key, _RENAMES): value for key, value in state.items()}
+    return {key: value for key, value in found.items() if not _UNUSED.match(key)}
 
 
 def _load(model: nn.Module, bert: BertModel, path: Path, name: str) -> None:

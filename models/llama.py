@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.checks import check_multiple, check_numbers, check_options, check_positive, check_tokens
+from models.huggingface import renamed
 from models.info import Input, ModelInfo, Published
 from models.registry import describe_models, register_model
 from models.weights import stream_weights
@@ -411,9 +412,7 @@ def llama_key(key: str, value: Tensor, head_dim: int) -> tuple[str, Tensor] | No
         return None
     if re.search(r"\.self_attn\.[qk]_proj\.weight$", key) and value.shape[0] % head_dim == 0:
         value = value.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-    for pattern, replacement in _HUGGING_FACE:
-        key = re.sub(pattern, replacement, key)
-    return key, value
+    return renamed(key, _HUGGING_FACE), value
 
 
 _SLICED = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0, "tok_embeddings": 1}

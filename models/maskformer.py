@@ -27,7 +27,7 @@ from models.backbone import Backbone, build_backbone
 from models.checks import check_entries, check_images, check_labels, check_pixels, check_positive
 from models.detection import object_count
 from models.detr import DecoderLayer, DetrConfig, Mlp
-from models.huggingface import rename_backbone, rename_detector
+from models.huggingface import rename_backbone, rename_detector, renamed
 from models.info import ModelInfo, Published, image
 from models.losses import check_finite, class_loss, dice_loss, sigmoid_focal_loss
 from models.masks import Instances, best_instances, check_masks, instance_masks, resize_masks, semantic_map, semantic_masks
@@ -399,18 +399,17 @@ def authors_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Queries, keys and values, one matrix there, become three; buffers that are no part of the network are left out.
     """
-    renamed: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, value in state.items():
-        for pattern, replacement in _AUTHORS:
-            name = re.sub(pattern, replacement, name)  # type: ignore[arg-type]
+        name = renamed(name, _AUTHORS)
         if re.match(r"criterion\.|pixel_mean$|pixel_std$|.*\.relative_position_index$", name):
             continue
         joint = re.fullmatch(r"(.*_attention)\.in_proj_(weight|bias)", name)
         parts = {name: value}
         if joint:
             parts = {f"{joint[1]}.{part}.{joint[2]}": rows for part, rows in zip(("query", "key", "value"), value.chunk(3))}
-        renamed |= parts
-    return renamed
+        found |= parts
+    return found
 
 
 def huggingface_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -427,10 +426,8 @@ def huggingface_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
         if name.startswith(_ENCODER):
             backbone[name.removeprefix(_ENCODER)] = value
             continue
-        for pattern, replacement in _HUGGINGFACE:
-            name = re.sub(pattern, replacement, name)
         if name != "criterion.empty_weight":
-            rest[name] = value
+            rest[renamed(name, _HUGGINGFACE)] = value
     backbone = {rename_backbone(name): value for name, value in swin.official_names(backbone).items()}
     kept = {f"backbone.{name}": value for name, value in backbone.items() if not name.startswith("norm.")}
     return kept | rename_detector(rest, own)

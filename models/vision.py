@@ -97,14 +97,15 @@ def register_vision_models(
     configs: Mapping[str, Config],
     summaries: Mapping[str, str],
     *,
-    rename: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] = lambda state, own: dict(state),
+    build: Callable[..., nn.Module] = build_vision_model,
+    **options: Any,
 ) -> None:
-    """Register a builder for each name in ``summaries``: ``kind(configs[name])``, by `build_vision_model`; the summaries are the
-    builders' docstrings."""
+    """Register a builder for each name in ``summaries``, which are their docstrings: ``kind(configs[name])``, by ``build``, which
+    takes what `build_vision_model` does, and gets the options."""
 
     def register(name: str, summary: str) -> None:
         def builder(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-            return build_vision_model(name, kind, configs[name], pretrained, overrides, rename=rename)
+            return build(name, kind, configs[name], pretrained, overrides, **options)
 
         builder.__name__, builder.__doc__, builder.__module__ = name, summary, kind.__module__
         register_model(builder)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from algo.channels import channel_groups
+from algo.count import count
 from algo.fisher import FisherPruner
 from algo.sparsify import finalize, model_patterns, sparsify
 from algo.verify import verify
@@ -113,12 +114,13 @@ def test_rotation_is_a_complex_product():
 
 def test_llama_7b_on_the_meta_device_in_under_a_second():
     with torch.device("meta"):
-        create_model("llama_tiny")  # torch loads what it needs for the meta device
+        count(create_model("llama_tiny"), torch.zeros(1, 8, dtype=torch.int64))  # torch loads what it needs for the meta device
         started = time.process_time()
         model = create_model("llama_7b")
-    size = sum(parameter.numel() for parameter in model.parameters())
+        counted = count(model, torch.zeros(1, 128, dtype=torch.int64))
     assert time.process_time() - started < 1
-    assert size == 6_738_415_616
+    assert counted.parameters == 6_738_415_616
+    assert counted.macs == 128 * (6_738_415_616 - 32000 * 4096 - 65 * 4096) + 32 * 2 * 128 * 128 * 4096
 
 
 WIDTHS = {"llama_7b": 11008, "llama_13b": 13824, "llama_30b": 17920, "llama_65b": 22016}
