@@ -106,7 +106,7 @@ def sparsify(
     layers = dict(sparse_layers(model))
     for name in chosen:
         if any(parametrize.is_parametrized(layers[name], weight) for weight in weight_names(layers[name])):
-            raise ValueError(f"layer {name!r} is being trained already: call finalize() first, or set_pattern()")
+            raise ValueError(f"layer {name!r} {_what_holds(layers[name])}")
     if method in ("magnitude", "wanda", "sparsegpt"):
         _prune(model, chosen, method, calibration)
         method = "fixed"
@@ -148,6 +148,15 @@ def _prune(model: nn.Module, chosen: dict[str, NM], method: str, calibration: Ca
         prune_calibrated(model, chosen, method=cast(Literal["wanda", "sparsegpt"], method), calibration=calibration or ())
     for name, nm in chosen.items():
         _remember(layers[name], nm)
+
+
+def _what_holds(layer: nn.Module) -> str:
+    """Why a parametrised layer cannot be made sparse, and the way out."""
+    own = [step for steps in cast(Any, layer).parametrizations.values() for step in steps]
+    if any(isinstance(step, NMParametrization) for step in own):
+        return "is being trained already: call finalize() first, or set_pattern()"
+    kinds = ", ".join(type(step).__name__.strip("_") for step in own)
+    return f"has a parametrisation of its own ({kinds}): torch.nn.utils.parametrize.remove_parametrizations takes it off"
 
 
 def _parametrization(weight: Tensor, nm: NM, method: str, decay: float, end: float, precondition: float) -> NMParametrization:

@@ -175,7 +175,8 @@ def _watch(graph: Graph, inputs: dict[str, Tensor], calibration: Calibration) ->
             calibration.update(node.name, "product", seen(x), watched=False, source=node.source)
             for stage, result in node.post.stages(x, *operands[1:]):
                 watched = node.post.function is not None and stage in ("sum", "function")
-                calibration.update(node.name, stage, seen(result), watched=watched, source=node.source)
+                behind = f", behind {node.post.function.name}" if node.post.function is not None and stage == "function" else ""
+                calibration.update(node.name, stage, seen(result), watched=watched, source=f"{node.source or node.name}{behind}")
         if not isinstance(node, KeyMask):
             calibration.update(node.name, "out", seen(value), source=node.source)
 

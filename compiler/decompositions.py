@@ -4,6 +4,7 @@ groups of channels, and what libraries define themselves."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ _COMPOSITE = "CompositeImplicitAutograd"
 
 MAX_STEPS = 128
 """Steps of recurrent layers, each a product with the state, that are written out; with more, the layers run on the host."""
+FEW = 4
+"""Parts that are added for their mean."""
 _CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
 _RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
@@ -26,7 +29,7 @@ _RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_rel
 def decompositions(program: ExportedProgram) -> dict[Any, Callable[..., Any]]:
     """For `ExportedProgram.run_decompositions`: einsum as products of matrices, a convolution with mixed kernels as one with
     constant weights, recurrent layers step by step, and any other operator of a library that is defined by torch's own."""
-    table: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum, aten.glu.default: _gated}
+    table: dict[Any, Callable[..., Any]] = {aten.einsum.default: _einsum, aten.glu.default: _gated, aten.mean.dim: _mean_of_few}
     table |= {target: _composite(target) for target in _CELLS}
     if _recurrent_steps(program) <= MAX_STEPS:
         table |= get_decompositions(_RECURRENT)
@@ -56,6 +59,15 @@ def _gated(x: Tensor, dim: int = -1) -> Tensor:
     return a * torch.sigmoid(b)
 
 
+def _mean_of_few(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A mean over one of the outer dimensions as a sum: its parts lie apart, and need not be brought together."""
+    place = dim[0] % x.ndim if dim and len(dim) == 1 else x.ndim
+    if place > x.ndim - 3 or x.shape[place] > FEW or dtype is not None:
+        return NotImplemented
+    total = reduce(torch.add, x.unbind(place)) * (1 / x.shape[place])
+    return total.unsqueeze(place) if keepdim else total
+
+
 def _composite(target: torch._ops.OpOverload) -> Callable[..., Any]:
     return lambda *args, **kwargs: target._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
@@ -83,32 +95,44 @@ def mixed_convolution(
         Attentions (B, C, 1, 1), (B, outputs, 1, 1), (B, kh * kw) and (B, kernels); None: all ones.
     """
     batch, inputs = input.shape[:2]
-    high, wide = weight.shape[2:]
-    windows = _windows(input, (high, wide), stride, padding, dilation)
+    outputs, positions = len(weight) // kernels, weight.shape[2] * weight.shape[3]
+    seen = _seen(input, tuple(weight.shape[2:]), stride, padding, dilation)
     scale = channel.reshape(batch, 1, inputs)
     if position is not None:
-        scale = scale * position.reshape(batch, high * wide, 1)
-    else:
-        scale = scale.expand(batch, high * wide, inputs)
+        scale = scale * position.reshape(batch, positions, 1)
+    if groups == inputs == outputs:
+        return _depthwise(seen, weight, scale, filters, kernel, kernels)
+    # the positions and channels of a group side by side
+    windows = torch.cat([part for group in zip(*(x.chunk(groups, 1) for x in seen), strict=True) for part in group], 1)
+    scale = scale.expand(batch, positions, inputs).unflatten(2, (groups, -1)).transpose(1, 2)
     windows = windows * scale.reshape(batch, -1, 1, 1)
-    if groups > 1:  # the channels of a group side by side
-        windows = windows.unflatten(1, (high * wide, groups, -1)).transpose(1, 2).flatten(1, 3)
-    rows = weight.permute(0, 2, 3, 1).flatten(1).unflatten(0, (kernels, groups, -1)).transpose(0, 1)
-    made = F.conv2d(windows, rows.reshape(-1, rows.shape[-1], 1, 1), groups=groups)  # (group, kernel, output of the group)
-    outputs = len(weight) // kernels
-    if kernel is not None and kernels > 1:
-        own = kernel.reshape(batch, 1, kernels, 1).expand(batch, groups, kernels, outputs // groups)
-        made = made * own.reshape(batch, -1, 1, 1)
-        parts = made.unflatten(1, (groups, kernels, -1)).unbind(2)
-        made = sum(part.flatten(1, 2) for part in parts[1:]) + parts[0].flatten(1, 2)  # type: ignore[assignment]
+    rows, terms = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None], []
+    for n in range(kernels):
+        term = F.conv2d(windows, rows[n * outputs : (n + 1) * outputs], groups=groups)
+        own = None if kernel is None else kernel[:, n].reshape(batch, 1, 1, 1)
+        factor = own if filters is None else filters if own is None else own * filters
+        terms.append(term if factor is None else term * factor)
+    return reduce(torch.add, terms)
+
+
+def _depthwise(
+    seen: list[Tensor], weight: Tensor, scale: Tensor, filters: Tensor | None, kernel: Tensor | None, kernels: int
+) -> Tensor:
+    """A weight for each position and channel: those of the kernels are mixed, not what comes of them."""
+    batch, inputs = seen[0].shape[:2]
+    rows = weight.reshape(kernels, inputs, -1).transpose(1, 2).flatten(1)  # (kernel, position * channel)
+    mixed = rows.sum(0, keepdim=True) if kernel is None else F.linear(kernel, rows.t())
+    mixed = mixed.reshape(-1, len(seen), inputs) * scale
+    terms = [x * mixed[:, n].reshape(batch, inputs, 1, 1) for n, x in enumerate(seen)]
+    made = reduce(torch.add, terms)
     return made if filters is None else made * filters
 
 
-def _windows(x: Tensor, kernel: tuple[int, int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    """(B, positions * C, height, width) of the result, position by position."""
+def _seen(x: Tensor, kernel: tuple[int, ...], stride: list[int], padding: list[int], dilation: list[int]) -> list[Tensor]:
+    """What each position of the kernel sees: (B, C, height, width) of the result."""
     x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     spans = [
         [slice(k * dilation[i], x.shape[2 + i] - (size - 1 - k) * dilation[i], stride[i]) for k in range(size)]
         for i, size in enumerate(kernel)
     ]
-    return torch.cat([x[:, :, down, across] for down in spans[0] for across in spans[1]], 1)
+    return [x[:, :, down, across] for down in spans[0] for across in spans[1]]

@@ -33,6 +33,7 @@ from compiler.program import (
     Program,
     ProgramFileError,
     canonical_json,
+    input_names,
     read_zip,
     sha256,
     write_whole,
@@ -87,7 +88,7 @@ class DynamicProgram:
         ValueError
             A value that was not compiled (names input, dimension, value and what is allowed), wrong number or names of inputs.
         """
-        return self.shapes.sizes(input_shapes(inputs, [spec.name for spec in self.inputs], "the program"))
+        return self.shapes.sizes(input_shapes(inputs, input_names(self.inputs), "the program"))
 
     def for_inputs(self, inputs: Any) -> AnyProgram:
         """The program for the shapes that inputs have; raises as `sizes_of`."""
@@ -300,7 +301,7 @@ def _problems(shapes: DynamicShapes, variants: tuple[tuple[Sizes, AnyProgram], .
     if not shapes.places or [sizes for sizes, _ in variants] != list(shapes.combinations()):
         yield "not one for each combination of dimensions"
         return
-    names = [spec.name for spec in variants[-1][1].inputs]
+    names = input_names(variants[-1][1].inputs)
     for sizes, made in variants:
         given = {spec.name: spec.shape for spec in made.inputs}
         if list(given) != names or any(name not in given for name, _, _ in shapes.places):

@@ -26,11 +26,13 @@ from hw.isa_check import constant_alignment, k_limits
 from hw.numerics import PARAM_DTYPE
 from hw.row import norm_constants
 
-__all__ = ["IDENTITY", "MAX_COLS", "Emitter", "Segment", "Stream", "k_chunks", "mask_stride", "requant_params"]
+__all__ = ["COPY", "IDENTITY", "MAX_COLS", "Emitter", "Segment", "Stream", "k_chunks", "mask_stride", "requant_params"]
 
 MAX_COLS = (1 << 16) - 1
 NOTHING = {"source": Source.ZERO, "mult": 0, "shift": 1}
 """Columns of zeros. A tensor without matmul comes as the residual, past the loader, which is then free for the next matmul."""
+COPY = {"source": Source.STREAM, "mult": 2, "shift": 1}
+"""Columns as they are, through the loader, which can turn them by row groups."""
 IDENTITY = {"r_mult": 2, "r_shift": 1}
 """Scaling that changes nothing: rshr(2 x, 1) = x."""
 
@@ -61,7 +63,8 @@ class Emitter:
     -------
     constants : constant buffers so far. tensors : layout of each tensor, copies included.
     copies : name of the copy of a tensor in another layout, by (tensor, layout, heads). tails : bytes of the buffers for row
-    tiles that hold the tails of several keys or values. tables : name of the host-written parameter tables, by (mask,
+    tiles that hold the tails of several keys or values, and of what `compiler.emit_gather` turns. turned : tiles that it has
+    turned. tables : name of the host-written parameter tables, by (mask,
     multiplier, shift). weights : stored bytes and format of each Linear, by operator number.
     """
 
@@ -70,6 +73,7 @@ class Emitter:
     tensors: dict[str, TensorInfo]
     copies: dict[tuple[str, Layout, int], str] = field(default_factory=dict)
     tails: dict[str, int] = field(default_factory=dict)
+    turned: set[Region] = field(default_factory=set)
     tables: dict[tuple[str, int, int], str] = field(default_factory=dict)
     weights: dict[int, tuple[int, str]] = field(default_factory=dict)
 
@@ -181,7 +185,7 @@ class Emitter:
         if op.table is not None:
             fields["table"] = 1
         if op.norm is not None:
-            norm_fields, gamma = self.norm(op.norm, segment.stop - segment.start)
+            norm_fields, gamma = self.norm(op.norm, segment)
             fields |= norm_fields
             addresses["g_addr"] = gamma
         return fields, addresses, reads, written
@@ -197,9 +201,10 @@ class Emitter:
         fields = {"residual": kind, "r_mult": residual.mult, "r_shift": residual.shift}
         return fields, {"r_addr": self.column(residual.tensor, tile, segment.start)}, ((residual.tensor, tile),)
 
-    def norm(self, norm: LayerNorm, cols: int) -> tuple[dict[str, int], At]:
-        """Fields of a row normalisation over `cols` columns, and its parameters."""
-        ln_inv, ln_shift, row_mult, row_shift = norm_constants(cols)
+    def norm(self, norm: LayerNorm, segment: Segment) -> tuple[dict[str, int], At]:
+        """Fields of a row normalisation over the columns of a segment, and its parameters."""
+        ln_inv, ln_shift, row_mult, row_shift = norm_constants(segment.stop - segment.start)
+        part = slice(segment.start, segment.stop)
         fields = {
             "row_op": RowOp.RMSNORM if norm.rms else RowOp.LAYERNORM,
             "ln_inv": ln_inv,
@@ -208,7 +213,7 @@ class Emitter:
             "row_shift": row_shift,
             "ln_eps": norm.eps,
         }
-        return fields, At(self.constants.add(_params(norm.beta, norm.gamma, norm.shift)))
+        return fields, At(self.constants.add(_params(norm.beta[part], norm.gamma[part], norm.shift[part])))
 
     def table(self, op: Linear | Pointwise | Conv) -> str | None:
         return None if op.table is None else self.constants.add(op.table)
@@ -387,6 +392,9 @@ class Emitter:
 
     def runs(self, op: Pointwise) -> list[Segment]:
         """Segments of a tensor without matmul; channels that are neighbours in x and in the output stay together."""
+        width = op.norm.width if op.norm is not None else 0
+        if op.norm is not None and op.norm.groups > 1:
+            return [Segment(start=start, stop=start + width) for start in range(0, len(op.norm.gamma), width)]
         segments = self.segments(op.out)
         if op.channels is None:
             return segments

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from algo.nm import NM
 from compiler.emit import IDENTITY, Emitter, Segment, Stream, k_chunks, requant_params
+from compiler.emit_gather import emit_mean, is_mean
 from compiler.images import copy_placement
 from compiler.ops import Attention, Conv, MaxPool, QuantNetwork
 from compiler.pack import check_pattern
@@ -44,6 +45,8 @@ class Block:
 
 def emit_convolution(emitter: Emitter, index: int, op: Conv, network: QuantNetwork) -> list[Task]:
     """A chain of TILEs for each row tile and block of output columns."""
+    if is_mean(op, network.tensors[op.x].image or (1, 1), emitter.arch):
+        return emit_mean(emitter, index, op)
     check_pattern(op.weight.reshape(-1, op.weight.shape[3]), op.pattern, layer=describe(op))
     x, tasks = _source(emitter, index, op, network)
     plan = _plan(emitter, op, x, network)
@@ -278,7 +281,7 @@ def _runs(mask: int, barred: int, groups: int) -> Iterable[tuple[int, int]]:
 
 
 def _largest(emitter: Emitter, index: int, op: MaxPool, x: str, tile: int, look: _Look, segment: Segment) -> Step:
-    out, region, depth = emitter.column(op.out, tile, segment.start), (op.out, tile), emitter.arch.rows // emitter.arch.row_groups
+    out, region, depth = emitter.column(op.out, tile, segment.start), (op.out, tile), emitter.arch.group_rows
     compared = {} if look.first else {"residual": Residual.MAX8, **IDENTITY}
     return Step(
         op=index,

@@ -1,151 +1,23 @@
-"""Emission of what moves rows, and of products and softmaxes of activations outside attention.
-
-Rearranged rows are copies through the loader, which turns a tile by row groups, stored without the rows of others.
-"""
+"""Emission of transposes, and of products and softmaxes of activations outside attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from algo.nm import NM
-from compiler.emit import IDENTITY, MAX_COLS, NOTHING, Emitter, Segment, k_chunks
-from compiler.ops import Product, Rearrange, RowSource, Softmax, Transpose
+from compiler.emit import COPY, MAX_COLS, NOTHING, Emitter, Segment, k_chunks
+from compiler.emit_gather import rotated
+from compiler.ops import Product, Softmax, Transpose
 from compiler.pack import pack_weights
-from compiler.placement import Piece, Placement
+from compiler.placement import Piece
 from compiler.schedule import Task
 from compiler.steps import At, Region, Step
-from compiler.verify_network import LoweringError, describe
-from compiler.windows import Move, row_moves
-from hw.arch import Arch
-from hw.isa import Format, Operand, Out, Residual, RowOp, Scale, Source
+from compiler.verify_network import describe
+from hw.isa import Format, Operand, Out, Residual, RowOp, Scale
 
-__all__ = ["emit_product", "emit_rearrange", "emit_softmax", "emit_transpose"]
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A move of a range of columns; ``own``: from a tile of the result itself."""
-
-    part: RowSource
-    move: Move
-    own: bool = False
-
-
-def _repeated(copies: list[_Copy], rows: int, known: dict[tuple[int, ...], int]) -> list[_Copy]:
-    """The copies into one tile. Where one row goes to many, and an earlier tile has the same (``known``), all come from there at
-    once. (Doubling what a tile has so far takes fewer copies, but each waits for the one before, about 110 cycles.)"""
-    runs: list[list[_Copy]] = []
-    for copy in copies:
-        if runs and _same_row(runs[-1][-1], copy, rows):
-            runs[-1].append(copy)
-        else:
-            runs.append([copy])
-    result: list[_Copy] = []
-    for run in runs:
-        move, stop = run[0].move, run[-1].move.stop
-        key = (id(run[0].part), move.source, (move.start + move.rotate) % rows, move.start, stop)
-        earlier = known.setdefault(key, move.tile) if len(run) > 1 else move.tile
-        again = _Copy(run[0].part, Move(move.tile, earlier, 0, move.start, stop), own=True)
-        result += run if earlier == move.tile else [again]
-    return result
-
-
-def _same_row(last: _Copy, copy: _Copy, rows: int) -> bool:
-    """Whether a row comes from where the one before it comes from."""
-    before, move = last.move, copy.move
-    single = before.stop - before.start == 1 == move.stop - move.start
-    same = last.part is copy.part and before.source == move.source and before.stop == move.start
-    return single and same and (before.start + before.rotate) % rows == (move.start + move.rotate) % rows
-
-
-def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
-    """A task for each row tile of the result: what comes from no tensor, in whole columns, then the copies."""
-    out = emitter.tensors[op.out].stored(emitter.arch)
-    copies: list[list[_Copy]] = [[] for _ in range(out.tiles)]
-    for part in op.sources:
-        place = emitter.tensors[part.tensor].stored(emitter.arch)
-        try:
-            found = row_moves(place, out, part.rows, part.to, emitter.arch)
-        except ValueError as error:
-            raise LoweringError(f"{describe(op)}: {error}; use an array of at most 32 rows") from error
-        for move in found:
-            copies[move.tile].append(_Copy(part, move))
-    fills, known = _fills(emitter, index, op, out), dict[tuple[int, ...], int]()
-    if emitter.arch.row_groups == emitter.arch.rows and not _overlap(op, emitter.tensors[op.out].shape):
-        copies = [_repeated(mine, emitter.arch.rows, known) for mine in copies]
-    return [
-        Task((*fills.get(tile, ()), *(step for copy in copies[tile] for step in _steps(emitter, index, op, copy))))
-        for tile in range(out.tiles)
-    ]
-
-
-def _overlap(op: Rearrange, shape: tuple[int, ...]) -> bool:
-    """Whether a part writes over another: then a tile does not keep what was copied into it."""
-    written = np.zeros((shape[0] * shape[1], shape[2]), bool)
-    for part in op.sources:
-        columns = slice(part.at, part.at + part.width)
-        if written[part.to, columns].any():
-            return True
-        written[part.to, columns] = True
-    return False
-
-
-def _steps(emitter: Emitter, index: int, op: Rearrange, copy: _Copy) -> Iterator[Step]:
-    part, move, rows = copy.part, copy.move, emitter.arch.rows
-    tensor, start = (op.out, part.at) if copy.own else (part.tensor, part.start)
-    for first in range(0, part.width, MAX_COLS):
-        width = min(MAX_COLS, part.width - first)
-        yield Step(
-            op=index,
-            fields={
-                "source": Source.STREAM, "cols": width, "out": Out.STORE8,
-                **({"mult": 2, "shift": 1} if copy.own else {"mult": part.mult, "shift": part.shift}),
-                "a_rotate": move.rotate, "o_skip": move.start, "o_drop": rows - move.stop,
-            },
-            addresses={
-                "a_addr": emitter.column(tensor, move.source, start + first),
-                "o_addr": emitter.column(op.out, move.tile, part.at + first),
-            },
-            reads=((tensor, move.source),),
-            writes=((op.out, move.tile),),
-            note=f"{op.name} [{move.tile}] rows {move.start}..{move.stop - 1} of {tensor} [{move.source}]",
-        )  # fmt: skip
-
-
-def _fills(emitter: Emitter, index: int, op: Rearrange, out: Placement) -> dict[int, list[Step]]:
-    """Whole tiles of constants, where the copies leave some of a tile."""
-    info, rows = emitter.tensors[op.out], emitter.arch.rows
-    channels = info.shape[2]
-    missing = np.ones((info.shape[0] * info.shape[1], channels), bool)
-    for part in op.sources:
-        missing[part.to, part.at : part.at + part.width] = False
-    wanted = np.unique(out.packed_rows().reshape(-1)[missing.any(1)] // rows)
-    if not len(wanted):
-        return {}
-    wide = info.dtype == "int16"
-    stored = np.zeros((out.tiles * rows, channels), np.int16 if wide else np.int8)
-    if op.fill is not None:
-        stored[out.packed_rows().reshape(-1)] = op.fill
-    tiles = stored.reshape(out.tiles, rows, channels).transpose(0, 2, 1)
-    return {int(tile): _filled(emitter, index, op, int(tile), tiles[tile]) for tile in wanted}
-
-
-def _filled(emitter: Emitter, index: int, op: Rearrange, tile: int, columns: NDArray[np.integer]) -> list[Step]:
-    kind = Residual.INT16 if columns.itemsize == 2 else Residual.INT8
-    buffer, steps = emitter.constants.add(columns), []
-    for start in range(0, len(columns), MAX_COLS):
-        segment = Segment(start=start, stop=min(len(columns), start + MAX_COLS))
-        fields, addresses, region = emitter.store_columns(op.out, tile, segment)
-        at = At(buffer, start * columns.shape[1] * columns.itemsize)
-        steps.append(Step(
-            op=index, fields={**NOTHING, "residual": kind, "cols": segment.stop - segment.start, **IDENTITY, **fields},
-            addresses={"r_addr": at, **addresses}, writes=(region,), note=f"{op.name} [{tile}] constants",
-        ))  # fmt: skip
-    return steps
+__all__ = ["emit_product", "emit_softmax", "emit_transpose"]
 
 
 # -- rows and channels change places -------------------------------------------------------------------------
@@ -160,21 +32,18 @@ def emit_transpose(emitter: Emitter, index: int, op: Transpose) -> list[Task]:
     if place.share > 1:
         name = f"{op.out}@turned"
         emitter.tails[name] = place.batch * place.own_tiles * pitch * arch.rows
-    steps = []
+    steps: list[Step] = []
     for batch in range(place.batch):
         for number, piece in enumerate(theirs.pieces(batch)):
             at = batch * place.own_tiles * pitch + number * arch.rows
-            steps.append(Step(
+            steps += rotated(emitter, Step(
                 op=index,
-                fields={
-                    "source": Source.STREAM, "mult": 2, "shift": 1, "cols": channels, "out": Out.STORE8T,
-                    "o_stride": pitch * arch.rows, "a_rotate": _groups(piece.skip, op, arch),
-                },
+                fields={**COPY, "cols": channels, "out": Out.STORE8T, "o_stride": pitch * arch.rows},
                 addresses={"a_addr": emitter.column(op.x, piece.tile), "o_addr": At(name, at * arch.rows)},
                 reads=((op.x, piece.tile),),
                 writes=tuple((name, batch * place.own_tiles + tile) for tile in range(place.own_tiles)),
                 note=f"{op.name} [{batch}, {number}]",
-            ))  # fmt: skip
+            ), piece.skip)  # fmt: skip
     tasks = [Task(tuple(steps))]
     if place.share > 1:
         whole = Segment(start=0, stop=out.shape[2])
@@ -182,32 +51,23 @@ def emit_transpose(emitter: Emitter, index: int, op: Transpose) -> list[Task]:
             for number, piece in enumerate(place.pieces(batch)):
                 own = batch * place.own_tiles + number
                 source = At(name, own * pitch * arch.rows)
-                tasks.append(Task((_placed(emitter, index, op, source, (name, own), piece, whole),)))
+                tasks.append(Task(_placed(emitter, index, op, source, (name, own), piece, whole)))
     return tasks
 
 
 def _placed(
     emitter: Emitter, index: int, op: Transpose, source: At, read: Region, piece: Piece, segment: Segment
-) -> Step:
+) -> tuple[Step, ...]:
     """A tile of a batch entry's own, brought to its token rows of a tile of the result."""
     _, addresses, region = emitter.store_columns(op.out, piece.tile, segment)
-    return Step(
+    return rotated(emitter, Step(
         op=index,
         fields={
-            "source": Source.STREAM, "mult": 2, "shift": 1, "cols": segment.stop - segment.start, "out": Out.STORE8,
-            "a_rotate": _groups(-piece.skip, op, emitter.arch), "o_skip": piece.skip,
+            **COPY, "cols": segment.stop - segment.start, "out": Out.STORE8, "o_skip": piece.skip,
             "o_drop": emitter.arch.rows - piece.skip - piece.count,
         },
         addresses={"a_addr": source, **addresses}, reads=(read,), writes=(region,), note=f"{op.name} to [{piece.tile}]",
-    )  # fmt: skip
-
-
-def _groups(rows: int, op: Transpose | Product, arch: Arch) -> int:
-    """A rotation by token rows in row groups."""
-    depth = arch.rows // arch.row_groups
-    if rows % depth:
-        raise LoweringError(f"{describe(op)}: rows would move by less than a group of {depth}; use an array of at most 32 rows")
-    return rows // depth % arch.row_groups
+    ), -piece.skip)  # fmt: skip
 
 
 # -- products of two activations -----------------------------------------------------------------------------
@@ -271,15 +131,11 @@ def _own_tiles(emitter: Emitter, index: int, op: Product) -> tuple[str, list[Tas
     for batch in range(place.batch):
         for number, piece in enumerate(place.pieces(batch)):
             own = batch * place.own_tiles + number
-            tasks.append(Task((Step(
-                op=index,
-                fields={
-                    "source": Source.STREAM, "mult": 2, "shift": 1, "cols": k, "out": Out.STORE8,
-                    "a_rotate": _groups(piece.skip, op, arch),
-                },
+            tasks.append(Task(rotated(emitter, Step(
+                op=index, fields={**COPY, "cols": k, "out": Out.STORE8},
                 addresses={"a_addr": emitter.column(op.y, piece.tile), "o_addr": At(name, own * pitch * arch.rows)},
                 reads=((op.y, piece.tile),), writes=((name, own),), note=f"{op.name} rows of [{batch}, {number}]",
-            ),)))  # fmt: skip
+            ), piece.skip)))  # fmt: skip
     return name, tasks
 
 

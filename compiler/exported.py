@@ -10,6 +10,7 @@ import copy
 import operator
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from algo.modes import evaluating, quiet_export
@@ -31,7 +33,9 @@ __all__ = ["Exported", "dtype_name", "export", "is_getitem", "listed", "mapped",
 
 
 aten = torch.ops.aten
-
+_PYTHON = str(Path(re.__file__).parent.parent)
+"""Folder of Python's own modules."""
+_WAY_OUT = ": model.float() and x.float() make it so"
 
 @dataclass(frozen=True, eq=False)
 class Exported:
@@ -150,7 +154,16 @@ def export(module: nn.Module, example_inputs: Any) -> Exported:
     args, kwargs = _arguments(example_inputs)
     _check_parameters(module)
     module = _effective(module)
-    return Exported(module, _export(module, args, kwargs))
+    program = _export(module, args, kwargs)
+    _check_shapes(program)
+    changed = [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION]
+    if changed:
+        warnings.warn(
+            f"the module changes its buffers ({', '.join(changed)}) when it runs: the program has the values that they have now; "
+            "what a run is to hand to the next must be an argument and a result",
+            stacklevel=2,
+        )
+    return Exported(module, program)
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -166,10 +179,12 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tenso
     named = [(f"argument {i}", value) for i, value in enumerate(args)] + list(kwargs.items())
     for name, value in named:
         if not isinstance(value, Tensor):
-            raise TypeError(f"example_inputs must be tensors, not {type(value).__name__} ({name})")
+            raise TypeError(
+                f"example_inputs must be tensors, not {type(value).__name__} ({name}): bind what is none in a module around it"
+            )
         if value.is_complex() or (value.is_floating_point() and value.dtype != torch.float32):
             raise CompileError(
-                f"input {name} is {dtype_name(value.dtype)} {tuple(value.shape)}: only float32 can be compiled"
+                f"input {name} is {dtype_name(value.dtype)} {tuple(value.shape)}: only float32 can be compiled{_WAY_OUT}"
             )
     if not named:
         raise TypeError("example_inputs must hold at least one tensor")
@@ -177,14 +192,20 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Tenso
 
 
 def _check_parameters(module: nn.Module) -> None:
-    """Refuse parameters of other dtypes before torch meets them."""
+    """Refuse parameters of other dtypes before torch meets them, and numbers that are none before calibration blames data."""
     problems = [
         f"{name}: parameter of {dtype_name(value.dtype)} {tuple(value.shape)}"
         for name, value in module.named_parameters()
         if value.is_complex() or (value.is_floating_point() and value.dtype != torch.float32)
     ]
     if problems:
-        raise CompileError(listed("only float32 can be compiled", problems))
+        raise CompileError(listed(f"only float32 can be compiled{_WAY_OUT}", problems))
+    broken = [
+        f"parameter {name} {tuple(value.shape)}"
+        for name, value in module.named_parameters() if not is_lazy(value) and not bool(value.isfinite().all())
+    ]  # fmt: skip
+    if broken:
+        raise CompileError(listed("these have a NaN or an infinity, from training that diverged or a damaged file", broken))
 
 
 def _effective(module: nn.Module) -> nn.Module:
@@ -216,7 +237,7 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tenso
         except Exception as error:  # torch.export raises whatever the module's own code raises
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if "data-dependent" in first:
-                first += (
+                first = re.sub(r" *\((unhinted|Size-like symbols)[^)]*\)+\.?", "", first) + (
                     " (what runs depends on values: use torch.where, or take the branch out of the module)"
                 )
             line = _line(str(error)) or _raised_at(error)
@@ -224,6 +245,19 @@ def _export(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tenso
                 f"torch.export cannot trace {type(module).__name__} with inputs "
                 f"{[tuple(value.shape) for value in (*args, *kwargs.values())]}: {first}{f' at {line}' if line else ''}"
             ) from error
+
+
+def _check_shapes(program: ExportedProgram) -> None:
+    """Refuse results whose size depends on values, such as the elements that a condition chooses."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Tensor) and not all(isinstance(size, int) for size in part.shape):
+                where = f"{module_path(node) or 'the module'} ({source_line(node) or 'line unknown'})"
+                raise CompileError(
+                    f"{where}: how much {node.target} gives depends on values: use torch.where or a product with a mask, which "
+                    "keep the shape, or do it behind the module"
+                )
 
 
 def mapped(node: fx.Node, change: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -252,8 +286,13 @@ def _line(trace: str) -> str:
 def _raised_at(error: BaseException) -> str:
     """The last line of the module's own code, or what it calls, that an exception went through."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename not in (__file__, "<string>")]
+    own = [frame for frame in frames if frame.filename not in (__file__, "<string>") and not _is_library(frame.filename)]
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+
+
+def _is_library(file: str) -> bool:
+    """Whether a file is torch's or Python's own: no line of theirs says where a user's module went wrong."""
+    return "/torch/" in file or (file.startswith(_PYTHON) and "-packages" not in file)
 
 
 def is_getitem(node: fx.Node) -> bool:

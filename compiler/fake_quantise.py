@@ -235,14 +235,14 @@ class _Run:
     def _summed(self, node: Linear | Convolution | Pointwise, x: Tensor, grids: PostGrids) -> Tensor:
         """Sum of product and residual in steps of the sum's grid; a residual's value at 0 is in the bias."""
         limit = 1 << 15 if node.post.function is None else 128
-        name = self._residual(node)
+        name, zero = self._residual(node), torch.as_tensor(grids.zero).to(x)
         if name is None:
-            return _round(x, grids.sum, grids.zero, limit)
+            return _round(x, grids.sum, zero, limit)
         offset = self.grids.offsets.get(name)
         shift = 0.0 if offset is None else torch.from_numpy(offset).to(x)
-        first = _round(x + shift - grids.zero, grids.sum, 0.0, 1 << 15)
+        first = _round(x + shift - zero, grids.sum, 0.0, 1 << 15)
         second = _round(self.values[name] - shift, grids.sum, 0.0, 1 << 31)
-        return _round(first + second + grids.zero, grids.sum, grids.zero, limit)
+        return _round(first + second + zero, grids.sum, zero, limit)
 
     def _residual(self, node: Linear | Convolution | Pointwise) -> str | None:
         """Name of the operand that is added."""

@@ -423,7 +423,7 @@ def _reshape(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 @_imports(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    return a["self"] if tuple(node.meta["val"].shape) == a["self"].shape else None
+    return None if any(a["pad"]) else a["self"]  # the same shape is not enough: a shift takes off as much as it adds
 
 
 @_imports(aten.permute.default)
@@ -770,4 +770,5 @@ def _function(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 
 import compiler.image_imports  # noqa: E402, F401  registers its imports, and needs the functions above
+import compiler.norm_imports  # noqa: E402, F401  likewise
 import compiler.resampling  # noqa: E402, F401  likewise

@@ -102,18 +102,23 @@ class Function:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """LayerNorm (``rms``: RMSNorm) over the last dimension: gamma, beta float32 (C,)."""
+    """LayerNorm (``rms``: RMSNorm) over the last dimension, or each of ``groups`` equal parts of it: gamma, beta float32 (C,)."""
 
     gamma: Tensor
     beta: Tensor
     eps: float
     rms: bool = False
+    groups: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns that are normalised together."""
+        return len(self.gamma) // self.groups
 
     def apply(self, x: Tensor) -> Tensor:
-        shape = (x.shape[-1],)
-        if self.rms:
-            return F.rms_norm(x, shape, self.gamma, self.eps) + self.beta
-        return F.layer_norm(x, shape, self.gamma, self.beta, self.eps)
+        parts, shape = x.unflatten(-1, (self.groups, -1)), (self.width,)
+        made = F.rms_norm(parts, shape, None, self.eps) if self.rms else F.layer_norm(parts, shape, None, None, self.eps)
+        return made.flatten(-2) * self.gamma + self.beta
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,13 +259,14 @@ class View(Node):
 class Linear(Node):
     """``post(x @ weight.T + bias)``; inputs x [, residual].
 
-    weight float32 (out, in), N:M along in if ``pattern``.
+    weight float32 (out, in), N:M along in if ``pattern``. ``wide``: all 16 bits of x count, if it has them.
     """
 
     weight: Tensor
     bias: Tensor | None
     pattern: NM | None = None
     post: Post = Post()
+    wide: bool = False
 
     def evaluate(self, *operands: Tensor) -> Tensor:
         return self.post.apply(self.product(operands[0]), *operands[1:])

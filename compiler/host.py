@@ -240,9 +240,8 @@ def host_part(exported: Exported, nodes: Sequence[fx.Node], inputs: Sequence[fx.
             host_operator(target)
         except ValueError as error:
             where = f"{module_path(node) or 'the module'} ({source_line(node) or 'line unknown'})"
-            raise CompileError(
-                f"{where}: {error}, and the accelerator cannot either: take it out of the module"
-            ) from error
+            way = "give it training=self.training" if "dropout" in target else "take it out of the module"
+            raise CompileError(f"{where}: {error}, and the accelerator cannot either: {way}") from error
         args, kwargs = mapped(node, reference)
         source, line = module_path(node), source_line(node)
         ops.append(HostOp(

@@ -18,13 +18,15 @@ from torch import Tensor, fx
 
 from algo.nm import NM
 from compiler.frontend import IMPORTS, _Importer, _imports
-from compiler.graph import Activation, Add, Constant, Convolution, Function, Linear, MaxPool, Node, View
+from compiler.graph import Activation, Add, Constant, Convolution, Function, LayerNorm, Linear, MaxPool, Node, View
 from compiler.layout import Layout
 
-__all__ = ["affine", "as_image", "as_rows", "by_channel", "convolve", "image_size", "pair"]
+__all__ = ["DIAGONAL", "affine", "as_image", "as_rows", "by_channel", "convolve", "image_size", "pair", "pixel_rows"]
 
 aten = torch.ops.aten
 Pair = tuple[int, int]
+DIAGONAL = NM("1:32")
+"""Pattern of a product with a factor for each channel."""
 
 
 def pair(value: Any) -> Pair:
@@ -115,8 +117,12 @@ def _conv(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
 
 
 def affine(importer: _Importer, node: fx.Node, x: Node, scale: Tensor, shift: Tensor | None) -> Node:
-    """``x * scale + shift``, (channels,) each, of (..., channels) rows: in the product before it, or a diagonal one."""
+    """``x * scale + shift``, (channels,) each, of (..., channels) rows: in the product or norm before it, or a product."""
     before = importer.nodes.get(x.name)
+    if isinstance(before, LayerNorm) and before.norm.width == len(scale):
+        gamma, beta = before.norm.gamma * scale, before.norm.beta * scale + (0.0 if shift is None else shift)
+        norm = replace(before.norm, gamma=gamma.float(), beta=beta.float())
+        return importer.add(replace(before, name=f"{before.name}.scaled", origin=(*before.origin, node.name), norm=norm))
     if isinstance(before, Convolution | Linear) and before.post.is_empty:
         old = torch.zeros(len(scale)) if before.bias is None else before.bias
         bias = None if before.bias is None and shift is None else (old * scale + (0.0 if shift is None else shift)).float()
@@ -127,16 +133,21 @@ def affine(importer: _Importer, node: fx.Node, x: Node, scale: Tensor, shift: Te
         return importer.add(folded)
     return importer.make(
         Linear, node, (x.name,), name=importer.path(node) or node.name, shape=x.shape, weight=scale.float().diag(),
-        bias=None if shift is None else shift.float(), pattern=NM("1:32") if len(scale) > 1 else None,
+        bias=None if shift is None else shift.float(), pattern=DIAGONAL if len(scale) > 1 else None,
     )  # fmt: skip
 
 
 def by_channel(importer: _Importer, node: fx.Node, x: Node, scale: Tensor, shift: Tensor | None) -> Node:
     """`affine` of an image or line (batch, channels, ...)."""
+    return as_image(importer, node, affine(importer, node, pixel_rows(importer, node, x), scale, shift), x.shape)
+
+
+def pixel_rows(importer: _Importer, node: fx.Node, x: Node) -> Node:
+    """`as_rows`, or the rows that an image is made of."""
     rows = as_rows(importer, node, x)
     if isinstance(x, View) and (below := importer.nodes[x.inputs[0]]).shape == rows.shape and _turns_back(x, rows):
-        rows = below
-    return as_image(importer, node, affine(importer, node, rows, scale, shift), x.shape)
+        return below
+    return rows
 
 
 def _turns_back(image: View, rows: Node) -> bool:

@@ -190,7 +190,7 @@ def _masks_are_no_data(graph: Graph) -> Iterator[Problem]:
             operand = graph.nodes[name]
             if isinstance(operand, Input) and not operand.dtype.is_floating_point:
                 dtype = str(operand.dtype).removeprefix("torch.")
-                yield problem(graph, node, f"input {name!r} of {dtype} can only be a key mask")
+                yield problem(graph, node, f"input {name!r} of {dtype} can only be a key mask: data are float32")
 
 
 def _rows_of_channels(graph: Graph) -> Iterator[Problem]:

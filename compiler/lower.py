@@ -17,7 +17,8 @@ from compiler.emit import Emitter, mask_stride
 from compiler.emit_attention import emit_attention, visible_share
 from compiler.emit_convolution import emit_convolution, emit_max_pool
 from compiler.emit_matmul import emit_matmul
-from compiler.emit_rows import emit_product, emit_rearrange, emit_softmax, emit_transpose
+from compiler.emit_rearrange import emit_rearrange
+from compiler.emit_rows import emit_product, emit_softmax, emit_transpose
 from compiler.hold import hold_columns, join, side_by_side
 from compiler.images import choose_grids
 from compiler.ops import (

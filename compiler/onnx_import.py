@@ -67,6 +67,7 @@ def load_onnx(
     """
     model = _read(path)
     found = example_inputs(model, sizes=sizes or {}) if inputs is None else _by_name(model, inputs)
+    _check_given(model, found)
     return OnnxModule(model, found), found
 
 
@@ -137,11 +138,36 @@ def example_inputs(model: Any, *, sizes: OpenSizes) -> dict[str, Tensor]:
                     f"example_inputs, or what it may be: dynamic=, or --dynamic {dim.dim_param or place_name}=VALUES"
                 )
             shape.append(size)
-        dtype = _dtype(kind.elem_type, f"input {item.name!r}")
+        dtype = _input_dtype(item)
         found[_identifier(item.name)] = (
             torch.randn(shape, generator=generator) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
         )
     return found
+
+
+def _input_dtype(item: Any) -> torch.dtype:
+    """dtype of a model's input; of floating-point ones, float32 alone can be compiled."""
+    dtype = _dtype(item.type.tensor_type.elem_type, f"input {item.name!r}")
+    if dtype.is_floating_point and dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise CompileError(f"input {item.name!r} of the ONNX model is {name}: only float32 can be compiled, export it so")
+    return dtype
+
+
+def _check_given(model: Any, given: dict[str, Any]) -> None:
+    """Refuse inputs of other dtypes, or of other sizes than those that a model fixes."""
+    for item in _inputs(model):
+        value, dtype = given[_identifier(item.name)], _input_dtype(item)
+        sizes = [dim.dim_value or dim.dim_param or "?" for dim in item.type.tensor_type.shape.dim]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"example_inputs must be tensors, not {type(value).__name__} ({item.name})")
+        fits = len(sizes) == value.ndim and all(not isinstance(n, int) or n == m for n, m in zip(sizes, value.shape, strict=True))
+        if not fits or value.dtype != dtype:
+            wanted, found = (str(kind).removeprefix("torch.") for kind in (dtype, value.dtype))
+            raise CompileError(
+                f"input {item.name!r} of the ONNX model is {wanted} ({', '.join(map(str, sizes))}), "
+                f"not {found} {tuple(value.shape)}"
+            )
 
 
 def _by_name(model: Any, inputs: Any) -> dict[str, Tensor]:

@@ -92,14 +92,20 @@ class ScoreBias:
 
 @dataclass(frozen=True, eq=False)
 class LayerNorm:
-    """Row normalisation after requantisation and residual: gamma int16 (C,), beta int32 (C,), shift uint8 (C,); eps in the
-    units of ``ln_eps``. rms=True is RMSNorm."""
+    """Row normalisation after requantisation and residual, of each of ``groups`` equal parts of the columns: gamma int16 (C,),
+    beta int32 (C,), shift uint8 (C,); eps in the units of ``ln_eps``. rms=True is RMSNorm."""
 
     gamma: NDArray[np.int16]
     beta: NDArray[np.int32]
     shift: NDArray[np.uint8]
     eps: int
     rms: bool = False
+    groups: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns that are normalised together."""
+        return len(self.gamma) // self.groups
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -102,7 +102,7 @@ def norm_parameters(norm: Norm, *, in_scale: float, out_scale: float, offset: Of
     ``z`` has 10 fraction bits, so ``gamma / out_scale * 2^-10 = g * 2^-shift``: as large a shift as keeps g
     in 16 bits and beta in 31.
     """
-    exact = norm.eps * len(norm.gamma) ** 2 / in_scale**2
+    exact = norm.eps * norm.width**2 / in_scale**2
     eps = round(min(exact, (1 << 32) - 1))
     gamma = norm.gamma.detach().double().numpy() / out_scale / 1024 * (np.sqrt(eps / exact) if exact > 1 << 32 else 1.0)
     beta = (norm.beta.detach().double().numpy() - offset) / out_scale
@@ -113,13 +113,14 @@ def norm_parameters(norm: Norm, *, in_scale: float, out_scale: float, offset: Of
         shift=shift.astype(np.uint8),
         eps=eps,
         rms=norm.rms,
+        groups=norm.groups,
     )
 
 
 def finest_for_norm(norm: Norm, peak: float) -> float:
     """Smallest scale of a norm's operand whose largest magnitude is ``peak``: ``eps`` fits 32 bits, else values that it keeps
     small would be blown up to a variance of 1; or they are so small beside it that the norm is linear: gamma makes up for it."""
-    return float(len(norm.gamma) * min(np.sqrt(norm.eps), LINEAR * peak) / 2.0**16)
+    return float(norm.width * min(np.sqrt(norm.eps), LINEAR * peak) / 2.0**16)
 
 
 def _room(values: NDArray[np.float64], limit: int) -> NDArray[np.int64]:

@@ -39,9 +39,10 @@ from compiler.passes import optimise
 from compiler.passes.functions import POINTWISE
 from compiler.passes.norms import NORM_PARTS
 from compiler.passes.rotations import ROTATION_PARTS
+from compiler.passes.wide_norms import split_norms
 from hw.arch import Arch
 
-__all__ = ["HostStage", "Partition", "Segment", "check_arch", "describe_host", "partition"]
+__all__ = ["HostStage", "Partition", "Segment", "check_arch", "describe_host", "fitted", "partition"]
 
 aten = torch.ops.aten
 
@@ -142,6 +143,19 @@ def partition(exported: Exported, arch: Arch) -> Partition:
     return work.result()
 
 
+def fitted(graph: Graph, arch: Arch) -> Graph:
+    """An optimised graph with its norms divided where they are wider than an architecture's row unit.
+
+    Raises
+    ------
+    CompileError
+        As `check_arch`.
+    """
+    graph = split_norms(graph, arch.row_depth)
+    check_arch(graph, arch)
+    return graph
+
+
 def check_arch(graph: Graph, arch: Arch) -> None:
     """Refuse operators of an optimised graph that an architecture has no room for.
 
@@ -161,8 +175,8 @@ def _arch_problems(graph: Graph, arch: Arch) -> Iterable[Problem]:
         if isinstance(node, Softmax) and node.shape[-1] > depth:
             yield problem(graph, node, f"a softmax over {node.shape[-1]} columns does not fit the {depth} of {arch.name}")
         norm = node.post.norm if isinstance(node, Linear | Convolution | Pointwise) else None
-        if norm is not None and len(norm.gamma) > arch.row_depth:
-            yield problem(graph, node, _wide_norm(len(norm.gamma), arch))
+        if norm is not None and norm.width > arch.row_depth:
+            yield problem(graph, node, _wide_norm(norm.width, arch))
         if isinstance(node, Attention | Product | Softmax | Transpose) and not arch.attention:
             yield problem(
                 graph, node, f"{node.operator.lower()} needs as many rows as lanes, {arch.name} has {arch.rows} and {arch.lanes}"
@@ -331,8 +345,7 @@ class _Partitioner:
             ]  # fmt: skip
             if empty:
                 return {node: NO_PRODUCT for node in empty}
-            graph = optimise(graph)
-            check_arch(graph, self.arch)
+            graph = fitted(optimise(graph), self.arch)
         except CompileError as error:
             blamed = {
                 node: item.reason or _no_instruction(node)
@@ -393,13 +406,11 @@ def _never(node: fx.Node, aside: list[fx.Node], arch: Arch) -> str | None:
     for tensor in (*results, *operands):
         if isinstance(tensor, Tensor) and tensor.dtype not in (torch.float32, torch.complex64):
             return f"works on {dtype_name(tensor.dtype)}: the accelerator takes float32"
-    if target in (aten.layer_norm.default, aten.rms_norm.default) and results[0].shape[-1] > arch.row_depth:
-        return _wide_norm(results[0].shape[-1], arch)
     return None
 
 
 def _wide_norm(columns: int, arch: Arch) -> str:
-    return f"a norm over {columns} columns does not fit row_depth {arch.row_depth} of {arch.name}"
+    return f"a norm over {columns} columns does not fit row_depth {arch.row_depth} of {arch.name}, nor do equal parts of them"
 
 
 def _no_instruction(node: fx.Node) -> str:

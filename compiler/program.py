@@ -42,6 +42,7 @@ __all__ = [
     "ProgramFileError",
     "TensorInfo",
     "canonical_json",
+    "input_names",
     "load",
     "mask_params",
     "program_from_bytes",
@@ -222,6 +223,11 @@ class ModelTensor:
     kind: Literal["activation", "keymask"] = "activation"
     inverted: bool = False
     image: tuple[int, ...] | None = None
+
+
+def input_names(specs: Sequence[ModelTensor]) -> list[str]:
+    """Names of a module's arguments, in order; one may become several tensors, such as windows of several kinds."""
+    return list(dict.fromkeys(spec.name for spec in specs))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

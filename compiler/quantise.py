@@ -40,7 +40,7 @@ from compiler.graph import (
     Unfold,
 )
 from compiler.mixed import check_patterns, matching, most_sensitive
-from compiler.parameters import LOG2E_256, finest_for_norm, multiplier, norm_parameters, score_bias, weight_and_requant
+from compiler.parameters import LOG2E_256, Offset, finest_for_norm, multiplier, norm_parameters, score_bias, weight_and_requant
 from compiler.passes import optimise
 from compiler.row_operators import row_operator
 from compiler.scales import WIDE_MARGIN, Grids
@@ -173,10 +173,11 @@ def _identity(node: Node, users: Sequence[Node]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class PostGrids:
-    """Grids within the post-processing of a node: scale of the sum, the value that its 0 stands for, scale of the function."""
+    """Grids within the post-processing of a node: scale of the sum, what its 0 stands for (in all or each channel), scale of the
+    function."""
 
     sum: float
-    zero: float
+    zero: Offset
     function: float
 
 
@@ -263,11 +264,12 @@ class Builder(Grids):
             self.narrow[name] = small.name
         return self.narrow[name]
 
-    def post(self, node: Linear | Convolution | Pointwise, residual: str | None) -> tuple[float, float, dict[str, Any]]:
+    def post(self, node: Linear | Convolution | Pointwise, residual: str | None) -> tuple[float, Offset, dict[str, Any]]:
         """Scale and offset of the sum's grid, and the fields of the post-processing."""
         out, post = self.out(node), node.post
         offset = self.offsets.get(node.name, np.zeros(1))
-        grid, zero, table, norm, inner = out.scale, 0.0, None, None, 0.0
+        grid, table, norm, inner = out.scale, None, None, 0.0
+        zero: Offset = self.offsets.get(node.name, 0.0) if post.function is None and post.norm is None else 0.0
         normed = self.calibration.peak(node.name, "sum" if post.function is None else "function")
         finest = 0.0 if post.norm is None else finest_for_norm(post.norm, normed)
         if post.function is not None:
@@ -305,6 +307,7 @@ class Builder(Grids):
         """Mean of a tensor's channels that biases are corrected for."""
         mean = self.calibration.mean(name, "out")
         return mean if self.bias_correction else np.zeros_like(mean)
+
     def factor(self, residual: ops.ResidualInput | None) -> float:
         """What a product's residual makes of a multiplier: its scale, for 2^-bits of the product."""
         if residual is None or not residual.multiply:
@@ -313,6 +316,9 @@ class Builder(Grids):
         return tensor.scale * (1 << (16 if tensor.dtype == "int16" else 8))
 
     def linear(self, node: Linear) -> None:
+        if node.wide and self.tensors[node.inputs[0]].dtype == "int16":
+            self.wide_linear(node)
+            return
         x = self.operand8(node.inputs[0])
         grid, zero, fields = self.post(node, node.inputs[1] if node.post.residual else None)
         added = self.offsets.get(node.inputs[1], 0.0) if node.post.residual else 0.0
@@ -322,6 +328,32 @@ class Builder(Grids):
             mean=self.mean(node.inputs[0]), added=added - zero,
         )  # fmt: skip
         self.ops.append(ops.Linear(x=x, weight=weight, pattern=node.pattern, requant=requant, **fields))
+
+    def wide_linear(self, node: Linear) -> None:
+        """Of x = low - 256 * high, both int8 (the second with its sign changed, since multipliers have none): the sum of both
+        products."""
+        x = self.tensors[node.inputs[0]]
+        high, low, part = (replace(x, name=f"{node.name}.{name}", dtype="int8") for name in ("high", "low", "part"))
+        high = replace(high, scale=256 * x.scale)
+        grid, zero, fields = self.post(node, node.inputs[1] if node.post.residual else None)
+        part = replace(self.tensors[node.name], name=part.name, dtype="int16", scale=grid)
+        self.tensors |= {made.name: made for made in (high, low, part)}
+        given, negative = ops.ResidualInput(x.name, 1, 8), np.arange(128, -128, -1).clip(-128, 127).astype(np.int8)
+        self.ops.append(ops.Pointwise(
+            name=high.name, x=None, out=high.name, mult=0, shift=1, residual=given, table=negative, source=node.source,
+        ))  # fmt: skip
+        self.ops.append(ops.Pointwise(
+            name=low.name, x=high.name, out=low.name, mult=1 << 14, shift=6, residual=ops.ResidualInput(x.name, 2, 1),
+            source=node.source,
+        ))  # fmt: skip
+        added = (self.offsets.get(node.inputs[1], 0.0) if node.post.residual else 0.0) - zero
+        none: dict[str, Any] = {"in_offset": 0.0, "out_scale": grid, "added": 0.0, "mean": np.zeros(node.weight.shape[1])}
+        weight, requant = weight_and_requant(replace(node, bias=None), in_scale=low.scale, **none)
+        first = {**fields, "name": part.name, "out": part.name}
+        self.ops.append(ops.Linear(x=low.name, weight=weight, pattern=node.pattern, requant=requant, **first))
+        weight, requant = weight_and_requant(replace(node, weight=-node.weight), in_scale=high.scale, **{**none, "added": added})
+        last = {**fields, "residual": ops.ResidualInput(part.name, 2, 1)}
+        self.ops.append(ops.Linear(x=high.name, weight=weight, pattern=node.pattern, requant=requant, **last))
 
     def matmul(self, node: MatMul) -> None:
         """An input of 8 bits that the product is added to gives its scale, if the sum is not much larger: a cache keeps its

@@ -100,6 +100,8 @@ class Grids:
             return True
         if isinstance(user, MatMul):
             return name in user.inputs[:2]
+        if isinstance(user, Linear) and user.wide:
+            return False
         return isinstance(user, Linear | Convolution | MaxPool) and user.inputs[0] == name
 
     def needs8(self, name: str) -> bool:
@@ -126,7 +128,7 @@ class Grids:
             added = any(
                 isinstance(user, Linear | Convolution | Pointwise) and node.name in user.inputs[1:] for user in read
             )
-            return self.residual_bits == 16 and added
+            return added and (self.residual_bits == 16 or node.post.norm.groups > 1)
         if node.post.residual and not node.post.multiply:
             return True
         return bool(read) and not self.needs8(node.name) and node.name not in self.outputs
@@ -141,6 +143,9 @@ class Grids:
             self.shift(node.name, offset)
             return self.tensor(node, "int16" if wide else "int8", scale)
         if wide:
+            summed = isinstance(node, Linear) and node.post.residual and not node.post.multiply and node.post.norm is None
+            if summed and self.may_shift(node):
+                self.shift(node.name, self.calibration.centred(node.name, "out")[1])  # for its 8 bits, which they all read
             return self.tensor(node, "int16", max(self.peak(node, "out"), 1e-30) / WIDE_MARGIN)
         if node.post.function is not None and node.post.norm is None and self.may_shift(node):
             scale, zero = self.calibration.from_low(node.name, "out")

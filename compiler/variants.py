@@ -21,7 +21,7 @@ from compiler.graph import CompileError, Graph
 from compiler.network_io import share_arrays
 from compiler.onnx_import import load_onnx, open_dimensions
 from compiler.ops import QuantNetwork
-from compiler.partition import Partition, Segment, check_arch, describe_host, partition
+from compiler.partition import Partition, Segment, describe_host, fitted, partition
 from compiler.passes import PASSES, run_passes
 from compiler.program import ModelTensor
 from compiler.quantise import alike, quantise_together
@@ -202,8 +202,7 @@ def _divided(exported: Exported, target: Arch, host: Host, report: Progress) -> 
         for done, transformed in enumerate(run_passes(graph)):
             graph = transformed
             report("passes", done + 1, len(PASSES))
-        check_arch(graph, target)
-        return graph, None
+        return fitted(graph, target), None
     except CompileError as error:
         found, whole = partition(exported, target), error
     report("passes", len(PASSES), len(PASSES))

@@ -266,6 +266,9 @@ def _check_whole(op: Transpose | Product | Softmax, tensors: dict[str, QuantTens
 
 def _check_norm(op: Linear | Pointwise | Conv, norm: LayerNorm, cols: int) -> None:
     _parameters(op, "norm", cols, beta=norm.beta, gamma=norm.gamma, shift=norm.shift)
+    _require(op, norm.groups >= 1 and cols % norm.groups == 0, f"{cols} columns cannot be cut into {norm.groups} parts")
+    alone = isinstance(op, Pointwise) and op.channels is None
+    _require(op, norm.groups == 1 or alone, "only a Pointwise of whole rows has a norm of several parts")
     _require(op, 0 <= norm.eps < 1 << 32, f"norm.eps must fit 32 bits, not {norm.eps}")
 
 
@@ -348,9 +351,9 @@ def _check_limits(op: Op, tensors: dict[str, QuantTensor], arch: Arch) -> None:
             f"{describe(op)}: rows of {channels} columns do not fit row_depth {arch.row_depth} or lane_depth {arch.lane_depth} "
             f"of {arch.name}"
         )
-    if not isinstance(op, Attention) and op.norm is not None and channels > arch.row_depth:
+    if not isinstance(op, Attention) and op.norm is not None and op.norm.width > arch.row_depth:
         raise LoweringError(
-            f"{describe(op)}: the norm's rows of {channels} columns do not fit "
+            f"{describe(op)}: the norm's rows of {op.norm.width} columns do not fit "
             f"row_depth = {arch.row_depth} of {arch.name}"
         )
 

@@ -47,7 +47,7 @@ def moves(source: Placement, out: Placement, arch: Arch) -> list[Move]:
     """
     pixels = np.arange(out.packed_rows().shape[1])[None]
     keys, where = _keys(source, out, pixels, arch)
-    depth = arch.rows // arch.row_groups
+    depth = arch.group_rows
     order = np.lexsort((where, keys[:, 0]))
     result: list[Move] = []
     for (tile, _, origin, rotate), group in zip(keys[order].tolist(), where[order].tolist(), strict=True):
@@ -70,7 +70,7 @@ def row_moves(
     ValueError
         A row would have to change its place within a row group.
     """
-    depth, groups = arch.rows // arch.row_groups, arch.row_groups
+    depth, groups = arch.group_rows, arch.row_groups
     theirs, ours = source.packed_rows().reshape(-1)[rows], out.packed_rows().reshape(-1)[to]
     if ((theirs - ours) % depth).any():
         raise ValueError(f"rows would move by less than a group of {depth}")
@@ -128,14 +128,14 @@ def count_fetches(
 
 def _marks(rows: NDArray[np.int64], arch: Arch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Tile and bit of the row group of each stored row."""
-    return rows // arch.rows, np.int64(1) << (rows % arch.rows // (arch.rows // arch.row_groups))
+    return rows // arch.rows, np.int64(1) << (rows % arch.rows // arch.group_rows)
 
 
 def _keys(
     source: Placement, out: Placement, pixels: NDArray[np.int64], arch: Arch
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Of each pixel that is seen: (output tile, kernel position, input tile, rotation), and its row group in the output."""
-    depth, groups = arch.rows // arch.row_groups, arch.row_groups
+    depth, groups = arch.group_rows, arch.row_groups
     position, pixel = np.nonzero(pixels >= 0)
     theirs, ours = source.packed_rows()[:, pixels[position, pixel]], out.packed_rows()[:, pixel]
     if ((theirs - ours) % depth).any():

@@ -91,6 +91,11 @@ class Arch:
         return min(self.rows, MAX_ROW_GROUPS)
 
     @property
+    def group_rows(self) -> int:
+        """Token rows of a row group."""
+        return self.rows // self.row_groups
+
+    @property
     def sums_depth(self) -> int:
         """Columns of sums between array and post unit: so long a norm may hold up the post unit and not the array."""
         return 8 * self.lanes

@@ -35,7 +35,8 @@ __all__ = ["CycleRun", "run_code", "run_cycles"]
 
 _CPP = Path(__file__).parent / "cpp"
 # vector instructions would load what scalar ones have just stored: each time a stall
-_FLAGS = ("-std=c++17", "-O3", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-march=native", "-fPIC", "-shared", "-fno-plt")
+_FLAGS = ("-std=c++17", "-O3", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-march=native", "-fPIC", "-shared", "-fno-plt",
+          "-fvisibility=hidden")
 
 FIRST_CYCLE = 13
 """Number, by which the memory's stalls go, of the first cycle of the first program after a `VerilatorEngine` was opened."""

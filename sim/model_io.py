@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from compiler.graph import windows
-from compiler.program import ModelTensor, Program
+from compiler.program import ModelTensor, Program, input_names
 
 __all__ = ["Inputs", "dequantise_outputs", "quantise_inputs"]
 
@@ -31,14 +31,14 @@ def quantise_inputs(program: Program, inputs: Inputs) -> dict[str, NDArray[np.in
 
 
 def _by_name(specs: tuple[ModelTensor, ...], inputs: Inputs) -> dict[str, Any]:
-    names = [spec.name for spec in specs]
+    names = input_names(specs)
     if isinstance(inputs, Mapping):
         if set(inputs) != set(names):
             raise ValueError(f"the program's inputs are {_list(names)}, not {_list(inputs)}")
         return dict(inputs)
     values = [inputs] if isinstance(inputs, (torch.Tensor, np.ndarray)) else list(inputs)
-    if len(values) != len(specs):
-        raise ValueError(f"the program takes {len(specs)} inputs ({_list(names)}), not {len(values)}")
+    if len(values) != len(names):
+        raise ValueError(f"the program takes {len(names)} inputs ({_list(names)}), not {len(values)}")
     return dict(zip(names, values, strict=True))
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -401,7 +402,15 @@ def _add(q: Tensor, residual: Tensor, operand: ResidualInput) -> Tensor:
     return (scaled + q).clamp_(-32768, 32767)
 
 
+def _norm_part(norm: LayerNorm, part: slice) -> LayerNorm:
+    """The norm of one part of the columns."""
+    return replace(norm, gamma=norm.gamma[part], beta=norm.beta[part], shift=norm.shift[part], groups=1)
+
+
 def _norm(q: NDArray[Any], norm: LayerNorm) -> NDArray[Any]:
+    if norm.groups > 1:
+        parts = [slice(i * norm.width, (i + 1) * norm.width) for i in range(norm.groups)]
+        return np.concatenate([_norm(q[..., part], _norm_part(norm, part)) for part in parts], -1)
     ln_inv, ln_shift, row_mult, row_shift = norm_constants(q.shape[-1])
     return layernorm_rows(
         q.astype(np.int64), norm.gamma, norm.beta, norm.shift,

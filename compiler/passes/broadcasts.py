@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compiler.graph import Activation, Add, Aten, Constant, Graph, Linear, MatMul, Node, Scale, View
+from compiler.graph import Activation, Add, Aten, Constant, Graph, Linear, MatMul, Move, Node, Scale, View
 from compiler.layout import Layout
 from compiler.passes.elementwise import is_mask
 
@@ -71,12 +71,26 @@ def _of_rank(node: Node, x: Node, rank: int, made: list[Node]) -> Node:
 
 def _order(x: Node, rank: int, nodes: dict[str, Node]) -> tuple[int, ...]:
     """The dimensions of a result with the channels last."""
-    while isinstance(x, Activation | Scale | Add):
+    while (isinstance(x, Activation | Scale | Add | Move) or _is_range(x, nodes)) and len(nodes[x.inputs[0]].shape) == rank:
         x = nodes[x.inputs[0]]
     channels_last = isinstance(x, View) and x.layout.dims[-1] == (((x.shape[-1], 1),) if x.shape[-1] > 1 else ())
+    if rank == 4 and x.shape[1] > x.shape[-1] == 1:
+        channels_last = False
     if rank == 3:
         channels_last = channels_last or not (isinstance(x, View) and x.layout.dims[1] == ((x.shape[1], 1),))
     return tuple(range(rank)) if channels_last else (0, *range(2, rank), 1)
+
+
+def _is_range(x: Node, nodes: dict[str, Node]) -> bool:
+    """Whether a view takes ranges of dimensions, perhaps with steps, and leaves each in its place."""
+    if not isinstance(x, View):
+        return False
+    base = Layout.contiguous(nodes[x.inputs[0]].shape).dims
+    pairs = zip(x.layout.dims, base, strict=False)
+    return len(x.layout.dims) == len(base) and all(
+        not mine or (len(mine) == len(theirs) == 1 and mine[0][1] % theirs[0][1] == 0 and mine[0][0] <= theirs[0][0])
+        for mine, theirs in pairs
+    )
 
 
 def _row_shape(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:

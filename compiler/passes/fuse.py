@@ -53,8 +53,9 @@ def fuse(graph: Graph) -> Graph:
         residual = (node.inputs[1 - place],) if isinstance(node, Add | Mul) else ()
         # at the last part's place in the order, so that the residual is computed before it
         done[producer.name] = replace(
-            producer, inputs=(*producer.inputs, *residual), post=_extended(producer.post, node)
-        )
+            producer, inputs=(*producer.inputs, *residual), post=_extended(producer.post, node),
+            origin=(*producer.origin, *node.origin),
+        )  # fmt: skip
         renamed[node.name] = producer.name
     return graph.rewrite(done.values(), renamed=renamed)
 

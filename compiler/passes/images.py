@@ -20,6 +20,7 @@ def place_images(graph: Graph) -> Graph:
     """A view of an input as rows of pixels becomes an `Unfold`, one of an output as an image a `Fold`: the host does both
     when it writes and reads memory. A convolution of an input with few channels becomes a Linear on the windows; a pattern whose
     groups they do not fill is given up."""
+    graph = _as_pixels(graph)
     users = graph.users()
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
@@ -37,6 +38,33 @@ def place_images(graph: Graph) -> Graph:
             if len(users[x.name]) == 1 and x.shape[-1] <= FEW_CHANNELS:
                 node = _unfolded(node, x, nodes)
         nodes[node.name] = node
+    return graph.rewrite(nodes.values())
+
+
+def _as_pixels(graph: Graph) -> Graph:
+    """An input image that is seen as rows of pixels in one place is seen so everywhere: who wants it otherwise gets a view of
+    the rows."""
+    users = graph.users()
+    nodes: dict[str, Node] = {}
+    now: dict[str, str] = {}
+    for node in graph.nodes.values():
+        if node.name in nodes:
+            continue
+        nodes[node.name] = replace(node, inputs=tuple(now.get(name, name) for name in node.inputs))
+        if not isinstance(node, Input) or len(node.shape) != 4 or node.name in graph.outputs:
+            continue
+        layout = _pixel_rows(node.shape)
+        rows = [user for user in users[node.name] if isinstance(user, View) and user.layout == layout]
+        if rows and len(rows) < len(users[node.name]):
+            batch, channels, *size = node.shape
+            image = Layout.contiguous((batch, *size, channels)).permute((0, 3, 1, 2))
+            nodes[rows[0].name] = rows[0]
+            back = View(
+                name=f"{node.name}.image", inputs=(rows[0].name,), shape=node.shape, source=node.source, origin=rows[0].origin,
+                layout=image,
+            )  # fmt: skip
+            nodes[back.name] = back
+            now[node.name] = back.name
     return graph.rewrite(nodes.values())
 
 
@@ -98,10 +126,14 @@ def _are_rows(users: list[Node], x: Input) -> bool:
     """Whether an input is only ever seen as rows of pixels."""
     if len(x.shape) not in (3, 4):
         return False
-    batch, channels, *size = x.shape
-    order = (0, *range(2, len(x.shape)), 1)
-    rows = Layout.contiguous(x.shape).permute(order).reshape((batch, prod(size), channels))
+    rows = _pixel_rows(x.shape)
     return all(isinstance(user, View) and user.layout == rows for user in users)
+
+
+def _pixel_rows(shape: tuple[int, ...]) -> Layout:
+    """(batch, channels, ...) as (batch, pixels, channels)."""
+    batch, channels, *size = shape
+    return Layout.contiguous(shape).permute((0, *range(2, len(shape)), 1)).reshape((batch, prod(size), channels))
 
 
 def _is_image(node: View, graph: Graph) -> bool:

@@ -7,15 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compiler.graph import Add, Aten, Constant, Graph, LayerNorm, Node, Norm, Operand
 
-__all__ = ["NORM_PARTS", "match_norms"]
+__all__ = ["NORM_PARTS", "VARIANCES", "match_norms"]
 
 aten = torch.ops.aten
 
-NORM_PARTS = frozenset({aten.mean.dim, aten.rsqrt.default})
+VARIANCES = frozenset({aten.var.dim, aten.var.correction, aten.var_mean.dim, aten.var_mean.correction})
+
+NORM_PARTS = VARIANCES | {aten.mean.dim, aten.rsqrt.default}
 """Operators that only ever run on the accelerator as parts of a norm."""
 
 _SUMS = (aten.add.Tensor, aten.add.Scalar)
@@ -24,10 +25,11 @@ Nodes = Mapping[str, Node]
 
 
 def match_norms(graph: Graph) -> Graph:
-    """``x * rsqrt(mean(x^2) + eps)``, and that times a constant vector, becomes an RMSNorm."""
+    """``x * rsqrt(mean(x^2) + eps)`` becomes an RMSNorm; constant vectors that a norm is multiplied with, or that are added,
+    become parts of it."""
     nodes: dict[str, Node] = {}
     for node in graph.nodes.values():
-        nodes[node.name] = _normalised(node, nodes) or _scaled(node, nodes) or node
+        nodes[node.name] = _normalised(node, nodes) or _scaled(node, nodes) or _shifted(node, nodes) or node
     return graph.rewrite(nodes.values())
 
 
@@ -45,26 +47,32 @@ def _normalised(node: Node, nodes: Nodes) -> Node | None:
 
 
 def _scaled(node: Node, nodes: Nodes) -> Node | None:
-    """An RMSNorm of no weight times a constant vector."""
+    """A norm times a constant vector."""
     if not _is(node, aten.mul.Tensor) or len(node.inputs) != 2:
         return None
     for x, weight in (node.inputs, node.inputs[::-1]):
         norm, constant = nodes[x], nodes[weight]
-        if isinstance(norm, LayerNorm) and norm.norm.rms and _is_ones(norm.norm.gamma) and _is_vector(constant, node):
-            gamma = constant.value.reshape(-1)  # type: ignore[attr-defined]
-            return replace(
-                norm, name=node.name, source=node.source, origin=(*norm.origin, *node.origin),
-                norm=replace(norm.norm, gamma=gamma),
-            )  # fmt: skip
+        if isinstance(norm, LayerNorm) and norm.shape == node.shape and _is_vector(constant, node):
+            factors = constant.value.reshape(-1)  # type: ignore[attr-defined]
+            parts = replace(norm.norm, gamma=norm.norm.gamma * factors, beta=norm.norm.beta * factors)
+            return replace(norm, name=node.name, source=node.source, origin=(*norm.origin, *node.origin), norm=parts)
+    return None
+
+
+def _shifted(node: Node, nodes: Nodes) -> Node | None:
+    """A norm and a constant vector."""
+    if not isinstance(node, Add) or len(node.inputs) != 2:
+        return None
+    for x, bias in (node.inputs, node.inputs[::-1]):
+        norm, constant = nodes[x], nodes[bias]
+        if isinstance(norm, LayerNorm) and norm.shape == node.shape and _is_vector(constant, node):
+            parts = replace(norm.norm, beta=norm.norm.beta + constant.value.reshape(-1))  # type: ignore[attr-defined]
+            return replace(norm, name=node.name, source=node.source, origin=(*norm.origin, *node.origin), norm=parts)
     return None
 
 
 def _is(node: Node, target: Any) -> bool:
     return isinstance(node, Aten) and node.target is target
-
-
-def _is_ones(gamma: Tensor) -> bool:
-    return bool((gamma == 1).all())
 
 
 def _is_vector(node: Node, like: Node) -> bool:

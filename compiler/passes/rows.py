@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from compiler.graph import (
     Activation,
     Add,
     Constant,
+    Fixed,
     Graph,
     Input,
     LayerNorm,
@@ -151,7 +151,7 @@ def arrange_rows(graph: Graph) -> Graph:
     moving = {name for name, node in graph.nodes.items() if _moves(node)}
     if not moving:
         return graph
-    numbers = _Numbers(graph)
+    numbers = _Numbers(graph.nodes)
     nodes: dict[str, Node] = {}
     known: dict[tuple[Shape, bytes], str] = {}
 
@@ -161,19 +161,25 @@ def arrange_rows(graph: Graph) -> Graph:
         return name if ids is None else best(graph.nodes[name], ids, shape) or name
 
     def best(node: Node, ids: Tensor, shape: Shape) -> str | None:
-        """Copies of rows, or if that takes many narrow ones, rows and channels changed of what takes fewer."""
+        """Copies of rows, or if that takes many narrow ones, rows and channels changed of what takes fewer, or copies of rows of
+        a tensor whose rows and channels have changed."""
         key = (shape, _digest(ids))
         if key in known:
             return known[key]
-        made: Transpose | Rearrange | str | None = _arranged(graph, node, ids, shape, numbers)
+        made: Transpose | Rearrange | str | None = _arranged(node, ids, shape, numbers)
         if _narrow(made) and shape[-1] > 1:
             turned = ids.reshape((1,) * (3 - len(shape)) + shape).transpose(1, 2).contiguous()
-            base = _arranged(graph, replace(node, name=f"{node.name}.turned"), turned, tuple(turned.shape), numbers)
+            base = _arranged(replace(node, name=f"{node.name}.turned"), turned, tuple(turned.shape), numbers)
             if base is not None and not _narrow(base):
                 kept = base if isinstance(base, str) else nodes.setdefault(base.name, base).name
                 made = Transpose(
                     name=f"{node.name}.arranged", inputs=(kept,), shape=shape, source=node.source, origin=node.origin
                 )  # fmt: skip
+            elif (swapped := numbers.swapped(ids, node)) is not None:
+                base = _arranged(node, swapped[0], shape, numbers)
+                if base is not None and not _narrow(base):
+                    nodes.setdefault(swapped[1].name, swapped[1])
+                    made = base
         if made is None:
             return None
         known[key] = made if isinstance(made, str) else nodes.setdefault(made.name, made).name
@@ -187,9 +193,13 @@ def arrange_rows(graph: Graph) -> Graph:
             wanted = [settled(n, by_rows(graph.nodes[n].shape)) if n in moving else n for n in node.inputs]
             node = replace(node, inputs=tuple(wanted))
         nodes[node.name] = node
-    outputs = []
+    outputs: list[str] = []
     for name in graph.outputs:
-        outputs.append(settled(name, by_rows(graph.nodes[name].shape)) if name in moving else name)
+        if name in moving:  # the host gives it its shape
+            whole = numbers.whole(name)
+            alone = whole is not None and whole not in (*graph.outputs, *outputs)
+            name = whole if whole is not None and alone else settled(name, by_rows(graph.nodes[name].shape))
+        outputs.append(name)
     return graph.rewrite(nodes.values(), outputs=tuple(outputs))
 
 
@@ -212,7 +222,7 @@ def _joined_dimensions(graph: Graph) -> Graph:
     """Operators on rows with a view before and behind them, so that they see at most three dimensions."""
     nodes: dict[str, Node] = {}
     now: dict[str, str] = {}
-    users = graph.users()
+    users, numbers = graph.users(), _Numbers(nodes)
     for node in graph.nodes.values():
         node = replace(node, inputs=tuple(now.get(name, name) for name in node.inputs))
         image = any(isinstance(user, Unfold) for user in users[node.name])
@@ -223,68 +233,131 @@ def _joined_dimensions(graph: Graph) -> Graph:
             now[joined.name] = node.name
         on_rows = isinstance(node, Linear | LayerNorm | Activation | Scale | Add | Softmax)
         if on_rows and len(node.shape) not in (2, 3):
+            if isinstance(node, Activation | Scale | Add):
+                rows, order = _as_stored(node, numbers)
+            else:
+                rows, order = by_rows(node.shape), tuple(range(len(node.shape)))
             names: list[str] = []
             for name in node.inputs:
-                x = nodes[name]
-                flat = _reshaped(x, by_rows(x.shape), f"{node.name}.{len(names)}.flat", node)
+                layout = Layout.contiguous(nodes[name].shape).permute(order)
+                layout = layout.reshape(rows if nodes[name].shape == node.shape else by_rows(layout.shape))
+                flat = _view(name, layout, f"{node.name}.{len(names)}.flat", node)
                 nodes[flat.name] = flat
                 names.append(flat.name)
-            inner = replace(node, inputs=tuple(names), shape=by_rows(node.shape))
+            inner = replace(node, inputs=tuple(names), shape=rows)
             nodes[inner.name] = inner
-            back = _reshaped(inner, node.shape, f"{node.name}.back", node)
+            stored = Layout.contiguous(tuple(node.shape[d] for d in order))
+            back = _view(inner.name, stored.permute(tuple(order.index(d) for d in range(len(order)))), f"{node.name}.back", node)
             now[node.name] = back.name
             node = back
         nodes[node.name] = node
     return graph.rewrite(nodes.values(), outputs=tuple(now.get(name, name) for name in graph.outputs))
 
 
+def _as_stored(node: Node, numbers: _Numbers) -> tuple[Shape, tuple[int, ...]]:
+    """Rows and order of dimensions in which the operands of a function of each element need the fewest copies: the last
+    dimension as channels, the last two, or the second."""
+    shape, whole = node.shape, tuple(range(len(node.shape)))
+    ways = [(by_rows(shape), whole)]
+    if len(shape) > 3:
+        ways += [
+            ((shape[0], math.prod(shape[1:-2]), shape[-2] * shape[-1]), whole),
+            ((shape[0], math.prod(shape[2:]), shape[1]), (0, *whole[2:], 1)),
+        ]
+    found = [numbers.of(name) for name in node.inputs]
+    return min(ways, key=lambda way: sum(
+        numbers.pieces(ids.permute(way[1]).reshape(way[0])) for ids in found if ids is not None and ids.shape == shape
+    ))  # fmt: skip
+
+
+def _view(name: str, layout: Layout, made: str, like: Node) -> View:
+    return View(name=made, inputs=(name,), shape=layout.shape, source=like.source, layout=layout, origin=like.origin)
+
+
 def _reshaped(x: Node, shape: Shape, name: str, like: Node) -> View:
-    layout = Layout.contiguous(x.shape).reshape(shape)
-    return View(name=name, inputs=(x.name,), shape=shape, source=like.source, layout=layout, origin=like.origin)
+    return _view(x.name, Layout.contiguous(x.shape).reshape(shape), name, like)
 
 
 class _Numbers:
     """Where the elements of moved tensors come from: each element of each tensor of the accelerator has a number; 0 is none."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, nodes: Mapping[str, Node]) -> None:
+        self.nodes = nodes
         self.firsts: list[int] = []
-        self.bases: list[str] = []
+        self.bases: list[Node] = []
         self.found: dict[str, Tensor | None] = {}
+        self.transposes: dict[str, tuple[Transpose, int]] = {}  # of a tensor: it turned, and the number of its first element
         self.next = 1
 
     def of(self, name: str) -> Tensor | None:
         """Numbers of a tensor's elements, int64 of its shape; None for what cannot be followed."""
         if name not in self.found:
-            node = self.graph.nodes[name]
+            node = self.nodes[name]
             if isinstance(node, View | Move):
                 operands = [self.of(item) for item in node.inputs]
                 known = [item for item in operands if item is not None]
                 self.found[name] = node.evaluate(*known) if len(known) == len(operands) else None
             else:
-                self.found[name] = self._base(node)
+                first = self._add(node)
+                self.found[name] = torch.arange(first, self.next).reshape(node.shape)
         return self.found[name]
 
-    def _base(self, node: Node) -> Tensor:
-        size = math.prod(node.shape)
+    def _add(self, node: Node) -> int:
+        """Number of a tensor's first element."""
         self.firsts.append(self.next)
-        self.bases.append(node.name)
-        self.next += size
-        return torch.arange(self.next - size, self.next).reshape(node.shape)
+        self.bases.append(node)
+        self.next += math.prod(node.shape)
+        return self.firsts[-1]
 
-    def base(self, number: int) -> tuple[str, int]:
-        """Tensor of an element, and the number of its first element."""
-        place = bisect_right(self.firsts, number) - 1
-        return self.bases[place], self.firsts[place]
+    def whole(self, name: str) -> str | None:
+        """The operator's result that a moved tensor is, all its elements in their order; None if it is no such."""
+        ids = self.of(name)
+        first = 0 if ids is None or not ids.numel() else int(ids.reshape(-1)[0])
+        if ids is None or first == 0 or not torch.equal(ids.reshape(-1), torch.arange(first, first + ids.numel())):
+            return None
+        base = self.bases[int(self.owners(torch.tensor([first])))]
+        plain = not isinstance(base, Input | Fixed | Rearrange) and len(base.shape) in (2, 3)
+        return base.name if plain and math.prod(base.shape) == ids.numel() else None
+
+    def pieces(self, ids: Tensor) -> int:
+        """Ranges of neighbouring elements of rows of tensors that rows of elements are made of."""
+        flat = ids.reshape(-1, ids.shape[-1])
+        place = int(self.owners(flat.reshape(-1)[:1]))
+        width = self.bases[place].shape[-1] if place >= 0 and self.bases[place].shape else 1
+        first = self.firsts[place] if place >= 0 else 0
+        follows = (flat[:, 1:] == flat[:, :-1] + 1) & ((flat[:, 1:] - first) % width != 0)
+        return len(flat) + int((~follows).sum())
+
+    def owners(self, ids: Tensor) -> Tensor:
+        """Place in `bases` of the tensor that each element is of, -1 for none."""
+        places = torch.tensor(self.firsts)
+        return torch.where(ids > 0, torch.searchsorted(places, ids.contiguous(), right=True) - 1, -1)
+
+    def swapped(self, ids: Tensor, like: Node) -> tuple[Tensor, Transpose] | None:
+        """Elements of one tensor as those of the same with rows and channels changed, and the node that makes it."""
+        used = [int(i) for i in self.owners(ids).unique() if i >= 0]
+        base = self.bases[used[0]] if len(used) == 1 else None
+        if base is None or len(base.shape) not in (2, 3) or isinstance(base, Rearrange | Fixed):
+            return None
+        *lead, rows, channels = base.shape
+        if base.name not in self.transposes:
+            turned = Transpose(
+                name=f"{base.name}.swapped", inputs=(base.name,), shape=(*(lead or [1]), channels, rows), source=like.source,
+                origin=like.origin,
+            )  # fmt: skip
+            self.transposes[base.name] = turned, self._add(turned)
+        made, first = self.transposes[base.name]
+        local = ids - self.firsts[used[0]]
+        entry, row, channel = local // (rows * channels), local // channels % rows, local % channels
+        return torch.where(ids > 0, (entry * channels + channel) * rows + row + first, 0), made
 
 
-def _arranged(graph: Graph, node: Node, ids: Tensor, shape: Shape, numbers: _Numbers) -> Rearrange | str | None:
+def _arranged(node: Node, ids: Tensor, shape: Shape, numbers: _Numbers) -> Rearrange | str | None:
     """A node that makes a tensor of these elements, the name of the one that they are, or None."""
     flat = ids.reshape(-1, shape[-1])
-    places = torch.tensor(numbers.firsts)
-    owner = torch.where(flat > 0, torch.searchsorted(places, flat.contiguous(), right=True) - 1, -1)
+    owner = numbers.owners(flat)
     used = [int(i) for i in owner.unique() if i >= 0]
-    tensors = [graph.nodes[numbers.bases[i]] for i in used]
+    tensors = [numbers.bases[i] for i in used]
     constants = [isinstance(t, Rearrange) and not t.parts for t in tensors]
     if len(used) == 1 and not constants[0] and by_rows(tensors[0].shape) == shape == tensors[0].shape:
         if bool((ids.reshape(-1) == torch.arange(math.prod(shape)) + numbers.firsts[used[0]]).all()):

@@ -166,6 +166,8 @@ def test_errors():
     with pytest.raises(ValueError, match="decay must be >= 0"):
         sparsify(model, "2:4", decay=-1)
     sparsify(model, {"3": "2:4"})
-    with pytest.raises(ValueError, match="layer '3' is being trained already"):
+    with pytest.raises(ValueError, match="layer '3' is being trained already: call finalize"):
         sparsify(model, "2:4")
     assert not nn.utils.parametrize.is_parametrized(model[0])  # nothing half done
+    with pytest.raises(ValueError, match=r"layer '' has a parametrisation of its own \(WeightNorm\): .*remove_parametrizations"):
+        sparsify(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "2:4")

@@ -1,5 +1,7 @@
 """What is known of an exported module before any pass."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -81,3 +83,44 @@ def test_bind() -> None:
         exported.bind((ids[:, :5], mask))
     with pytest.raises(ValueError, match="input 'ids' must be int64 .*, not int32"):
         exported.bind((ids.int(), mask))
+
+
+X = torch.randn(2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda s, x: s.a(x)[x[..., 0] > 0], r"the module \(\w+.py:\d+\): how much aten.\S+ gives depends on values"),
+        (lambda s, x: s.a(x) if s.a(x).sum() > 0 else x, r"Eq\(u0, 1\) \(what runs depends .* test_exported.py:\d+$"),
+    ],
+    ids=["chosen elements", "a branch"],
+)  # fmt: skip
+def test_what_depends_on_values_is_refused_with_its_line(function: Any, message: str) -> None:
+    with pytest.raises(CompileError, match=message):
+        export(Apply(function, a=nn.Linear(8, 8)), X)
+
+
+def test_a_parameter_that_is_no_number_is_named() -> None:
+    module = nn.Sequential(nn.Linear(8, 8))
+    module[0].bias.data[3] = torch.inf
+    with pytest.raises(CompileError, match=r"these have a NaN or an infinity.*\n  parameter 0.bias \(8,\)"):
+        export(module, X)
+
+
+def test_wrong_arguments_do_not_blame_lines_of_python_itself() -> None:
+    with pytest.raises(CompileError, match="too many positional arguments$"):
+        export(nn.Sequential(nn.Linear(8, 8)), (X, X))
+    with pytest.raises(TypeError, match=r"not int \(argument 1\): bind what is none"):
+        export(nn.Sequential(nn.Linear(8, 8)), (X, 3))
+    with pytest.raises(CompileError, match=r"float16 \(2, 5, 8\): only float32 can be compiled: model.float\(\) and x.float\(\)"):
+        export(nn.Sequential(nn.Linear(8, 8)), X.half())
+
+
+def test_a_module_that_changes_its_buffers_is_warned_of() -> None:
+    def counted(s: Apply, x: torch.Tensor) -> torch.Tensor:
+        s.count.add_(1)
+        return s.a(x) + s.count
+
+    with pytest.warns(UserWarning, match=r"changes its buffers \(count\)"):
+        export(Apply(counted, a=nn.Linear(8, 8), count=nn.Buffer(torch.zeros(1))), X)

@@ -14,7 +14,7 @@ from algo.nm import NM
 from algo.sparsify import finalize, sparsify
 from compiler.frontend import trace
 from compiler.graph import Activation, Attention, CompileError, Input, LayerNorm, Linear, Rearrange
-from compiler.passes import optimise
+from compiler.passes import optimise, run_passes
 from models.bert import BertConfig, BertModel
 from tests.compiler.modules import Apply, attention_layers, keep_mask, split_heads
 
@@ -297,3 +297,11 @@ def test_random_constants_are_not_frozen():
 
 def test_every_input_is_an_input_node():
     assert all(isinstance(node, Input) for node in trace(nn.Linear(24, 4), X).inputs)
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 1, -1), (0, 0, -2, 2), (1, -1), (0, 0)])
+def test_a_pad_that_keeps_the_shape_still_shifts(pad: tuple[int, ...]) -> None:
+    module, x = Apply(lambda m, x: m.b(F.pad(m.a(x), pad)), a=nn.Linear(6, 8), b=nn.Linear(8, 4)), torch.randn(2, 5, 6)
+    for graph in run_passes(trace(module, x)):
+        (value,) = graph.run(x).values()
+        torch.testing.assert_close(value, module(x), atol=1e-5, rtol=1e-5, msg=graph.stage)

@@ -58,3 +58,28 @@ def test_layer_runs_on_the_accelerator_and_is_close_to_float(name):
         expected = module(x)
     assert run.bit_exact and run.outputs[0].shape == expected.shape
     assert F.cosine_similarity(run.outputs[0].flatten(), expected.flatten(), dim=0) > 0.99
+
+
+class Twice(nn.Module):
+    """Two convolutions of one image, each with windows of its own, and the image itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 6, 5, padding=2), nn.Conv2d(3, 6, 1)
+
+    def forward(self, x):
+        return torch.cat([F.relu(self.a(x)), self.b(x) + self.c(x)], 1)
+
+
+def test_an_image_that_is_read_twice_is_one_argument():
+    torch.manual_seed(0)
+    module, x = Twice().eval(), torch.randn(1, 3, 6, 5)
+    program = compile_model(module, x, arch="tiny", host="forbid", calibration=[x])
+    assert isinstance(program, Program) and len(program.inputs) > 1
+    for given in (x, [x], {program.inputs[0].name: x}):
+        run = simulate(program, given, engine="isa")
+        assert run.bit_exact and F.cosine_similarity(run.outputs[0].flatten(), module(x).flatten(), dim=0) > 0.999
+    both = compile_model(module, x, arch="tiny", calibration=[x], dynamic={program.inputs[0].name: {2: (6, 7)}})
+    given = torch.randn(1, 3, 7, 5)
+    found = simulate(both, given, engine="isa").outputs[0]
+    assert F.cosine_similarity(found.flatten(), module(given).flatten(), dim=0) > 0.99

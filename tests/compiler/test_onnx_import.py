@@ -234,3 +234,20 @@ def test_shapes_that_depend_on_data_and_bad_files(tmp_path: Path) -> None:
     path = write(tmp_path / "c.onnx", [helper.make_node("Relu", ["w"], ["y"])], {"x": (2, 3)}, initial={"w": W})
     with pytest.raises(CompileError, match="output 'y' of the ONNX model does not depend on an input"):
         load_onnx(path)
+
+
+def test_inputs_of_other_shapes_and_dtypes_are_refused_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"], name="r")], {"x": ["n", 8]})
+    module, given = load_onnx(path, torch.randn(3, 8))
+    assert given["x"].shape == (3, 8) and torch.equal(module(**given)[0], given["x"].relu())
+    with pytest.raises(CompileError, match=r"input 'x' of the ONNX model is float32 \(n, 8\), not float32 \(3, 7\)"):
+        load_onnx(path, torch.randn(3, 7))
+    with pytest.raises(CompileError, match=r"input 'x' of the ONNX model is float32 \(n, 8\), not float64 \(3, 8\)"):
+        load_onnx(path, torch.randn(3, 8).double())
+    with pytest.raises(TypeError, match=r"must be tensors, not list \(x\)"):
+        load_onnx(path, [[1.0]])
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.elem_type = model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, path)
+    with pytest.raises(CompileError, match="input 'x' of the ONNX model is float16: only float32 can be compiled"):
+        load_onnx(path, torch.randn(3, 8).half())

@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from compiler.compile import compile_network
 from compiler.program import Program
 from hw.arch import Arch
-from hw.isa import FIELDS, INSTRUCTION_BYTES, Instruction, Opcode
+from hw.isa import FIELDS, INSTRUCTION_BYTES, Instruction, Opcode, Operand, Out, RowOp, Scale
 from sim.check import written_addresses
 from sim.cycle import CycleRun, run_code
 from sim.engine import VerilatorEngine
 from sim.memory import MemoryModel
 from tests.compiler.random_networks import random_inputs, random_network
 
-__all__ = ["Case", "RtlRun", "compare", "other_waits", "random_case", "random_memory", "run_rtl"]
+__all__ = ["Case", "RtlRun", "compare", "other_waits", "random_case", "random_memory", "run_rtl", "runs_of_instructions"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,19 +69,44 @@ def random_case(
     return Case(program, random_memory(seed, arch.bus_bytes), whole, code, address)
 
 
-def other_waits(code: bytes, seed: int) -> bytes:
-    """The same instructions, of which one in six waits for another one, or for none. Only the data suffer."""
+def other_waits(code: bytes, seed: int, *, share: float = 1 / 6, farthest: int = 12) -> bytes:
+    """The same instructions, of which a share waits for another one, or for none. Only the data suffer."""
     rng = np.random.default_rng(seed)
     field = next(field for field in FIELDS if field.name == "dep")
     offset, mask = sum(other.bits for other in FIELDS[: FIELDS.index(field)]), (1 << field.bits) - 1
-    parts = [code[at : at + INSTRUCTION_BYTES] for at in range(0, len(code), INSTRUCTION_BYTES)]
-    for index in np.flatnonzero(rng.random(len(parts)) < 1 / 6).tolist():
+    parts = _instructions(code)
+    for index in np.flatnonzero(rng.random(len(parts)) < share).tolist():
         word = int.from_bytes(parts[index], "little")
         if Instruction.decode(parts[index]).opcode == Opcode.TILE:
-            dep = int(rng.choice([0, 1, rng.integers(1, 12), (word >> offset & mask) + rng.integers(-2, 3)]))
+            dep = int(rng.choice([0, 1, rng.integers(1, farthest), (word >> offset & mask) + rng.integers(-2, 3)]))
             word = word & ~(mask << offset) | min(max(dep, 0), index) << offset
         parts[index] = word.to_bytes(INSTRUCTION_BYTES, "little")
     return b"".join(parts)
+
+
+def runs_of_instructions(code: bytes, seed: int, *, length: int = 200) -> bytes:
+    """Up to four instructions of a program that need no others, in runs and in patterns of runs, with other waits: much recurs
+    in it, and something else is always on its way. Without HALT; empty if the program has no such instruction."""
+    rng = np.random.default_rng(seed)
+    alone = [raw for raw in _instructions(code) if _stands_alone(Instruction.decode(raw))]
+    if not alone:
+        return b""
+    chosen, parts = [alone[index] for index in rng.integers(len(alone), size=rng.integers(1, 5))], list[bytes]()
+    while len(parts) < length:
+        pattern = [chosen[index] for index in rng.integers(len(chosen), size=rng.choice([1, 1, 2, 3, 4]))]
+        parts += pattern * int(rng.integers(1, rng.choice([10, 40])))
+    share, farthest = float(rng.choice([0, 1 / 40, 1 / 8, 1 / 2])), int(rng.choice([3, 12, 60]))
+    return other_waits(b"".join(parts), seed, share=share, farthest=farthest)
+
+
+def _instructions(code: bytes) -> list[bytes]:
+    return [code[at : at + INSTRUCTION_BYTES] for at in range(0, len(code), INSTRUCTION_BYTES)]
+
+
+def _stands_alone(instruction: Instruction) -> bool:
+    """A TILE that neither leaves rows, scales or columns for others nor takes any."""
+    return (instruction.opcode == Opcode.TILE and instruction.out != Out.LANES and instruction.operand == Operand.MEMORY
+            and instruction.scale != Scale.ROW and instruction.row_op not in (RowOp.MAX, RowOp.EXP))
 
 
 def run_rtl(case: Case) -> RtlRun:

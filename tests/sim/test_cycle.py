@@ -18,7 +18,7 @@ from sim.engine import AcceleratorError, CycleLimitError, VerilatorEngine
 from sim.memory import MemoryModel
 from sim.simulate import simulate
 from tests.hw.malformed import malformed_instructions
-from tests.sim.cycle_cases import compare, random_case, run_rtl
+from tests.sim.cycle_cases import compare, random_case, run_rtl, runs_of_instructions
 from tests.sim.small_network import random_input, small_network
 
 TINY = PRESETS["tiny"]
@@ -52,7 +52,6 @@ def test_skipping_changes_nothing(name, programs, channels):
     assert stepped < 0.9 * cycles
 
 
-@pytest.mark.xfail(strict=True, reason="known: periods are skipped although one command in them waits for another instruction")
 @pytest.mark.parametrize("seed", [902013, 902115])
 def test_commands_that_wait_for_others(seed):
     """The command of one pass waits, its likes before and after it do not, and the units hold all three at once."""
@@ -72,6 +71,21 @@ def test_queues_that_run_empty_while_the_dispatcher_rests():
     slow = run_cycles(stage, skip=False)
     fast = run_cycles(stage, max_cycles=slow.cycles)
     assert fast.counters == slow.counters and np.array_equal(fast.completed, slow.completed)
+
+
+@pytest.mark.parametrize("name", ["tiny", "sta256"])
+def test_runs_of_instructions(name):
+    arch, cycles, stepped = PRESETS[name], 0, 0
+    for seed in range(12):
+        code = random_case(seed, arch, ops=6).program.code
+        for variant in range(10):
+            runs = runs_of_instructions(code, 100 * seed + variant)
+            memory = MemoryModel(latency=1 + 37 * variant, bytes_per_cycle=arch.bus_bytes * (2 + variant % 3) // 2)
+            slow = run_code(runs + HALT, arch, memory, skip=False)
+            fast = run_code(runs + HALT, arch, memory, max_cycles=slow.cycles)
+            assert fast.counters == slow.counters and np.array_equal(fast.completed, slow.completed), (seed, variant)
+            cycles, stepped = cycles + slow.cycles, stepped + fast.stepped
+    assert stepped < 0.7 * cycles
 
 
 def test_repeated_layers_are_skipped():

@@ -16,6 +16,9 @@ public:
     bool requesting() const { return state_ == kRequest; }
     bool done(uint32_t completed) const { return state_ == kFinish && completed == index_; }
     bool wants_queues() const { return state_ == kIssue; }
+    bool decided() const { return state_ > kDecide; }
+    bool finishing() const { return state_ == kFinish; }
+    bool rests() const { return state_ >= kIssue; }  // until there is room in the queues, or all has completed
     uint32_t index() const { return index_; }
 
     // issue : every queue has room. fetched : an instruction is offered.
@@ -55,7 +58,7 @@ public:
 
     template <class Visitor>
     void visit(Visitor& v) {
-        v.exact(static_cast<uint8_t>(state_));
+        v.exact(static_cast<uint8_t>(rests() ? kIssue : state_));
         v.exact(division_);
         v.instruction(index_);
     }
@@ -73,54 +76,70 @@ private:
     uint32_t index_ = 0;
 };
 
-// The queues between dispatcher and units. An entry is the index of an instruction.
+// The queues between dispatcher and units. What is in a queue is a piece of the unit's stream.
 class CommandQueues {
 public:
     const Commands* head(unsigned unit) const { return heads_[unit]; }
-    uint32_t ref(unsigned unit) const { return queues_[unit].refs.front(); }
+    uint32_t place(unsigned unit) const { return taken_[unit]; }  // in the unit's stream, of the head
+    bool offers(unsigned unit) const { return fifos_[unit].out; }
+    uint32_t seen(unsigned unit) const { return taken_[unit] + fifos_[unit].out; }
+    uint32_t behind(unsigned unit) const { return fifos_[unit].inner; }  // commands behind the head
     bool writable() const { return full_ == 0; }
     uint32_t offered() const { return offered_; }  // one bit for each unit with a command at its queue
 
-    void step(const Program& program, uint32_t push, uint32_t index, uint32_t pop) {
+    void step(const Program& program, uint32_t push, uint32_t pop) {
         for (uint32_t units = push | pop | settling_; units != 0; units &= units - 1) {
             const unsigned unit = __builtin_ctz(units), bit = 1u << unit;
-            Queue& queue = queues_[unit];
-            if (pop & bit) queue.refs.pop_front();
-            if (push & bit) queue.refs.push_back(index);
-            queue.fifo.tick(push & bit, pop & bit);
-            heads_[unit] = queue.fifo.out ? &program[queue.refs.front()] : nullptr;
-            offered_ = queue.fifo.out ? offered_ | bit : offered_ & ~bit;
-            full_ = queue.fifo.writable(kQueueDepth) ? full_ & ~bit : full_ | bit;
-            settling_ = queue.fifo.settling() ? settling_ | bit : settling_ & ~bit;
+            Fifo& fifo = fifos_[unit];
+            taken_[unit] += (pop & bit) != 0;
+            fifo.tick(push & bit, pop & bit);
+            heads_[unit] = fifo.out ? &program.command(unit, taken_[unit]) : nullptr;
+            offered_ = fifo.out ? offered_ | bit : offered_ & ~bit;
+            full_ = fifo.writable(kQueueDepth) ? full_ & ~bit : full_ | bit;
+            settling_ = fifo.settling() ? settling_ | bit : settling_ & ~bit;
         }
     }
 
     template <class Visitor>
     void visit(Visitor& v) {
-        for (Queue& queue : queues_) {
-            queue.fifo.visit(v);
-            if (!queue.refs.empty()) v.oldest(queue.refs.front());
+        for (unsigned unit = 0; unit < unit::kCount; ++unit) {
+            v.stream(unit, taken_[unit], fifos_[unit]);
         }
     }
 
-    // The same commands, `instructions` later in the program.
-    void shift(const Program& program, uint32_t instructions) {
+    // The places in the streams have changed, and how many commands wait behind the heads.
+    void move(const Program& program) {
+        full_ = 0;
         for (unsigned unit = 0; unit < unit::kCount; ++unit) {
-            Queue& queue = queues_[unit];
-            for (uint32_t i = 0; i < queue.refs.size(); ++i) queue.refs[i] += instructions;
-            if (heads_[unit]) heads_[unit] = &program[queue.refs.front()];
+            if (heads_[unit]) heads_[unit] = &program.command(unit, taken_[unit]);
+            full_ |= !fifos_[unit].writable(kQueueDepth) << unit;
         }
     }
 
 private:
-    struct Queue {
-        Fifo fifo;
-        Ring<uint32_t, kQueueRing> refs;
-    };
-
-    Queue queues_[unit::kCount];
+    Fifo fifos_[unit::kCount];
+    uint32_t taken_[unit::kCount] = {};
     const Commands* heads_[unit::kCount] = {};
     uint32_t full_ = 0, settling_ = 0, offered_ = 0;
+};
+
+// Marks for the commands of each stream that have waited.
+class Waits {
+public:
+    explicit Waits(const Program& program) {
+        for (unsigned unit = 0; unit < unit::kCount; ++unit) marks_[unit].resize(program.told(unit));
+    }
+
+    void mark(unsigned unit, uint32_t place) { marks_[unit][place] = true; }
+    bool waited(unsigned unit, uint32_t place) const { return marks_[unit][place]; }
+
+    // Commands up to before `end` have done as those `later` before them.
+    void repeat(unsigned unit, uint32_t place, uint32_t end, uint32_t later) {
+        for (; place < end; ++place) marks_[unit][place] |= marks_[unit][place - later];
+    }
+
+private:
+    std::vector<uint8_t> marks_[unit::kCount];
 };
 
 struct Counts {
@@ -132,9 +151,9 @@ using Memory = MemoryTiming<Ring<TimedBurst, kMemoryRing>>;
 // The accelerator and its memory while a program runs.
 class Core {
 public:
-    // waited : gets a mark for each instruction that waits for its `dep`.
-    Core(const ArchConfig& arch, const MemoryConfig& memory, const Program& program, uint8_t* waited)
-        : arch_{arch}, program_{&program}, waited_{waited}, memory_{memory, arch.bus_bytes} {
+    // waits : gets a mark for each command that waits for instructions before it.
+    Core(const ArchConfig& arch, const MemoryConfig& memory, const Program& program, Waits& waits)
+        : arch_{arch}, program_{&program}, waits_for_{&waits}, memory_{memory, arch.bus_bytes} {
         for (unsigned channel = 0; channel < reader::kCount; ++channel) readers_[channel].configure(arch_, channel);
         feeder_.configure(arch_.lanes);
         array_.configure(arch_.array_latency, arch_.sums_depth);
@@ -146,6 +165,7 @@ public:
 
     // In the last cycle: a read burst was requested, an instruction was issued, the last write of one was answered.
     bool requested = false, issued = false, stored = false;
+    uint32_t bursts_left = 0;  // of the command whose burst was requested
     bool done = false;  // HALT was reached and everything completed
     Counts counts;
 
@@ -178,26 +198,43 @@ public:
         memory_.visit(v, cycle);
         arbiter_.visit(v);
         visit_fetch(v);
-        for (unsigned channel = 1; channel < reader::kCount; ++channel) readers_[channel].visit(v);
+        for (unsigned channel = 1; channel < reader::kCount; ++channel) {
+            v.unit(kReaderUnit[channel]);
+            readers_[channel].visit(v);
+        }
+        v.unit(unit::write);
         writer_.visit(v);
         loader_.visit(v, queues_.head(unit::load));
+        v.unit(unit::array);
         feeder_.visit(v, ring_, arch_.lane_depth);
         array_.visit(v);
         post_.visit(v, queues_.head(unit::post));
         scales_.visit(v);
+        v.unit(unit::row);
         row_.visit(v);
         v.exact(static_cast<uint8_t>(normed_.held | bypass_.held << 2 | posted_.held << 4 | words_.held << 6));
-        v.exact(static_cast<uint8_t>(room_ | routed_rows_.held << 1));
+        v.exact(static_cast<uint8_t>((room_ && !dispatcher_.finishing()) | routed_rows_.held << 1));
         results_.visit(v);
         if (const Commands* const route = queues_.head(unit::row_out)) v.progress(routed_, route->row_out.count);
         store_.visit(v, queues_.head(unit::store));
     }
 
-    void shift(uint64_t cycles, uint32_t instructions) {
+    // Time has passed, and the places in the streams may have changed.
+    void move(uint64_t cycles) {
         memory_.shift(cycles);
-        if (instructions != 0) queues_.shift(*program_, instructions);
+        queues_.move(*program_);
     }
 
+    const CommandQueues& queues() const { return queues_; }
+    const Dispatcher& dispatcher() const { return dispatcher_; }
+
+    // What rests is another dispatcher's, with other numbers of commands in the queues: of which one is full, or none matters.
+    void replace(const Dispatcher& dispatcher) {
+        dispatcher_ = dispatcher;
+        room_ = false;
+    }
+
+    uint32_t completed() const { return writer_.completed(); }
     const Reader& fetch() const { return readers_[reader::fetch]; }
 
     // The state of `other`, where this one's fetch channel rests after it has lost `beats` more.
@@ -216,6 +253,7 @@ private:
     void visit_fetch(Visitor& v) {
         Reader& fetch = readers_[reader::fetch];
         const bool resting = fetch.resting();
+        v.unit(kReaderUnit[reader::fetch]);
         v.exact(static_cast<uint8_t>(resting));
         if (resting) v.fetch(fetch, fetches_);
         else fetch.visit(v);
@@ -289,7 +327,7 @@ private:
         count(event::row_stalled, (row_offered && !row_room) || (scale && !scale_ready));
         if (row_steps) {
             const Commands* const row = queues_.head(unit::row);
-            rowed = row_.step(row, row ? queues_.ref(unit::row) : 0, to_rows, valid(reader::g), row_room, scale_ready);
+            rowed = row_.step(row, queues_.place(unit::row), to_rows, valid(reader::g), row_room, scale_ready);
         }
         if (scale || scales_.level()) scales_.tick(scale && scale_ready, scale_taken);
         if (routed && routed_.last(route->row_out.count)) pops |= 1u << unit::row_out;
@@ -332,7 +370,7 @@ private:
         const uint32_t ended = ring_.ended;
         Feeder::Result fed{};
         if (c || !feeder_.sleeping()) {
-            fed = feeder_.step(c, c ? queues_.ref(unit::array) : 0, fire, valid(reader::x), ring_, arch_.lanes);
+            fed = feeder_.step(c, queues_.place(unit::array), fire, valid(reader::x), ring_, arch_.lanes);
         }
         if (fed.tile_cols || !array_.sleeping() || ring_.freed != ring_.ended) {
             array_.step(advance, acc_ready_, fed.tile_cols, ring_, ended);
@@ -351,6 +389,7 @@ private:
         const uint32_t granted_beats = granted >= 0 ? readers_[granted].request_beats() : 0;
         if (owner >= 0) ++counts.read_beats[owner];
         requested = granted >= 0;
+        bursts_left = requested ? readers_[granted].left() / kBurstBeats : 0;
         fetches_ += granted == static_cast<int>(reader::fetch);
         const bool fetched = dispatcher_.fetching() && valid(reader::fetch), requesting = dispatcher_.requesting();
         if (dispatcher_.fetching()) ready |= 1u << reader::fetch;
@@ -370,10 +409,10 @@ private:
 
         issued = dispatcher_.wants_queues() && room_;
         room_ = queues_.writable();
-        const uint32_t index = dispatcher_.index(), push = issued ? (*program_)[index].units : 0;
+        const uint32_t push = issued ? (*program_)[dispatcher_.index()].units : 0;
         count(event::instructions, issued);
         dispatcher_.step(*program_, issued, fetched);
-        queues_.step(*program_, push, index, pops);
+        queues_.step(*program_, push, pops);
     }
 
     void step_readers(uint32_t ready, int owner, int granted, bool fetch, uint32_t& pops) {
@@ -396,19 +435,19 @@ private:
                 continue;
             }
             const ReadCommand* cmd = nullptr;
-            uint32_t ref = kNoInstruction, dep = kNeverWaits;
+            uint32_t place = 0, awaited = 0;
             if (reader.cmd_ready()) {
                 if (channel == reader::fetch) {
                     cmd = fetch ? &fetch_ : nullptr;
-                } else if (const Commands* const c = queues_.head(kReaderUnit[channel])) {
+                } else if (const unsigned unit = kReaderUnit[channel]; const Commands* const c = queues_.head(unit)) {
                     cmd = &c->read[channel];
-                    ref = queues_.ref(kReaderUnit[channel]);
-                    dep = program_->dep(ref);
-                    pops |= 1u << kReaderUnit[channel];
+                    place = queues_.place(unit);
+                    awaited = program_->awaited(unit, place);
+                    pops |= 1u << unit;
                 }
             }
-            reader.step(cmd, ref, dep, channel == owner, ready & bit, channel == granted, completed);
-            if (reader.waits()) waited_[reader.held()] = true;
+            reader.step(cmd, place, awaited, channel == owner, ready & bit, channel == granted, completed);
+            if (reader.waits()) waits_for_->mark(kReaderUnit[channel], reader.held());
             accepting_ = reader.cmd_ready() ? accepting_ | bit : accepting_ & ~bit;
             awake_ = reader.awake() ? awake_ | bit : awake_ & ~bit;
             flowing_ = reader.flowing() ? flowing_ | bit : flowing_ & ~bit;
@@ -422,7 +461,6 @@ private:
         stored = write_response_ = write_data_ = write_address_ = false;
         if (!writer_.cmd_ready()) c = nullptr;
         if (!c && !word_ && writer_.waiting(memory_.bvalid)) return;
-        const uint32_t ref = c ? queues_.ref(unit::write) : 0;
         if (c) pops |= 1u << unit::write;
         stored = memory_.response_starts && writer_.answers_last();
         write_response_ = memory_.bvalid && writer_.bready();
@@ -430,12 +468,12 @@ private:
         write_address_ = writer_.awvalid() && memory_.awready;
         if (write_address_) write_address_beats_ = writer_.aw_beats();
         counts.write_beats += write_data_;
-        writer_.step(c, ref, word_, memory_.awready, memory_.wready, memory_.bvalid);
+        writer_.step(c, queues_.place(unit::write), word_, memory_.awready, memory_.wready, memory_.bvalid);
     }
 
     ArchConfig arch_;
     const Program* program_;
-    uint8_t* waited_;
+    Waits* waits_for_;
     ReadCommand fetch_;
     Memory memory_;
     Dispatcher dispatcher_;

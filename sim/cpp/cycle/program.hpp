@@ -1,6 +1,7 @@
 // The instruction stream as the units see it: each instruction is an index into a table of different command sets.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -164,9 +165,22 @@ private:
     const uint32_t span_;
 };
 
-constexpr uint32_t kNeverWaits = 1u << 20;  // more than any `dep`
+// The part of them that one unit gets.
+inline std::string command_of(const Commands& c, unsigned unit) {
+    const auto bytes = [](const auto& part) { return std::string(reinterpret_cast<const char*>(&part), sizeof part); };
+    switch (unit) {
+        case unit::load: return bytes(c.load);
+        case unit::array: return bytes(c.array);
+        case unit::post: return bytes(c.post);
+        case unit::row: return bytes(c.row);
+        case unit::row_out: return bytes(c.row_out);
+        case unit::store: return bytes(c.store);
+        case unit::write: return bytes(c.write);
+        default: return bytes(c.read[unit + 1]);
+    }
+}
 
-// The instructions, each as the number of its command set and its `dep`, or `kNeverWaits`.
+// The instructions, and what becomes of them: for each unit a stream of commands, which it sees one after the other.
 class Program {
 public:
     Program(const ArchConfig& arch, const uint8_t* code, uint64_t instructions) {
@@ -180,19 +194,46 @@ public:
             decoder.decode(code + i * kInstructionBytes, commands);
             std::memcpy(key.data(), &commands, sizeof commands);
             const auto [found, fresh] = known.emplace(key, static_cast<uint32_t>(table_.size()));
-            if (fresh) table_.push_back(commands);
+            if (fresh) add(commands);
             kinds_.push_back(found->second);
-            const uint32_t dep = get(code + i * kInstructionBytes, field::dep);
-            deps_.push_back(dep ? dep : kNeverWaits);
+            deps_.push_back(static_cast<uint16_t>(get(code + i * kInstructionBytes, field::dep)));
+            for (uint32_t units = commands.units; units != 0; units &= units - 1) {
+                streams_[__builtin_ctz(units)].push_back(static_cast<uint32_t>(i));
+            }
         }
     }
 
-    const Commands& operator[](uint32_t index) const { return table_[kinds_[index]]; }
-    uint32_t kind(uint64_t index) const { return kinds_[index]; }
-    uint32_t dep(uint64_t index) const { return deps_[index]; }
+    const Commands& operator[](uint64_t index) const { return table_[kinds_[index]]; }
     uint64_t size() const { return kinds_.size(); }
 
+    // All that the dispatcher tells instructions apart by: first what it does before it issues them, then where to.
+    uint32_t decision(uint64_t index) const { return (*this)[index].halt | (*this)[index].counted << 1; }
+    uint32_t dispatch(uint64_t index) const { return decision(index) | (*this)[index].units << 2; }
+
+    // A unit's stream: its length, and by place the commands, and a number that equal commands share.
+    uint64_t told(unsigned unit) const { return streams_[unit].size(); }
+    const Commands& command(unsigned unit, uint64_t place) const { return table_[kinds_[streams_[unit][place]]]; }
+    uint32_t number(unsigned unit, uint64_t place) const { return numbers_[kinds_[streams_[unit][place]]][unit]; }
+
+    // How many instructions must have completed before a read command begins, 0 if it does not wait.
+    uint32_t awaited(unsigned unit, uint64_t place) const {
+        const uint32_t index = streams_[unit][place], dep = deps_[index];
+        return dep != 0 && (*this)[index].read[unit + 1].wait ? index + 1 - dep : 0;
+    }
+
 private:
+    void add(const Commands& commands) {
+        table_.push_back(commands);
+        numbers_.emplace_back();
+        for (unsigned unit = 0; unit < unit::kCount; ++unit) {
+            auto& known = known_[unit];
+            numbers_.back()[unit] = known.emplace(command_of(commands, unit), static_cast<uint32_t>(known.size())).first->second;
+        }
+    }
+
     std::vector<Commands> table_;
-    std::vector<uint32_t> kinds_, deps_;
+    std::vector<std::array<uint32_t, unit::kCount>> numbers_;  // of the commands in the table
+    std::unordered_map<std::string, uint32_t> known_[unit::kCount];
+    std::vector<uint32_t> kinds_, streams_[unit::kCount];
+    std::vector<uint16_t> deps_;
 };

@@ -28,7 +28,7 @@ public:
 
     // In the last cycle the command `held` could start but for its `dep`.
     bool waits() const { return waits_; }
-    uint32_t held() const { return hold_ref_; }
+    uint32_t held() const { return hold_ref_; }  // its place in the stream
 
     // A word may go from the FIFO into the buffer although no input moves.
     bool flowing() const { return buffered_ && word() && buffer_.ready(); }
@@ -66,9 +66,9 @@ public:
         return true;
     }
 
-    // One cycle. ref : instruction of the command that is taken. data : a beat arrives. ready : of the output.
-    // granted : the request is taken. completed : the writer's counter.
-    void step(const ReadCommand* cmd, uint32_t ref, uint32_t dep, bool data, bool taken, bool granted, uint32_t completed) {
+    // One cycle. ref : place of the command that is taken. awaited : instructions that must have completed before, 0 for any.
+    // data : a beat arrives. taken : of the output. granted : the request is taken. completed : the writer's counter.
+    void step(const ReadCommand* cmd, uint32_t ref, uint32_t awaited, bool data, bool taken, bool granted, uint32_t completed) {
         const bool ready = buffered_ ? buffer_.ready() : taken;
         if (buffered_) buffer_.tick(word(), taken);
         const bool read = narrow_ ? step_narrow(cmd, ref, ready) : widen_ ? step_wide(ready) : ready;
@@ -78,15 +78,17 @@ public:
             hold_ = true;
             held_ = *cmd;
             hold_ref_ = ref;
-            hold_dep_ = dep;
+            awaited_ = awaited;
         }
         fifo_.tick(data, read);
     }
 
-    // Words wait at the output and nothing is on its way: whoever takes the words cannot tell how many are left, until the
-    // next burst is requested or there are none. Not for words narrower than the bus.
+    // Nothing is on its way, and words wait at the output, or none are to come: whoever takes the words cannot tell how many
+    // are left, until the next burst is requested or there are none. Not for words narrower than the bus.
     bool resting() const {
-        return !narrow_ && !hold_ && !run_ && !requests_.valid() && fifo_.out && (!widen_ || full_) && credit_ + fifo_.level() == room_;
+        const bool words = fifo_.out && (!widen_ || full_), none = !more_ && !active_ && !full_ && fifo_.level() == 0;
+        const bool idle = !hold_ && !run_ && !requests_.valid();
+        return !narrow_ && idle && (words || none) && credit_ + fifo_.level() == room_;
     }
 
     uint32_t level() const { return fifo_.level(); }
@@ -112,7 +114,7 @@ public:
         v.exact(static_cast<uint8_t>(buffer_.held | requests_.held << 4));
         v.exact(static_cast<uint16_t>(credit_));
         fifo_.visit(v);
-        if (hold_) v.held(hold_ref_, hold_dep_);
+        if (hold_) v.held(hold_ref_, awaited_);
         if (run_ || more_) {  // how long the run is follows from its address and its command
             v.reference(run_ref_);
             v.exact(run_beat_);
@@ -179,8 +181,7 @@ private:
             --repeats_.value;
         } else if (hold_) {
             // 16-bit counts that wrap; a distance in the upper half is a wait
-            waits_ = held_.wait && hold_dep_ != kNeverWaits &&
-                     static_cast<uint16_t>(completed - (hold_ref_ - hold_dep_ + 1)) >> 15;
+            waits_ = awaited_ != 0 && static_cast<uint16_t>(completed - awaited_) >> 15;
             if (waits_) return;
             hold_ = false;
             run_ = true;
@@ -250,19 +251,19 @@ private:
             framing_ = commands_.out;
             if (framing_) load_frame();
         }
-        if (push) waiting_.push_back({*cmd, ref});
+        if (push) waiting_.push_back({cmd, ref});
         if (push || accept || commands_.settling()) commands_.tick(push, accept);
     }
 
     void load_frame() {
         const Waiting& w = waiting_.front();
-        frame_first_ = w.cmd.addr >> byte_shift_ & (ratio_ - 1);
-        frame_stride_ = w.cmd.stride >> byte_shift_ & (ratio_ - 1);
+        frame_first_ = w.cmd->addr >> byte_shift_ & (ratio_ - 1);
+        frame_stride_ = w.cmd->stride >> byte_shift_ & (ratio_ - 1);
         frame_following_ = (frame_first_ + frame_stride_) & (ratio_ - 1);
-        frame_words_ = w.cmd.words;
-        frame_wide_ = w.cmd.wide;
-        frame_left_.load(w.cmd.words);
-        frame_repeats_.load(w.cmd.repeats);
+        frame_words_ = w.cmd->words;
+        frame_wide_ = w.cmd->wide;
+        frame_left_.load(w.cmd->words);
+        frame_repeats_.load(w.cmd->repeats);
         frame_ref_ = w.ref;
         waiting_.pop_front();
     }
@@ -285,7 +286,7 @@ private:
     }
 
     struct Waiting {
-        ReadCommand cmd;
+        const ReadCommand* cmd;
         uint32_t ref;
     };
 
@@ -294,7 +295,7 @@ private:
     // _Runs
     bool hold_ = false, waits_ = false, run_ = false, more_ = false;  // run_ : one is offered; more_ : others follow
     uint8_t run_beat_ = 0;
-    uint32_t hold_ref_ = 0, hold_dep_ = 0, run_ref_ = 0, run_left_ = 0, words_ = 0, stride_ = 0, following_ = 0;
+    uint32_t hold_ref_ = 0, awaited_ = 0, run_ref_ = 0, run_left_ = 0, words_ = 0, stride_ = 0, following_ = 0;
     ReadCommand held_{};
     Countdown repeats_;
     // _Issuer

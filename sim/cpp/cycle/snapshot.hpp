@@ -1,10 +1,11 @@
 // What a moment of the machine has in common with another.
 //
 // A snapshot has four parts. `bytes` must be equal. `count`: numbers that matter only at their end (columns left, words
-// left). The FIFO of the row unit, which may only fill or only empty. The fetch channel, while it rests. Indices of
-// instructions are relative to the dispatcher's.
+// left). The FIFO of the row unit, which may only fill or only empty. The fetch channel, while it rests. Of the instructions
+// there are only the commands that a unit holds; where they stand in the unit's stream does not matter.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "core.hpp"
@@ -26,11 +27,14 @@ struct Snapshot {
     uint64_t cycle, hash;       // hash : of the bytes
     uint64_t whole;             // of bytes and counts
     uint64_t stores, history;   // stores noted, checkpoints recorded by now
-    uint32_t era, index, completed, oldest, size, count_size, total_size;
+    Dispatcher dispatcher;
+    uint32_t era, index, completed, size, count_size, total_size;
     Level level;
     Fetch fetch;
     Counts counts;
     uint32_t totals[6];
+    uint32_t seen[unit::kCount];    // of each stream: commands that the unit has seen
+    uint32_t behind[unit::kCount];  // and that wait behind these
     Count* count;
     uint8_t* bytes;
 };
@@ -44,6 +48,7 @@ struct Present : Snapshot {
 
     static constexpr unsigned kBytes = 2048, kCounts = 96;
     uint32_t floors[kCounts];
+    uint32_t held[unit::kCount];  // place of the first command that the unit holds, or will see next
     Count counts_buffer[kCounts];
     uint8_t bytes_buffer[kBytes];
 };
@@ -51,9 +56,9 @@ struct Present : Snapshot {
 // Visitor that fills a snapshot.
 class Capture {
 public:
-    Capture(Present& to, uint64_t cycle) : to_{to} {
+    Capture(const Program& program, Present& to, uint64_t cycle) : program_{program}, to_{to} {
         to_.cycle = cycle;
-        to_.size = to_.count_size = to_.total_size = to_.oldest = 0;
+        to_.size = to_.count_size = to_.total_size = 0;
         to_.fetch.resting = false;
     }
 
@@ -64,22 +69,27 @@ public:
     }
 
     void instruction(uint32_t index) { to_.index = index; }
-    void completed(uint32_t count) {
-        to_.completed = count;
-        exact(to_.index - count);
+    void completed(uint32_t count) { to_.completed = count; }
+    void unit(unsigned unit) { unit_ = unit; }
+
+    // A unit's queue. taken : the place of its next command.
+    void stream(unsigned unit, uint32_t taken, const Fifo& queue) {
+        unit_ = unit;
+        to_.held[unit] = taken;
+        to_.seen[unit] = taken + queue.out;
+        to_.behind[unit] = queue.inner;
+        exact(static_cast<uint8_t>(queue.out | queue.settling() << 1));
+        if (queue.out) exact(program_.number(unit, taken));
     }
 
-    void oldest(uint32_t ref) {
-        const uint32_t distance = to_.index - ref;
-        if (distance > to_.oldest) to_.oldest = distance;
-        exact(distance);
+    void reference(uint32_t place) {
+        if (unit_ == unit::kCount) return;  // the fetch channel has no stream
+        if (place < to_.held[unit_]) to_.held[unit_] = place;
+        exact(static_cast<uint16_t>(to_.seen[unit_] - place));
+        exact(program_.number(unit_, place));
     }
 
-    void reference(uint32_t ref) {
-        if (ref != kNoInstruction) oldest(ref);
-    }
-
-    void held(uint32_t ref, uint32_t) { reference(ref); }
+    void held(uint32_t place, uint32_t) { reference(place); }
     void countdown(const Countdown& c, uint32_t floor) { add(c.value, c.loads, floor); }
     void progress(const Progress& p, uint32_t count) { add(count - p.moved, p.loads, 1); }
     void distance(uint32_t value, uint32_t loads) { add(value, loads, 0); }
@@ -98,8 +108,7 @@ public:
     // The counts so far run down with the program: they are not hashed.
     void program_read() { program_counts_ = to_.count_size; }
 
-    // Of the instructions, those in the machine and the next two count.
-    void hash(const Program& program) {
+    void hash() {
         uint64_t h = to_.size;
         std::memset(to_.bytes + to_.size, 0, 8);
         for (uint32_t i = 0; i < to_.size; i += 8) {
@@ -107,7 +116,6 @@ public:
             std::memcpy(&word, to_.bytes + i, sizeof word);
             h = mix(h, word);
         }
-        for (uint32_t i = to_.index - to_.oldest; i < to_.index + 2 && i < program.size(); ++i) h = mix(h, program.kind(i));
         to_.hash = h;
         for (uint32_t i = program_counts_; i < to_.count_size; ++i) h = mix(h, to_.count[i].value);
         to_.whole = mix(h, to_.level.inner);
@@ -124,31 +132,74 @@ private:
         return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
     }
 
+    const Program& program_;
     Present& to_;
     uint32_t program_counts_ = 0;
+    unsigned unit_ = 0;
 };
 
-// Visitor that brings the machine from `to` as many periods ahead as lie between `from` and `to`.
-class Advance {
+// Visitor that moves the machine on in the program, as if it had met its state there.
+class Move {
 public:
-    Advance(const Program& program, const Snapshot& from, const Snapshot& to, uint32_t periods)
-        : program_{program}, from_{from}, to_{to}, periods_{periods}, instructions_{periods * (to.index - from.index)} {}
+    // As much further, `times` over, as `to` is than `from`.
+    Move(const Program& program, const Snapshot& from, const Snapshot& to, uint32_t times)
+        : program_{program}, instructions_{times * (to.index - from.index)},
+          completed_{times * (to.completed - from.completed)} {
+        for (unsigned unit = 0; unit < unit::kCount; ++unit) {
+            places_[unit] = times * (to.seen[unit] - from.seen[unit]);
+            behind_[unit] = to.behind[unit] - from.behind[unit];
+        }
+    }
 
     template <class T>
     void exact(T) {}
     void instruction(uint32_t& index) { index += instructions_; }
-    void completed(uint32_t& count) { count += instructions_; }
-    void oldest(uint32_t) {}
+    void completed(uint32_t& count) { count += completed_; }
+    void unit(unsigned unit) { unit_ = unit; }
     void program_read() {}
 
-    void reference(uint32_t& ref) {
-        if (ref != kNoInstruction) ref += instructions_;
+    void stream(unsigned unit, uint32_t& taken, Fifo& queue) {
+        unit_ = unit;
+        taken += places_[unit];
+        queue.inner += behind_[unit];
     }
 
-    void held(uint32_t& ref, uint32_t& dep) {
-        reference(ref);
-        if (ref != kNoInstruction) dep = program_.dep(ref);
+    void reference(uint32_t& place) { place += places_[unit_]; }
+
+    void held(uint32_t& place, uint32_t& awaited) {
+        reference(place);
+        if (unit_ != unit::kCount) awaited = program_.awaited(unit_, place);
     }
+
+    void countdown(Countdown&, uint32_t) {}
+    void progress(Progress&, uint32_t) {}
+    void distance(uint32_t, uint32_t) {}
+    void total(uint32_t) {}
+    void level(Fifo&, uint32_t, uint32_t, uint32_t) {}
+    void fetch(Reader&, uint32_t) {}
+
+private:
+    const Program& program_;
+    const uint32_t instructions_, completed_;
+    uint32_t places_[unit::kCount + 1] = {}, behind_[unit::kCount];  // the fetch channel's place stays
+    unsigned unit_ = 0;
+};
+
+// Visitor that brings the machine from `to` as many periods ahead as lie between `from` and `to`, but for its place in the
+// program.
+class Advance {
+public:
+    Advance(const Snapshot& from, const Snapshot& to, uint32_t periods) : from_{from}, to_{to}, periods_{periods} {}
+
+    template <class T>
+    void exact(T) {}
+    void instruction(uint32_t) {}
+    void completed(uint32_t) {}
+    void unit(unsigned) {}
+    void stream(unsigned, uint32_t, const Fifo&) {}
+    void reference(uint32_t) {}
+    void held(uint32_t, uint32_t) {}
+    void program_read() {}
 
     void countdown(Countdown& c, uint32_t) {
         c.value -= fall();
@@ -188,40 +239,7 @@ private:
         return reloads;
     }
 
-    const Program& program_;
     const Snapshot &from_, &to_;
-    const uint32_t periods_, instructions_;
+    const uint32_t periods_;
     uint32_t next_ = 0, next_total_ = 0;
-};
-
-// Visitor that moves the machine on by a number of instructions, as if it had met its state there.
-class Displace {
-public:
-    Displace(const Program& program, uint32_t instructions) : program_{program}, instructions_{instructions} {}
-
-    template <class T>
-    void exact(T) {}
-    void instruction(uint32_t& index) { index += instructions_; }
-    void completed(uint32_t& count) { count += instructions_; }
-    void oldest(uint32_t) {}
-    void program_read() {}
-    void countdown(Countdown&, uint32_t) {}
-    void progress(Progress&, uint32_t) {}
-    void distance(uint32_t, uint32_t) {}
-    void total(uint32_t) {}
-    void level(Fifo&, uint32_t, uint32_t, uint32_t) {}
-    void fetch(Reader&, uint32_t) {}
-
-    void reference(uint32_t& ref) {
-        if (ref != kNoInstruction) ref += instructions_;
-    }
-
-    void held(uint32_t& ref, uint32_t& dep) {
-        reference(ref);
-        if (ref != kNoInstruction) dep = program_.dep(ref);
-    }
-
-private:
-    const Program& program_;
-    const uint32_t instructions_;
 };
