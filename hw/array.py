@@ -47,14 +47,15 @@ class Drain(wiring.Component):
     Members
     -------
     ended, cols : the sums of a tile of `cols` columns are complete. copy : the lanes copy them to their shadow registers in this
-    cycle. advance : low while that has to wait. shadow[l][i] : sums, see `hw.lane.sum_word`. o : columns of int32.
+    cycle. advance : low while that has to wait, ``~ended | free``. shadow[l][i] : sums, see `hw.lane.sum_word`.
+    o : columns of int32.
     """
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
         word, self._words = sum_word(arch)
         super().__init__({
-            "ended": In(1), "cols": In(range(arch.lanes + 1)), "copy": Out(1), "advance": Out(1),
+            "ended": In(1), "cols": In(range(arch.lanes + 1)), "copy": Out(1), "advance": Out(1), "free": Out(1),
             "shadow": In(word).array(arch.lanes, self._words),
             "o": Out(stream.Signature(column_layout(arch.rows, 32))),
         })
@@ -68,6 +69,7 @@ class Drain(wiring.Component):
             take.eq(~none & room), self.o.valid.eq(sums.o.valid), sums.o.ready.eq(self.o.ready),
             # one level of logic from registers: the whole array waits for it
             self.advance.eq(~self.ended | none | (one & room)), self.copy.eq(self.ended & (none | (one & room))),
+            self.free.eq(none | (one & room)),
             ending.eq(left == 2),
         ]
         m.d.sync += [room.eq(sums.level <= self._arch.sums_depth - SUMS_MARGIN), sums.i.valid.eq(take)]
@@ -127,7 +129,8 @@ class MacArray(wiring.Component):
         m.d.comb += [
             issue.eq(stage.const(None)), issue.valid.eq(feeder.step), issue.first.eq(feeder.first),
             issue.last.eq(feeder.last), issue.unsigned_a.eq(feeder.unsigned_a), issue.cols.eq(feeder.tile_cols),
-            advance.eq(drain.advance), feeder.advance.eq(advance), drain.ended.eq(ended), drain.cols.eq(total.cols),
+            advance.eq(drain.advance), feeder.advance.eq(advance), feeder.ended.eq(ended), feeder.free.eq(drain.free),
+            drain.ended.eq(ended), drain.cols.eq(total.cols),
             feeder.loaded.eq(self.loaded),
             self.busy.eq(feeder.step), self.blocked.eq(~advance),
             self.wait_weights.eq(feeder.wait_weights), self.wait_columns.eq(feeder.wait_columns),

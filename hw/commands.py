@@ -1,5 +1,7 @@
 """Command layouts: what the dispatcher tells each unit about one instruction. One command per unit and instruction."""
 
+from typing import Any
+
 from amaranth import signed, unsigned
 from amaranth.lib import data
 
@@ -12,6 +14,7 @@ __all__ = [
     "loader_command",
     "param_layout",
     "post_command",
+    "post_flags",
     "reader_command",
     "row_command",
     "row_out_command",
@@ -58,8 +61,9 @@ def writer_command() -> data.StructLayout:
 
 def loader_command() -> data.StructLayout:
     """`count` columns go to the lanes (from memory or, with `from_rows`, from the row unit) or straight to the post unit. Those
-    from memory are turned by `a_rotate` row groups, and the groups of `zero` are zeros."""
-    return _from_isa("a_unsigned", "a_rotate", count=16, from_rows=1, bypass=1, zero=MAX_ROW_GROUPS)
+    from memory are turned by `a_rotate` row groups, and the groups of `zero` are zeros. `from_memory` is the inverse of
+    `from_rows`, which drives the whole column."""
+    return _from_isa("a_unsigned", "a_rotate", count=16, from_rows=1, from_memory=1, bypass=1, zero=MAX_ROW_GROUPS)
 
 
 def array_command() -> data.StructLayout:
@@ -68,9 +72,31 @@ def array_command() -> data.StructLayout:
 
 
 def post_command() -> data.StructLayout:
-    """Post-processing of one TILE, or a TABLE (`load_table`)."""
-    return _from_isa("source", "psum_in", "psum_out", "scale", "residual", "table", "row_op", "cols",
-                     "mult", "shift", "r_mult", "r_shift", load_table=1)
+    """Post-processing of one TILE, or a TABLE (`load_table`); what its enums mean is decoded, see `post_flags`."""
+    return _from_isa("psum_in", "psum_out", "table", "cols", "mult", "shift", "r_mult", "r_shift", load_table=1,
+                     **dict.fromkeys(_POST_FLAGS, 1))
+
+
+_POST_FLAGS = ("array", "bypass", "array_data", "bypass_data", "by_column", "by_row", "params", "scaled", "residual", "times8",
+               "times16", "add", "larger", "rows")
+
+
+def post_flags(f: Any) -> dict[str, Any]:
+    """Flags of a `post_command` from the fields of its TILE, ints or values of Amaranth.
+
+    array, bypass : where columns come from, else nowhere; array_data, bypass_data : the same, for the data. by_column, by_row :
+    whose multiplier. params, scaled : a column takes a word of parameters, a command a row scale. residual : a column takes one;
+    times8, times16, add, larger : what becomes of it. rows : to the row unit.
+    """
+    by_column, by_row, ends = f.scale == isa.Scale.COLUMN, f.scale == isa.Scale.ROW, f.psum_out == 0
+    array, bypass, kinds = f.source == isa.Source.ARRAY, f.source == isa.Source.STREAM, isa.Residual
+    return {
+        "array": array, "bypass": bypass, "array_data": array, "bypass_data": bypass,
+        "by_column": by_column, "by_row": by_row, "params": by_column & ends, "scaled": by_row & ends,
+        "residual": f.residual != kinds.NONE, "times8": f.residual == kinds.MUL8, "times16": f.residual == kinds.MUL16,
+        "add": (f.residual == kinds.INT8) | (f.residual == kinds.INT16), "larger": f.residual == kinds.MAX8,
+        "rows": f.row_op != isa.RowOp.NONE,
+    }
 
 
 def row_command() -> data.StructLayout:
@@ -85,5 +111,6 @@ def row_out_command() -> data.StructLayout:
 
 
 def store_command() -> data.StructLayout:
-    """Form of one stored TILE: `cols` columns from the post unit or, with `from_rows`, from the row unit."""
-    return _from_isa("out", "cols", from_rows=1)
+    """Form of one stored TILE: `cols` columns from the post unit or, with `from_rows`, from the row unit; as int16 if `wide`,
+    as transposed int8 if `transposed`, else as int8. `from_post` is the inverse of `from_rows`, which drives the whole column."""
+    return _from_isa("cols", from_rows=1, from_post=1, wide=1, transposed=1)

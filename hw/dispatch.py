@@ -170,9 +170,11 @@ class Dispatcher(wiring.Component):
         # known a cycle late: that the program ends here or after this instruction, a wrong sequence, room in every queue
         ended, ends, wrong, room = (Signal(name=name) for name in ("ended", "ends", "wrong", "room"))
         tile = raw.opcode == Opcode.TILE
-        m.d.sync += [ends.eq(index + 1 == self.prog_instrs), wrong.eq(sequence.wrong), room.eq(self._queues_ready())]
-        m.d.comb += [checker.instruction.eq(raw), sequence.instruction.eq(raw), sequence.issue.eq(issue & tile),
-                     self.issued.eq(issue), self.fetch.payload.addr.eq(self.prog_addr),
+        issuing = Signal()  # the state is ISSUE
+        m.d.sync += [ends.eq(index + 1 == self.prog_instrs), wrong.eq(sequence.wrong), room.eq(self._queues_ready()),
+                     issuing.eq(0), sequence.issue.eq(issue & tile)]
+        m.d.comb += [checker.instruction.eq(raw), sequence.instruction.eq(raw), self.issued.eq(issue), issue.eq(issuing & room),
+                     self.fetch.payload.addr.eq(self.prog_addr),
                      self.fetch.payload.words.eq(self.prog_instrs), self.fetch.payload.repeats.eq(1)]
         with m.FSM() as fsm:
             with m.State("IDLE"):
@@ -202,14 +204,16 @@ class Dispatcher(wiring.Component):
                     m.next = "FINISH"
                 with m.Else():
                     m.next = "ISSUE"
+                    m.d.sync += issuing.eq(1)
                     if self._arch.sparse:
                         with m.If(tile & (raw.source == Source.ARRAY) & (raw.format != Format.DENSE)):
                             m.next = "GROUPS"
+                            m.d.sync += issuing.eq(0)
             if self._arch.sparse:
-                self._count_words(m, raw, steps, words)
+                self._count_words(m, raw, steps, words, issuing)
             with m.State("ISSUE"):
-                m.d.comb += issue.eq(room)
-                with m.If(issue):
+                m.d.sync += issuing.eq(~room)
+                with m.If(room):
                     m.d.sync += [index.eq(index + 1), ended.eq(ends)]
                     m.next = "FETCH"
             with m.State("FINISH"):
@@ -224,7 +228,7 @@ class Dispatcher(wiring.Component):
     def _queues_ready(self) -> Value:
         return Cat(getattr(self, name).ready for name in UNITS).all()
 
-    def _count_words(self, m: Module, raw, steps: Signal, words: Signal) -> None:
+    def _count_words(self, m: Module, raw, steps: Signal, words: Signal, issuing: Signal) -> None:
         """States GROUPS to COUNTED: steps = ceil(k / m) * n; words = position words of one column tile."""
         m.submodules.divider = divider = Divider()
         bitmap = raw.format == Format.BITMAP
@@ -250,7 +254,7 @@ class Dispatcher(wiring.Component):
             m.next = "COUNTED"
         with m.State("COUNTED"):
             with m.If(divider.done):
-                m.d.sync += words.eq(divider.quotient)
+                m.d.sync += [words.eq(divider.quotient), issuing.eq(1)]
                 m.next = "ISSUE"
 
     def _issue(self, m: Module, raw, index, steps, words, issue) -> None:
@@ -270,8 +274,9 @@ class Dispatcher(wiring.Component):
         transposed = raw.out == Destination.STORE8T
 
         def send(unit: str, when, **fields) -> None:
-            port = getattr(self, unit)
-            m.d.comb += port.valid.eq(issue & when)
+            port, needed = getattr(self, unit), Signal(name=f"needed_{unit}")
+            m.d.sync += needed.eq(when)  # a cycle late: the instruction does not change while it is checked
+            m.d.comb += port.valid.eq(issue & needed)
             for name in port.payload.shape().members:
                 value = fields.get(name, getattr(raw, name, None) if name in isa_fields else None)
                 if value is not None:
@@ -291,12 +296,13 @@ class Dispatcher(wiring.Component):
         send("read_g", norm, addr=raw.g_addr, words=raw.cols, repeats=1)
         held = raw.operand == Operand.HELD
         send("load", (array & ~held) | bypass, count=Mux(bypass, raw.cols, raw.k), from_rows=raw.operand == Operand.ROWS,
-             bypass=bypass, zero=Mux(norm, 0, raw.g_addr))
+             from_memory=raw.operand != Operand.ROWS, bypass=bypass, zero=Mux(norm, 0, raw.g_addr))
         send("array", array, held=held)
-        send("post", tile | load_table, load_table=load_table)
+        send("post", tile | load_table, load_table=load_table, **commands.post_flags(raw))
         send("row", rows, op=raw.row_op, first=raw.row_first, last=raw.row_last)
         send("row_out", rows & rows_out, count=raw.cols, lanes=raw.out == Destination.LANES)
-        send("store", stores, from_rows=raw.row_op != RowOp.NONE)
+        send("store", stores, from_rows=raw.row_op != RowOp.NONE, from_post=raw.row_op == RowOp.NONE,
+             transposed=transposed, wide=raw.out == Destination.STORE16)
         send("write", 1, addr=raw.o_addr, stride=raw.o_stride, store=stores, wide=raw.out == Destination.STORE16,
              repeats=Mux(transposed, tiles, 1),
              words=Mux(transposed, arch.rows, Mux(raw.out == Destination.STORE16, raw.cols << 1, raw.cols)))

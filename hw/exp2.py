@@ -169,7 +169,7 @@ class ExpPass(wiring.Component):
         job = Signal(ROW_COMMAND, reset_less=True)
         left = Signal.like(job.cols)  # columns of the job still to come
         fresh = Signal()
-        valid = Signal(EXP_STEPS)
+        valid, some = Signal(EXP_STEPS), Signal()  # some : any of `valid`
         token = [Signal(_TOKEN, name=f"token{stage}", reset_less=True) for stage in range(EXP_STEPS)]
         blocked, en, take, load = Signal(), Signal(), Signal(), Signal()
         active = Signal()  # `left` is not 0
@@ -183,7 +183,7 @@ class ExpPass(wiring.Component):
             take.eq(self.i.valid & active & en),
             self.job.ready.eq(~active),
             load.eq(self.job.valid & ~active),
-            self.idle.eq(~active & ~valid.any()),
+            self.idle.eq(~active & ~some),
         ]
         with m.If(load):
             offer = self.job.payload
@@ -191,7 +191,7 @@ class ExpPass(wiring.Component):
         with m.Elif(take):
             m.d.sync += [left.eq(left - 1), fresh.eq(0), active.eq(left != 1)]
         with m.If(en):
-            m.d.sync += valid.eq(Cat(take, valid[:-1]))
+            m.d.sync += [valid.eq(Cat(take, valid[:-1])), some.eq(take | valid[:-1].any())]
         with m.If(take):
             m.d.sync += [token[0][name].eq(job[name]) for name in ("row_mult", "row_shift")]
             m.d.sync += [token[0].first.eq(fresh), token[0].last.eq(job.last & (left == 1))]

@@ -41,12 +41,14 @@ def _first(bits):
 
 
 class PositionDecoder(wiring.Component):
-    """Position word of one lane. Combinational output, the word changes on `load` and `advance`.
+    """Position word of one lane. Combinational output, the word changes on `advance`.
 
     Members
     -------
-    word, load : next position word. bitmap, bit, mask : format, first bit of the field, its mask (shared by all lanes).
-    advance : the current position was taken. position : 0..31.
+    word : next position word. bitmap, bit : format and first bit of the field in the next cycle, so that every lane has
+    registers of its own. mask : of the field (shared by all lanes).
+    advance : the current position was taken, or there was none; `load`: the next word takes the place of this one.
+    position : 0..31.
     """
 
     word: In(32)
@@ -60,25 +62,29 @@ class PositionDecoder(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         left, filled, nibble = Signal(32), Signal(8), Signal(3)  # filled : nibbles of `left` with a set bit
+        bitmap, bit = Signal(), Signal(5)
+        m.d.sync += [bitmap.eq(self.bitmap), bit.eq(self.bit)]
         low, rest, rank, window = Signal(4), Signal(4), Signal(2), Signal(8)
         # both formats look at one nibble: the first with a set bit, or the one in which the field starts
         m.d.comb += [
-            nibble.eq(Mux(self.bitmap, _first(filled), self.bit[2:])),
+            nibble.eq(Mux(bitmap, _first(filled), bit[2:])),
             low.eq(left.word_select(nibble, 4)), rank.eq(_first(low)), rest.eq(Cat(low[i] & low[:i].any() for i in range(4))),
             window.eq(Cat(low, Cat(left[4:], C(0, 4)).word_select(nibble, 4))),
-            self.position.eq(Mux(self.bitmap, Cat(rank, nibble), window.bit_select(self.bit[:2], 5) & self.mask)),
+            self.position.eq(Mux(bitmap, Cat(rank, nibble), window.bit_select(bit[:2], 5) & self.mask)),
         ]
-        with m.If(self.load):
-            m.d.sync += [left.eq(self.word), filled.eq(Cat(self.word.word_select(k, 4).any() for k in range(8)))]
-        with m.Elif(self.advance & self.bitmap):
+        with m.If(self.advance & (self.load | bitmap)):
             for k in range(8):
-                with m.If(nibble == k):
-                    m.d.sync += [left[4 * k:4 * k + 4].eq(rest), filled[k].eq(rest.any())]
+                word, now = self.word.word_select(k, 4), left[4 * k:4 * k + 4]
+                with m.If(self.load):
+                    m.d.sync += [now.eq(word), filled[k].eq(word.any())]
+                with m.Elif(nibble == k):
+                    m.d.sync += [now.eq(rest), filled[k].eq(rest.any())]
         return m
 
 
 class _Decode(wiring.Component):
-    """Adds what the format implies to a command; one register, full throughput. one_step : a group is a step; one_group : a
+    """Adds what the format implies to a command; one register, whose ready does not depend on what follows: a command every other
+    cycle. one_step : a group is a step; one_group : a
     column tile is a group; one_tile : the command is a column tile."""
 
     def __init__(self, arch: Arch) -> None:
@@ -93,7 +99,7 @@ class _Decode(wiring.Component):
         m = Module()
         cmd, out = self.i.payload, self.o.payload
         dense, bitmap = Signal(), Signal()
-        m.d.comb += [self.i.ready.eq(~self.o.valid | self.o.ready),
+        m.d.comb += [self.i.ready.eq(~self.o.valid),
                      dense.eq(cmd.format == Format.DENSE), bitmap.eq(cmd.format == Format.BITMAP)]
         bits = Array(index_bits(k) for k in range(M_MAX + 1))[cmd.m]
         groups = Array(32 // max(k, 1) for k in range(M_MAX + 1))[cmd.m]
@@ -101,8 +107,7 @@ class _Decode(wiring.Component):
         steps = product(groups, cmd.n, spare=True)  # six bits: no multiplier block for that
         n, m_ = Mux(dense, 1, cmd.n), Mux(dense, 1, cmd.m)
         per_index_word = Array(32 // index_bits(k) for k in range(M_MAX + 1))[cmd.m]
-        with m.If(self.i.ready):
-            m.d.sync += self.o.valid.eq(self.i.valid)
+        m.d.sync += self.o.valid.eq(Mux(self.o.valid, ~self.o.ready, self.i.valid))
         with m.If(self.i.ready & self.i.valid):
             m.d.sync += [
                 *(out[name].eq(cmd[name]) for name in ("a_unsigned", "k", "cols", "held")),
@@ -129,8 +134,9 @@ class Feeder(wiring.Component):
     cmd : one `array_command` per TILE. values : `lanes` weights per step. positions : `lanes` position words.
     loaded : columns written to the lanes' rings so far (wraps). freed : columns given back (wraps), once the next command
     is known not to hold them.
-    advance : low freezes the array pipeline. step, first, last, unsigned_a : a step and its place in the column tile.
-    tile_cols : columns of the tile (with `last`). addr[l], weight[l] : registered, two moves after `step`.
+    advance : low freezes the array pipeline; ended, free : why, for the steps alone (see `Drain`).
+    step, first, last, unsigned_a : a step and its place in the column tile. tile_cols : columns of the tile (with `last`).
+    addr[l], weight[l] : registered, two moves after `step`.
     wait_weights, wait_columns : no step for lack of weights or activations (counters).
     """
 
@@ -141,7 +147,7 @@ class Feeder(wiring.Component):
             "cmd": In(stream.Signature(array_command())),
             "values": In(stream.Signature(8 * arch.lanes)),
             "positions": In(stream.Signature(32 * arch.lanes)),
-            "loaded": In(self._bits + 1), "freed": Out(self._bits + 1), "advance": In(1),
+            "loaded": In(self._bits + 1), "freed": Out(self._bits + 1), "advance": In(1), "ended": In(1), "free": In(1),
             "step": Out(1), "first": Out(1), "last": Out(1), "unsigned_a": Out(1),
             "tile_cols": Out(range(arch.lanes + 1)),
             "addr": Out(self._bits).array(arch.lanes), "weight": Out(signed(8)).array(arch.lanes),
@@ -157,20 +163,21 @@ class Feeder(wiring.Component):
         now = taken if self._arch.sparse else _dense(taken)
         base, next_base = Signal(self._bits + 1), Signal(self._bits + 1)
         offset, in_group = Signal(16), Signal(6)  # first column of the group (or of the bitmap word), step in it
-        rest, bit, in_word = Signal(16), Signal(5), Signal(6)  # columns from the group on
+        rest, in_word = Signal(16), Signal(6)  # columns from the group on
         # whether the next step is the first or last of its tile, group, position word: known when it comes
         first, group_last, last_group, word_last, tile_end, word_end = (
             Signal(name=name) for name in ("first", "group_last", "last_group", "word_last", "tile_end", "word_end"))
         cols_left, last_tile = Signal(16), Signal()
-        word_valid, spent = Signal(), Signal()  # spent: the columns wait for the next command
+        # known: every lane has its position, or needs none. spent: the columns wait for the next command
+        word_valid, known, spent = Signal(), Signal(), Signal()
         fire, cmd_end, start, free, supplied = (Signal() for _ in range(5))
 
         enough = Signal()  # all columns of the next command are in the lanes, known a cycle late
         m.d.sync += enough.eq(decode.o.valid & ~start & (cmd.held | ((self.loaded - next_base)[: self._bits + 1] >= cmd.k)))
         m.d.comb += [
             free.eq((spent | (fire & cmd_end)) & decode.o.valid & ~cmd.held),
-            supplied.eq(self.values.valid & (now.dense | word_valid)),
-            fire.eq(active & supplied & self.advance),
+            supplied.eq(self.values.valid & known),
+            fire.eq(active & supplied & (~self.ended | self.free)),  # `advance`, which has many loads
             cmd_end.eq(tile_end & last_tile),
             start.eq((~active | (fire & cmd_end)) & enough),
             decode.o.ready.eq(start), self.values.ready.eq(fire),
@@ -191,26 +198,26 @@ class Feeder(wiring.Component):
             m.d.sync += spent.eq(0)
         with m.Elif(fire & cmd_end):
             m.d.sync += spent.eq(1)
-        self._walk(m, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit)
+        self._walk(m, now, fire, group_last, tile_end, word_end, offset, in_group, in_word)
         self._ends(m, cmd, now, start, fire, tile_end, word_end, rest, in_group, in_word,
                    (first, group_last, last_group, word_last))
         with m.If(fire & tile_end & ~cmd_end):
             m.d.sync += [cols_left.eq(cols_left - lanes), last_tile.eq(cols_left <= 2 * lanes)]
-        with m.If(self.positions.ready):
-            m.d.sync += word_valid.eq(self.positions.valid)
-        self._lanes(m, platform, now, fire, word_end, base, offset, bit)
+        word_next = Mux(self.positions.ready, self.positions.valid, word_valid)
+        m.d.sync += [word_valid.eq(word_next), known.eq(word_next | Mux(start, cmd.dense, now.dense))]
+        self._lanes(m, platform, cmd, now, start, fire, ~word_valid, word_end, tile_end, base, offset)
         return m
 
-    def _walk(self, m: Module, now, fire, group_last, tile_end, word_end, offset, in_group, in_word, bit) -> None:
+    def _walk(self, m: Module, now, fire, group_last, tile_end, word_end, offset, in_group, in_word) -> None:
         """Counters of step, group and position word."""
         with m.If(fire):
-            m.d.sync += [in_group.eq(in_group + 1), in_word.eq(in_word + 1), bit.eq(bit + now.bits)]
+            m.d.sync += [in_group.eq(in_group + 1), in_word.eq(in_word + 1)]
             with m.If(group_last):
                 m.d.sync += in_group.eq(0)
                 with m.If(~now.bitmap):
                     m.d.sync += offset.eq(offset + now.m)
             with m.If(word_end | tile_end):
-                m.d.sync += [in_word.eq(0), bit.eq(0)]
+                m.d.sync += in_word.eq(0)
                 with m.If(now.bitmap):
                     m.d.sync += offset.eq(offset + now.word_span)
             with m.If(tile_end):
@@ -240,15 +247,18 @@ class Feeder(wiring.Component):
             m.d.sync += [*(now_.eq(next_) for now_, next_ in zip(flags, following, strict=True)),
                          tile_end.eq(ends), word_end.eq((ends | next_word_last) & ~dense)]
 
-    def _lanes(self, m: Module, platform: object, now, fire, word_end, base, offset, bit) -> None:
+    def _lanes(self, m: Module, platform: object, cmd, now, start, fire, wordless, word_end, tile_end, base, offset) -> None:
         """One position decoder per lane; registers of position and weight, then of address and weight."""
-        mask, origin, decoded = Signal(5), Signal(self._bits), Signal()
-        m.d.comb += mask.eq((C(1, 6) << now.bits) - 1)
+        mask, origin, decoded, next_bitmap = Signal(5), Signal(self._bits), Signal(), Signal()
+        bit, next_bit = Signal(5), Signal(5)  # first bit of the field in the position word
+        m.d.comb += [mask.eq((C(1, 6) << now.bits) - 1), next_bitmap.eq(Mux(start, cmd.bitmap, now.bitmap)),
+                     next_bit.eq(Mux(fire, Mux(word_end | tile_end, 0, bit + now.bits), bit))]
+        m.d.sync += bit.eq(next_bit)
         with m.If(self.advance):
             m.d.sync += [decoded.eq(fire), origin.eq(base + offset)]
         for lane in range(self._arch.lanes):
             weight, place_ = Signal(8, name=f"weight{lane}"), Signal(5, name=f"place{lane}")
-            with m.If(fire):
+            with m.If(self.advance):  # what no step brings is not `decoded`
                 m.d.sync += weight.eq(self.values.payload.word_select(lane, 8))
             with m.If(decoded & self.advance):
                 m.d.sync += [self.weight[lane].eq(weight), self.addr[lane].eq(origin + place_)]
@@ -258,8 +268,8 @@ class Feeder(wiring.Component):
             place(m, platform, f"position{lane}", position, module="position")
             m.d.comb += [
                 position.word.eq(self.positions.payload.word_select(lane, 32)),
-                position.load.eq(self.positions.ready & self.positions.valid),
-                position.bitmap.eq(now.bitmap), position.bit.eq(bit), position.mask.eq(mask), position.advance.eq(fire),
+                position.load.eq(wordless | word_end), position.advance.eq(wordless | fire),
+                position.bitmap.eq(next_bitmap), position.bit.eq(next_bit), position.mask.eq(mask),
             ]
-            with m.If(fire):
+            with m.If(self.advance):
                 m.d.sync += place_.eq(Mux(now.dense, 0, position.position))

@@ -53,20 +53,16 @@ class Loader(wiring.Component):
         m.d.comb += [
             window.eq(_window(self._arch, self.memory.payload, cmd.a_rotate, cmd.zero)),
             column.eq(Mux(cmd.from_rows, self.row_unit.payload, window)),
-            room.eq((self.loaded - self.freed)[: len(self.loaded)] < self._arch.lane_depth),
-            available.eq(Mux(cmd.from_rows, self.row_unit.valid, self.memory.valid)),
+            room.eq((self.loaded ^ self.freed) != self._arch.lane_depth),  # full: they differ in the highest bit alone
+            available.eq(Mux(cmd.from_memory, self.memory.valid, self.row_unit.valid)),
             to_lanes.eq(self.cmd.valid & ~cmd.bypass & available & room),
             self.bypass.valid.eq(self.cmd.valid & cmd.bypass & self.memory.valid),
             self.bypass.payload.eq(window),
             move.eq(to_lanes | (self.bypass.valid & self.bypass.ready)),
-            self.memory.ready.eq(move & ~cmd.from_rows), self.row_unit.ready.eq(move & cmd.from_rows),
+            self.memory.ready.eq(move & cmd.from_memory), self.row_unit.ready.eq(move & ~cmd.from_memory),
             self.cmd.ready.eq(move & columns.last),
             self.busy.eq(move), self.full.eq(self.cmd.valid & ~cmd.bypass & available & ~room),
         ]
-        m.d.sync += self.write_en.eq(to_lanes)
-        with m.If(to_lanes):
-            m.d.sync += [
-                self.write_addr.eq(self.loaded), self.loaded.eq(self.loaded + 1),
-                self.write_data.eq(lane_column(self._arch, column, cmd.a_unsigned)),
-            ]
+        m.d.sync += [self.write_en.eq(to_lanes), self.write_addr.eq(self.loaded), self.loaded.eq(self.loaded + to_lanes),
+                     self.write_data.eq(lane_column(self._arch, column, cmd.a_unsigned))]
         return m

@@ -1,12 +1,12 @@
 """Read side of the memory interface: stream readers that run ahead, and the arbiter that owns AR and R."""
 
 from functools import reduce
+from itertools import combinations
 from operator import or_
 from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
@@ -14,6 +14,7 @@ from hw.arch import Arch
 from hw.axi import BURST_BEATS, AXI4ReadSignature
 from hw.commands import reader_command
 from hw.gearbox import Narrower, Widener, pair_layout
+from hw.queue import Fifo
 from hw.stream_util import StreamBuffer, StreamHold
 
 __all__ = ["BURST", "COMMANDS_AHEAD", "OUTSTANDING", "READ_COMMAND", "ReadArbiter", "Reader"]
@@ -175,23 +176,25 @@ class _Framer(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         slot = range(self.ratio)
-        # the current repeat
+        # the current repeat; `end` : where it ends, from the beat's first slot on
         active = Signal()
         first = Signal(slot)
-        left = Signal(24)
+        end = Signal(25)
         words = Signal(24)
         repeats = Signal(16)
         following = Signal(slot)
         stride = Signal(slot)
         wide = Signal()
-        end = Signal(25)
+        # known from registers: it ends in this beat, it is the last
         final = Signal()
+        last_repeat = Signal()
         take = Signal()
-        m.d.comb += [
-            end.eq(first + left),
-            final.eq(end <= self.ratio),
-            take.eq(active & (~self.o.valid | self.o.ready)),
-        ]
+        m.d.comb += take.eq(active & (~self.o.valid | self.o.ready))
+
+        def begin(first: Value, words: Value) -> list[Any]:
+            bits = exact_log2(self.ratio) + 1
+            return [end.eq(first + words), final.eq(~words[bits:].any() & (first + words[:bits] <= self.ratio))]
+
         with m.If(self.o.ready):
             m.d.sync += self.o.valid.eq(0)
         with m.If(take):
@@ -201,11 +204,12 @@ class _Framer(wiring.Component):
                 self.o.payload.last.eq(Mux(final, end - 1, self.ratio - 1)),
                 self.o.payload.wide.eq(wide),
                 first.eq(0),
-                left.eq(end - self.ratio),
+                end.eq(end - self.ratio),
+                final.eq(end <= 2 * self.ratio),
             ]
-        with m.If(take & final & (repeats != 1)):
+        with m.If(take & final & ~last_repeat):
             m.d.sync += [
-                first.eq(following), left.eq(words), repeats.eq(repeats - 1),
+                first.eq(following), *begin(following, words), repeats.eq(repeats - 1), last_repeat.eq(repeats == 2),
                 following.eq(following + stride),
             ]
         with m.Elif(~active | (take & final)):
@@ -213,9 +217,10 @@ class _Framer(wiring.Component):
             m.d.sync += [
                 active.eq(self.i.valid),
                 first.eq(self.i.payload.offset),
-                left.eq(self.i.payload.words),
+                *begin(self.i.payload.offset, self.i.payload.words),
                 words.eq(self.i.payload.words),
                 repeats.eq(self.i.payload.repeats),
+                last_repeat.eq(self.i.payload.repeats == 1),
                 stride.eq(self.i.payload.stride),
                 wide.eq(self.i.payload.wide),
                 following.eq(self.i.payload.offset + self.i.payload.stride),
@@ -293,7 +298,7 @@ class Reader(wiring.Component):
         bus = self.arch.bus_bytes
         m.submodules.runs = runs = _Runs(bus_bytes=bus, out_bytes=self.out_bytes)
         m.submodules.issuer = issuer = _Issuer(runs, fifo_beats=self.fifo_beats)
-        m.submodules.fifo = fifo = SyncFIFOBuffered(width=8 * bus, depth=self.fifo_beats + 1)
+        m.submodules.fifo = fifo = Fifo(width=8 * bus, depth=self.fifo_beats + 1)
         accept = Signal(init=1)  # the framer, too, has room for a command
         m.d.comb += [
             runs.cmd.payload.eq(self.cmd.payload),
@@ -319,10 +324,10 @@ class Reader(wiring.Component):
             m.d.comb += [out.payload.eq(fifo.r_data), out.valid.eq(fifo.r_rdy), fifo.r_en.eq(out.ready)]
         return m
 
-    def _narrow(self, m: Module, fifo: SyncFIFOBuffered, accept: Signal, out: Any) -> None:
+    def _narrow(self, m: Module, fifo: Fifo, accept: Signal, out: Any) -> None:
         low, high = exact_log2(self.out_bytes), exact_log2(self.arch.bus_bytes)
         m.submodules.framer = framer = _Framer(ratio=1 << (high - low))
-        m.submodules.commands = commands = SyncFIFOBuffered(width=2 * (high - low) + 41, depth=COMMANDS_AHEAD)
+        m.submodules.commands = commands = Fifo(width=2 * (high - low) + 41, depth=COMMANDS_AHEAD)
         m.submodules.narrower = narrower = Narrower(
             in_bytes=self.arch.bus_bytes, out_bytes=self.out_bytes, pairs=self.pairs)
         cmd = self.cmd.payload
@@ -344,7 +349,7 @@ class Reader(wiring.Component):
             m.d.comb += narrower.i.payload.wide.eq(framer.o.payload.wide)
         wiring.connect(m, narrower.o, out)
 
-    def _widen(self, m: Module, fifo: SyncFIFOBuffered, out: Any) -> None:
+    def _widen(self, m: Module, fifo: Fifo, out: Any) -> None:
         m.submodules.widener = widener = Widener(in_bytes=self.arch.bus_bytes, out_bytes=self.out_bytes)
         slot = Signal(range(widener.ratio))
         m.d.comb += [
@@ -358,11 +363,6 @@ class Reader(wiring.Component):
         ]
         with m.If(fifo.r_rdy & widener.i.ready):
             m.d.sync += slot.eq(slot + 1)
-
-
-def _lowest(bits: Value) -> Value:
-    """Expression: the lowest bit that is set, alone."""
-    return Cat(bit & ~bits[:k].any() for k, bit in enumerate(bits))
 
 
 class ReadArbiter(wiring.Component):
@@ -420,13 +420,15 @@ class ReadArbiter(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         bus = self.bus
-        m.submodules.owners = owners = SyncFIFOBuffered(width=max(1, (self.readers - 1).bit_length()),
+        m.submodules.owners = owners = Fifo(width=max(1, (self.readers - 1).bit_length()),
                                                         depth=self.outstanding)
-        # the first after the last one that has a request, or the first of all
-        above = Signal(self.readers, init=(1 << self.readers) - 2)
+        # in turn, from the one after the last that was served: whether j comes before k is known from registers
+        before = {(j, k): Signal(init=j != 0, name=f"before_{j}_{k}")
+                  for j, k in combinations(range(self.readers), 2)}
         requests = Cat(request.valid for request in self.request)
-        later = requests & above
-        grant = Mux(later.any(), _lowest(later), _lowest(requests))
+        grant = [request.valid & ~Cat(other.valid & (before[j, k] if j < k else ~before[k, j])
+                                      for j, other in enumerate(self.request) if j != k).any()
+                 for k, request in enumerate(self.request)]
         accept = Signal()
         m.d.comb += [
             accept.eq((~bus.arvalid | bus.arready) & owners.w_rdy & ~self.abort),
@@ -441,15 +443,17 @@ class ReadArbiter(wiring.Component):
         with m.If(owners.w_en):
             chosen = [Mux(bit, Cat(request.payload.addr, request.payload.len), 0)
                       for request, bit in zip(self.request, grant, strict=True)]
-            m.d.sync += [Cat(bus.araddr, bus.arlen).eq(reduce(or_, chosen)), bus.arvalid.eq(1),
-                         above.eq(Cat(grant[:k].any() for k in range(self.readers)))]
+            m.d.sync += [Cat(bus.araddr, bus.arlen).eq(reduce(or_, chosen)), bus.arvalid.eq(1)]
+            # the one that is served, and those before it, come after the others
+            passed = [Cat(grant[k:]).any() for k in range(self.readers)]
+            m.d.sync += [first.eq(passed[j] == passed[k]) for (j, k), first in before.items()]
         with m.Elif(bus.arready):
             m.d.sync += bus.arvalid.eq(0)
 
         m.d.comb += [
             bus.rready.eq(owners.r_rdy),
             owners.r_en.eq(bus.rvalid & bus.rlast),
-            self.idle.eq(~bus.arvalid & (owners.level == 0)),
+            self.idle.eq(~bus.arvalid & owners.empty),
         ]
         for k, target in enumerate(self.data):
             m.d.comb += [

@@ -211,7 +211,7 @@ class Registers(wiring.Component):
     done : ``In(1)``
         Pulse: the program has ended.
     error : ``In(1)``
-        Pulse: the program was stopped; with `error_code`, `error_addr`.
+        Pulse: the program was stopped; with `error_code`, `error_addr`, which stay for another cycle.
     error_code : ``In(ErrorCode)``
     error_addr : ``In(32)``
     counters : ``In(StructLayout)``
@@ -285,6 +285,8 @@ class Registers(wiring.Component):
         value = Signal(32)
         strobe = Signal(4)
         write = Signal()
+        control = Signal()  # the address is CTRL's: what starts a program is known early
+        ctrl = next(register for register in REGISTERS if register.name == "CTRL")
         m.d.comb += [
             # not ready in reset, which ends a cycle after the reset input
             bus.awready.eq(~have_addr & ~ResetSignal()),
@@ -292,14 +294,17 @@ class Registers(wiring.Component):
             write.eq(have_addr & have_data & ~bus.bvalid),
         ]
         with m.If(bus.awvalid & bus.awready):
-            m.d.sync += [have_addr.eq(1), addr.eq(bus.awaddr[2:])]
+            m.d.sync += [have_addr.eq(1), addr.eq(bus.awaddr[2:]), control.eq(bus.awaddr[2:] == ctrl.address >> 2)]
         with m.If(bus.wvalid & bus.wready):
             m.d.sync += [have_data.eq(1), value.eq(bus.wdata), strobe.eq(bus.wstrb)]
         with m.If(bus.bready):
             m.d.sync += bus.bvalid.eq(0)
+        enabled = Cat(bit.replicate(8) for bit in strobe)
+        command = {field.name: write & control & (value & enabled)[ctrl.field_offset(field.name)] for field in ctrl.fields}
+        m.d.comb += [self.soft_reset.eq(command["soft_reset"]),
+                     self.start.eq(command["start"] & ~command["soft_reset"] & ~self.busy)]
         with m.If(write):
             m.d.sync += [have_addr.eq(0), have_data.eq(0), bus.bvalid.eq(1), bus.bresp.eq(Response.SLVERR)]
-            enabled = Cat(bit.replicate(8) for bit in strobe)
             with m.Switch(addr):
                 for register in REGISTERS:
                     if register.access is not Access.READ:
@@ -315,26 +320,25 @@ class Registers(wiring.Component):
         elif not register.fields:
             m.d.sync += current.eq((current & ~enabled) | value)
         elif register.name == "CTRL":
-            bit = {field.name: register.field_offset(field.name) for field in register.fields}
-            reset = value[bit["soft_reset"]]
-            m.d.comb += [self.soft_reset.eq(reset), self.start.eq(value[bit["start"]] & ~reset & ~self.busy)]
-            with m.If(enabled[bit["irq_enable"]]):
-                m.d.sync += current[bit["irq_enable"]].eq(value[bit["irq_enable"]])
+            bit = register.field_offset("irq_enable")
+            with m.If(enabled[bit]):
+                m.d.sync += current[bit].eq(value[bit])
 
     def _events(self, m: Module, state: dict[str, Signal]) -> None:
         """Let start, done and error change STATUS, ERROR and ERROR_ADDR; they win over a write."""
         register = next(register for register in REGISTERS if register.name == "STATUS")
         done, error, irq = (state["STATUS"][register.field_offset(name)] for name in ("done", "error", "irq"))
         control = next(register for register in REGISTERS if register.name == "CTRL")
+        failed = Signal()  # a cycle late: the end of a program comes at the end of long paths
+        m.d.sync += failed.eq(self.error)
+        with m.If(failed):
+            m.d.sync += [state["ERROR"].eq(self.error_code), state["ERROR_ADDR"].eq(self.error_addr)]
         with m.If(self.start):
             m.d.sync += [done.eq(0), error.eq(0), irq.eq(0), state["ERROR"].eq(0), state["ERROR_ADDR"].eq(0)]
         with m.If(self.done):
             m.d.sync += [done.eq(1), irq.eq(1)]
         with m.If(self.error):
-            m.d.sync += [
-                error.eq(1), irq.eq(1),
-                state["ERROR"].eq(self.error_code), state["ERROR_ADDR"].eq(self.error_addr),
-            ]
+            m.d.sync += [error.eq(1), irq.eq(1)]
         m.d.comb += self.irq.eq(irq & state["CTRL"][control.field_offset("irq_enable")])
 
     def _read(self, m: Module, state: dict[str, Signal]) -> None:

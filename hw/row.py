@@ -3,7 +3,6 @@
 import numpy as np
 from amaranth import Cat, Module, Mux, Signal, signed
 from amaranth.lib import stream, wiring
-from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from numpy.typing import ArrayLike, NDArray
 
@@ -11,6 +10,7 @@ from hw.arch import Arch, get_arch
 from hw.arithmetic import fold, kept, parts
 from hw.exp2 import MASKED, ExpPass, exp2_mantissa, softmax_exp
 from hw.isa import RowOp
+from hw.queue import Fifo
 from hw.row_layout import NORM_PARAM, ROW_COMMAND, column_layout, row_scale_layout
 from hw.rownorm import NormPass, NormScale, layernorm_rows, moments_layout, norm_constants, rsqrt16
 from hw.rowscale import RowScale, recip16, row_scale_softmax
@@ -273,7 +273,7 @@ class RowUnit(wiring.Component):
         rows = self.arch.rows
         m.submodules.collector = collector = RowCollector(self.arch)
         # one more than the memory: the FIFO's output register
-        m.submodules.fifo = fifo = SyncFIFOBuffered(width=16 * rows, depth=2 * self.arch.row_depth + 1)
+        m.submodules.fifo = fifo = Fifo(width=16 * rows, depth=2 * self.arch.row_depth + 1)
         m.submodules.columns = columns = StreamBuffer(column_layout(rows))
         m.submodules.exp_pass = exp_pass = ExpPass(rows=rows)
         m.submodules.row_scale = row_scale = RowScale(rows=rows)

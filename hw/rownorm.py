@@ -444,7 +444,7 @@ class NormPass(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         left = Signal.like(self.job.payload.cols)  # columns of the job still to come
-        valid = Signal(NORM_STEPS)
+        valid, some = Signal(NORM_STEPS), Signal()  # some : any of `valid`
         active, en, take, load = Signal(), Signal(), Signal(), Signal()  # active : `left` is not 0
         step = Cat(take, valid[:-1] & en.replicate(NORM_STEPS - 1))
         param = self.params.payload
@@ -457,14 +457,14 @@ class NormPass(wiring.Component):
             self.job.ready.eq(~active & ~valid[:NORM_ROW_STEPS].any()),
             load.eq(self.job.valid & self.job.ready),
             self.o.valid.eq(valid[-1]),
-            self.idle.eq(~active & ~valid.any()),
+            self.idle.eq(~active & ~some),
         ]
         with m.If(load):
             m.d.sync += [left.eq(self.job.payload.cols), active.eq(1)]
         with m.Elif(take):
             m.d.sync += [left.eq(left - 1), active.eq(left != 1)]
         with m.If(en):
-            m.d.sync += valid.eq(Cat(take, valid[:-1]))
+            m.d.sync += [valid.eq(Cat(take, valid[:-1])), some.eq(take | valid[:-1].any())]
 
         def delay(value: Value, steps: int, name: str) -> Value:
             for stage in range(steps):

@@ -1,6 +1,6 @@
 """From T values at once to one per cycle, and back: the joints around a datapath that the rows share."""
 
-from amaranth import Module, Signal
+from amaranth import Module, Mux, Signal
 from amaranth.hdl import ShapeLike
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
@@ -46,18 +46,13 @@ class Scatter(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         chain = [Signal(self.shape, name=f"value{row}", reset_less=True) for row in range(self.rows)]
-        left = Signal(range(self.rows + 1))
-        m.d.comb += [
-            self.ready.eq(left == 0),
-            self.o.valid.eq(left != 0),
-            self.o.payload.eq(chain[0]),
-        ]
-        with m.If(self.valid & self.ready):
-            m.d.sync += left.eq(self.rows)
-            m.d.sync += [value.eq(new) for value, new in zip(chain, self.data, strict=True)]
-        with m.Elif(self.o.valid & self.o.ready):
-            m.d.sync += left.eq(left - 1)
-            m.d.sync += [value.eq(above) for value, above in zip(chain, chain[1:], strict=False)]
+        left, empty = Signal(range(self.rows + 1)), Signal(init=1)
+        m.d.comb += [self.ready.eq(empty), self.o.valid.eq(~empty), self.o.payload.eq(chain[0])]
+        # registers alone choose what the chain takes: it has many bits
+        with m.If(Mux(empty, self.valid, self.o.ready)):
+            m.d.sync += [left.eq(Mux(empty, self.rows, left - 1)), empty.eq(~empty & (left == 1))]
+            m.d.sync += [value.eq(Mux(empty, new, above))
+                         for value, new, above in zip(chain, self.data, [*chain[1:], chain[-1]], strict=True)]
         return m
 
 
@@ -97,17 +92,17 @@ class Gather(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
-        count = Signal(range(self.rows + 1))
+        count, complete, room = Signal(range(self.rows + 1)), Signal(), Signal(init=1)
         chain = [Signal(self.shape, name=f"value{row}", reset_less=True) for row in range(self.rows)]
         m.d.comb += [
-            self.valid.eq(count == self.rows),
-            self.i.ready.eq(count != self.rows),
+            self.valid.eq(complete),
+            self.i.ready.eq(room),
         ]
         m.d.comb += [port.eq(value) for port, value in zip(self.data, chain, strict=True)]
         with m.If(self.valid & self.ready):
-            m.d.sync += count.eq(0)
+            m.d.sync += [count.eq(0), complete.eq(0), room.eq(1)]
         with m.Elif(self.i.valid & self.i.ready):
-            m.d.sync += count.eq(count + 1)
+            m.d.sync += [count.eq(count + 1), complete.eq(count == self.rows - 1), room.eq(count != self.rows - 1)]
             m.d.sync += chain[-1].eq(self.i.payload)
             m.d.sync += [value.eq(above) for value, above in zip(chain, chain[1:], strict=False)]
         return m

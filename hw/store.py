@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from hw.arch import Arch
 from hw.arithmetic import saturate
 from hw.commands import column_layout, row_out_command, store_command
-from hw.isa import Out as Destination
 from hw.stream_util import Columns
 
 __all__ = ["RowRoute", "Store", "Transposer", "transpose_blocks"]
@@ -146,18 +145,20 @@ class Store(wiring.Component):
         m.submodules.transposer = transposer = Transposer(self._arch)
         column, valid, take = Signal(column_layout(rows, 16)), Signal(), Signal()
         columns, transposing = Columns(m, cmd.cols, take), Signal()  # transposing : something is owed
-        wide, transposed = cmd.out == Destination.STORE16, cmd.out == Destination.STORE8T
-        bytes_ = Cat(saturate(column[t], 8) for t in range(rows))
+        wide, transposed = cmd.wide, cmd.transposed
+        # clipped before the choice, which drives the whole column
+        clipped = [Cat(saturate(source.payload[t], 8) for t in range(rows)) for source in (self.row_unit, self.post)]
+        bytes_ = Mux(cmd.from_rows, *clipped)
         words = Cat(column[t] for t in range(rows))
         # words still in the transposer leave before the next direct column
         owed, owed_next = Signal(range(4 * rows)), Signal(range(4 * rows))
         m.d.comb += [
             column.eq(Mux(cmd.from_rows, self.row_unit.payload, self.post.payload)),
-            valid.eq(self.cmd.valid & Mux(cmd.from_rows, self.row_unit.valid, self.post.valid)),
+            valid.eq(self.cmd.valid & Mux(cmd.from_post, self.post.valid, self.row_unit.valid)),
             transposer.i.payload.eq(bytes_), transposer.last.eq(columns.last), transposer.i.valid.eq(valid & transposed),
             take.eq(Mux(transposed, transposer.i.valid & transposer.i.ready,
                         valid & ~transposing & self.o.ready)),
-            self.post.ready.eq(take & ~cmd.from_rows), self.row_unit.ready.eq(take & cmd.from_rows),
+            self.post.ready.eq(take & cmd.from_post), self.row_unit.ready.eq(take & ~cmd.from_post),
             self.cmd.ready.eq(take & columns.last),
             transposer.o.ready.eq(self.o.ready), self.busy.eq(self.o.valid & self.o.ready),
         ]

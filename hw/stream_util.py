@@ -60,11 +60,12 @@ class StreamSkid(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         given, offered = Value.cast(self.i.payload), Value.cast(self.o.payload)
-        full, kept = Signal(), Signal(len(given), reset_less=True)
-        m.d.comb += [self.i.ready.eq(~full), self.o.valid.eq(full | self.i.valid), offered.eq(Mux(full, kept, given))]
+        full, room, kept = Signal(), Signal(init=1), Signal(len(given), reset_less=True)
+        m.d.comb += [self.i.ready.eq(room), self.o.valid.eq(full | self.i.valid), offered.eq(Mux(full, kept, given))]
         with m.If(~full):
             m.d.sync += kept.eq(given)
-        m.d.sync += full.eq(self.o.valid & ~self.o.ready)
+        held = self.o.valid & ~self.o.ready
+        m.d.sync += [full.eq(held), room.eq(~held)]  # two registers: one drives the whole payload
         return m
 
 
@@ -90,14 +91,15 @@ class StreamBuffer(wiring.Component):
     def elaborate(self, platform: Any) -> Module:
         m = Module()
         given = Value.cast(self.i.payload)
-        full, kept, offered = Signal(), Signal(len(given), reset_less=True), Signal(len(given), reset_less=True)
-        m.d.comb += [self.i.ready.eq(~full), Value.cast(self.o.payload).eq(offered)]
+        full, room = Signal(), Signal(init=1)  # two registers: one drives the whole payload
+        kept, offered = Signal(len(given), reset_less=True), Signal(len(given), reset_less=True)
+        m.d.comb += [self.i.ready.eq(room), Value.cast(self.o.payload).eq(offered)]
         with m.If(~full):
             m.d.sync += kept.eq(given)
         with m.If(~self.o.valid | self.o.ready):
-            m.d.sync += [offered.eq(Mux(full, kept, given)), self.o.valid.eq(full | self.i.valid), full.eq(0)]
+            m.d.sync += [offered.eq(Mux(full, kept, given)), self.o.valid.eq(full | self.i.valid), full.eq(0), room.eq(1)]
         with m.Elif(self.i.valid):
-            m.d.sync += full.eq(1)
+            m.d.sync += [full.eq(1), room.eq(0)]
         return m
 
 

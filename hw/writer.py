@@ -4,7 +4,6 @@ from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Mux, ResetInserter, Signal, signed, unsigned
 from amaranth.lib import data, stream, wiring
-from amaranth.lib.fifo import SyncFIFOBuffered
 from amaranth.lib.wiring import In, Out
 from amaranth.utils import exact_log2
 
@@ -12,6 +11,7 @@ from hw.arch import Arch
 from hw.axi import BURST_BEATS, AXI4WriteSignature
 from hw.commands import writer_command
 from hw.gearbox import Widener
+from hw.queue import Fifo
 from hw.stream_util import StreamHold
 
 __all__ = ["OUTSTANDING", "ROOM_MARGIN", "WRITE_COMMAND", "Writer"]
@@ -84,8 +84,11 @@ class _Packer(wiring.Component):
         following = Signal(32 - low)
         stride = Signal(32 - low)
         take = Signal()
-        final = Signal()
         done = Signal()
+        # known from registers: this column is the last of its repeat, a repeat is a column, this repeat is the last
+        final = Signal()
+        single = Signal()
+        last_repeat = Signal()
         # beside the beat being filled
         beat = Signal(32 - high)
         edge = Signal(EDGE)
@@ -96,8 +99,7 @@ class _Packer(wiring.Component):
         m.d.comb += [
             self.i.ready.eq(active & ~null & self.room),
             take.eq(self.i.valid & self.i.ready),
-            final.eq(left == Mux(rows.wide, 2, 1)),
-            done.eq((take & final & (repeats == 1)) | (active & null & self.room)),
+            done.eq((take & final & last_repeat) | (active & null & self.room)),
             widener.i.payload.data.eq(self.i.payload),
             widener.i.payload.wide.eq(rows.wide),
             widener.i.payload.slot.eq(place[:high - low]),
@@ -119,18 +121,21 @@ class _Packer(wiring.Component):
             m.d.sync += [
                 beat.eq(place[high - low:]), end.eq(final), last.eq(done),
                 edge.eq(rows), place.eq((place | rows.wide) + 1), left.eq(left - Mux(rows.wide, 2, 1)),
+                final.eq(left == Mux(rows.wide, 4, 2)),
             ]
             with m.If(final):
                 m.d.sync += [
                     place.eq(following), left.eq(words), repeats.eq(repeats - 1),
-                    following.eq(following + stride),
+                    following.eq(following + stride), final.eq(single), last_repeat.eq(repeats == 2),
                 ]
+        alone = cmd.words == Mux(cmd.wide, 2, 1)
         with m.If(~active | done):
             m.d.comb += hold.o.ready.eq(1)
             m.d.sync += [
                 active.eq(hold.o.valid), null.eq(~cmd.store), place.eq(cmd.addr[low:]), left.eq(cmd.words),
                 words.eq(cmd.words), repeats.eq(cmd.repeats), stride.eq(cmd.stride[low:]),
                 following.eq(cmd.addr[low:] + cmd.stride[low:]),
+                final.eq(alone), single.eq(alone), last_repeat.eq(cmd.repeats == 1),
                 *(getattr(rows, name).eq(getattr(cmd, name)) for name in EDGE.members),
             ]
         return m
@@ -201,21 +206,21 @@ class Writer(wiring.Component):
         wiring.connect(m, wiring.flipped(self.cmd), packer.cmd)
         wiring.connect(m, wiring.flipped(self.i), packer.i)
         flush = Signal()
-        beats = SyncFIFOBuffered(width=9 * self.arch.bus_bytes + 1, depth=self.fifo_beats + 1)
+        beats = Fifo(width=9 * self.arch.bus_bytes + 1, depth=self.fifo_beats + 1)
         m.submodules.beats = ResetInserter(flush)(beats)
-        m.submodules.bursts = bursts = SyncFIFOBuffered(width=32 + 4, depth=self.outstanding)
-        m.submodules.tokens = tokens = SyncFIFOBuffered(width=2, depth=self.outstanding)
+        m.submodules.bursts = bursts = Fifo(width=32 + 4, depth=self.outstanding)
+        m.submodules.tokens = tokens = Fifo(width=2, depth=self.outstanding)
         self._commit(m, packer, beats, bursts, tokens)
         self._send(m, beats, bursts)
         self._complete(m, tokens)
         m.d.comb += [
-            flush.eq(self.abort & (tokens.level == 0)),
-            self.idle.eq(~packer.busy & (tokens.level == 0)),
+            flush.eq(self.abort & tokens.empty),
+            self.idle.eq(~packer.busy & tokens.empty),
         ]
         return m
 
-    def _commit(self, m: Module, packer: _Packer, beats: SyncFIFOBuffered, bursts: SyncFIFOBuffered,
-                tokens: SyncFIFOBuffered) -> None:
+    def _commit(self, m: Module, packer: _Packer, beats: Fifo, bursts: Fifo,
+                tokens: Fifo) -> None:
         """Queue beats; at the end of a burst queue the burst and the token that awaits its response."""
         beat = packer.o.payload
         skip = exact_log2(self.arch.bus_bytes)
@@ -245,7 +250,7 @@ class Writer(wiring.Component):
             & (bursts.level <= self.outstanding - ROOM_MARGIN)
             & (tokens.level <= self.outstanding - ROOM_MARGIN))
 
-    def _send(self, m: Module, beats: SyncFIFOBuffered, bursts: SyncFIFOBuffered) -> None:
+    def _send(self, m: Module, beats: Fifo, bursts: Fifo) -> None:
         """Drive AW and W; the beats of a burst follow its AWVALID."""
         bus = self.bus
         # bursts accepted on AW less bursts finished on W
@@ -282,7 +287,7 @@ class Writer(wiring.Component):
         wide = Cat(Cat(bit.replicate(2) for bit in keep) for _ in range(columns // 2))
         return Cat(bit.replicate(rows) for bit in mask) & Mux(edge.wide, wide, narrow)
 
-    def _complete(self, m: Module, tokens: SyncFIFOBuffered) -> None:
+    def _complete(self, m: Module, tokens: Fifo) -> None:
         """Match responses with tokens, in order, and count instructions."""
         bus = self.bus
         null, last = tokens.r_data[0], tokens.r_data[1]

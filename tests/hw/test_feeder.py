@@ -13,18 +13,18 @@ def decode(word, *, bitmap, bits=1, steps):
     dut, found, rng = PositionDecoder(), [], random.Random(word)
 
     async def bench(ctx):
-        ctx.set(dut.word, word)
-        ctx.set(dut.load, 1)
+        given = {"word": word, "load": 1, "advance": 1, "bitmap": bitmap, "bit": 0, "mask": (1 << bits) - 1}
+        for name, value in given.items():
+            ctx.set(getattr(dut, name), value)
         await ctx.tick()
         ctx.set(dut.load, 0)
-        ctx.set(dut.bitmap, bitmap)
-        ctx.set(dut.mask, (1 << bits) - 1)
+        ctx.set(dut.advance, 0)
         for step in range(steps):
-            ctx.set(dut.bit, step * bits % 32)
             while rng.random() < 0.3:
                 await ctx.tick()
             found.append(ctx.get(dut.position))
             ctx.set(dut.advance, 1)
+            ctx.set(dut.bit, (step + 1) * bits % 32)
             await ctx.tick()
             ctx.set(dut.advance, 0)
     simulator = Simulator(dut)

@@ -1,9 +1,12 @@
 """The post unit against the primitives of `hw.numerics`, with and without stalls."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from hw.arch import PRESETS
+from hw.commands import post_flags
 from hw.isa import Residual, RowOp, Scale, Source
 from hw.numerics import requantise, residual_add, residual_max, residual_multiplier, table_lookup, wrap32
 from hw.post import Post
@@ -32,10 +35,11 @@ def random_stream(rng, count):
             scale = int(rng.integers(2))
         use_table &= not psum_out
         to_rows = int(rng.integers(2))
-        cmd = {"source": source, "psum_in": psum_in, "psum_out": psum_out, "scale": scale, "residual": residual,
-               "table": use_table, "row_op": RowOp.LAYERNORM if to_rows else 0, "cols": cols, "mult": int(rng.integers(1 << 15)),
+        tile = SimpleNamespace(source=source, scale=scale, residual=residual, psum_out=psum_out,
+                               row_op=RowOp.LAYERNORM if to_rows else RowOp.NONE)
+        cmd = {"psum_in": psum_in, "psum_out": psum_out, "table": use_table, "cols": cols, "mult": int(rng.integers(1 << 15)),
                "shift": int(rng.integers(1, 48)), "r_mult": int(rng.integers(1 << 15)), "r_shift": int(rng.integers(1, 32)),
-               "load_table": 0}
+               "load_table": 0, **post_flags(tile)}
         inputs["cmd"].append(cmd)
         acc = {Source.ARRAY: rng.integers(-2**31, 2**31, (cols, T)) >> rng.integers(0, 24),
                Source.STREAM: rng.integers(-128, 128, (cols, T)), Source.ZERO: np.zeros((cols, T), np.int64)}[source]
@@ -81,7 +85,7 @@ def test_post_equals_model(stall, seed):
 
 def test_one_column_per_cycle():
     count = 60
-    cmd = {"source": Source.ARRAY, "scale": Scale.CONST, "mult": 1 << 14, "shift": 14, "cols": count}
+    cmd = {"array": 1, "array_data": 1, "mult": 1 << 14, "shift": 14, "cols": count}
     columns = [[i] * T for i in range(count)]
     got = run_streams(Post(TINY), inputs={"cmd": [cmd], "acc": columns}, outputs={"to_store": count}, max_cycles=count * 3 + 20)
     assert got["to_store"] == columns

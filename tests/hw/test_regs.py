@@ -183,6 +183,7 @@ def test_interrupt_and_error():
         ctx.set(dut.error_code, 5)
         ctx.set(dut.error_addr, 0x12340)
         await pulse(ctx, dut.error)
+        await ctx.tick()
         ctx.set(dut.error_code, 0)
         assert ctx.get(dut.irq)
         assert await host.read(AT["STATUS"]) == (0b1110, OKAY)

@@ -28,19 +28,21 @@ def test_store(stall, seed):
     for _ in range(40):
         out, from_rows, cols = int(rng.integers(1, 4)), int(rng.integers(2)), int(rng.integers(1, 12))
         columns = rng.integers(-300, 300, (cols, T)) if rng.random() < 0.5 else rng.integers(-32768, 32768, (cols, T))
-        inputs["cmd"].append({"out": out, "cols": cols, "from_rows": from_rows})
+        inputs["cmd"].append({"cols": cols, "from_rows": from_rows, "from_post": 1 - from_rows, "wide": out == Out.STORE16,
+                              "transposed": out == Out.STORE8T})
         inputs["row_unit" if from_rows else "post"] += columns.tolist()
         expected += words_of(columns, out)
     got = run_streams(Store(TINY), inputs=inputs, outputs={"o": len(expected)}, stall=stall, seed=seed)
-    wide = [cmd["out"] == Out.STORE16 for cmd in inputs["cmd"] for _ in words_of(np.zeros((cmd["cols"], T)), cmd["out"])]
+    wide = [cmd["wide"] for cmd in inputs["cmd"]
+            for _ in range(-(-cmd["cols"] // T) * T if cmd["transposed"] else cmd["cols"])]
     assert [word if both else word % (1 << 8 * T) for word, both in zip(got["o"], wide, strict=True)] == expected
 
 
 @pytest.mark.parametrize("out", [Out.STORE8, Out.STORE16])
 def test_one_column_a_cycle(out):
     columns = np.arange(60 * T).reshape(60, T) % 128
-    got = run_streams(Store(TINY), inputs={"cmd": [{"out": out, "cols": 60}], "post": columns.tolist()}, outputs={"o": 60},
-                      max_cycles=63)
+    cmd = {"from_post": 1, "wide": out == Out.STORE16, "cols": 60}
+    got = run_streams(Store(TINY), inputs={"cmd": [cmd], "post": columns.tolist()}, outputs={"o": 60}, max_cycles=63)
     assert len(got["o"]) == 60
 
 

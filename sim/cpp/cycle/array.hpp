@@ -85,11 +85,13 @@ public:
         enough_ = there;
         if (start) begin(ring);
         else if (cmd_end) active_ = false;
-        result.cmd_taken = !decoded_ || start;
+        result.cmd_taken = !decoded_;
         if (result.cmd_taken) {
             decoded_ = c != nullptr;
             next_ = c;
             next_ref_ = ref;
+        } else if (start) {
+            decoded_ = false;
         }
         return result;
     }
