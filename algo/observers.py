@@ -6,7 +6,8 @@ A real value is ``scale * q`` with ``q`` an integer in [-2^(bits-1), 2^(bits-1) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -32,10 +33,11 @@ class Observer:
     Parameters
     ----------
     method
-        ``"minmax"``: the largest magnitude seen. ``"percentile"``: the magnitude that ``percentile`` per cent
-        of the values do not exceed. ``"mse"``: the clipping point with the least mean squared error at the
-        asked bits. ``"entropy"``: the one whose integers lose the least information, see `least_divergence`;
-        the largest magnitude as long as there are fewer values than bins.
+        ``"minmax"``: the largest magnitude seen. ``"percentile"``: the magnitude that so many per cent of the values do not
+        exceed. ``"mse"``: the clipping point with the least mean squared error at the asked bits, where an example that is
+        louder than the median one counts by its error relative to its mean square: one example on which a network runs away
+        would else set the scale of all. ``"entropy"``: the one whose integers lose the least information, see
+        `least_divergence`; the largest magnitude as long as there are fewer values than bins.
     percentile
         In (0, 100]; used by ``"percentile"`` alone.
     """
@@ -54,15 +56,18 @@ class Observer:
         self.count = 0
         """Values seen so far."""
         self._range = 0.0
-        self._histogram = np.zeros(_BINS, dtype=np.int64)
+        self._histograms: dict[int, NDArray[np.int64]] = {}
+        """By loudness: the octave of an example's mean square."""
+        self._examples: Counter[int] = Counter()
 
     def update(self, values: Tensor) -> None:
-        """Take in one batch: any shape, floating point or integer, finite."""
+        """Take in one batch: any shape, floating point or integer, finite. Of three and more axes, the first is that of the
+        examples."""
         if not isinstance(values, Tensor):
             raise TypeError(f"an observer takes tensors, not {type(values).__name__}")
         if values.numel() == 0:
             return
-        magnitude = values.detach().to(torch.float32).abs().flatten()
+        magnitude = values.detach().to(torch.float32).abs()
         largest = float(magnitude.max())
         if not math.isfinite(largest):
             raise ValueError("calibration met a NaN or an infinity: the model overflows on this batch")
@@ -70,11 +75,10 @@ class Observer:
         self.count += magnitude.numel()
         if self.method != "minmax":
             self._widen(largest)
-            if self._range > 0:
-                bins = torch.histc(magnitude, bins=_BINS, min=0.0, max=self._range)
-                self._histogram += bins.numpy().astype(np.int64)
-            else:
-                self._histogram[0] += magnitude.numel()
+            for loudness, example in self._by_loudness(magnitude):
+                bins = torch.histc(example, bins=_BINS, min=0.0, max=self._range or 1.0).numpy().astype(np.int64)
+                self._histograms[loudness] = self._histograms.get(loudness, np.zeros(_BINS, dtype=np.int64)) + bins
+                self._examples[loudness] += 1
 
     def threshold(self, bits: int = 8) -> float:
         """The magnitude that maps to the largest integer of ``bits`` bits; at most `absmax`."""
@@ -98,6 +102,20 @@ class Observer:
         scale = self.threshold(bits) / ((1 << (bits - 1)) - 1)
         return scale if scale > 0 else 1.0
 
+    @property
+    def _histogram(self) -> NDArray[np.int64]:
+        return sum(self._histograms.values(), np.zeros(_BINS, dtype=np.int64))
+
+    def _by_loudness(self, magnitude: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Examples with the octave of their mean square, if it matters; examples of zeros lose nothing at any scale."""
+        if self.method != "mse" or magnitude.ndim < 3:
+            yield 0, magnitude
+            return
+        for example in magnitude:
+            power = float(example.double().square().mean())
+            if power > 0:
+                yield round(math.log2(power)), example
+
     def _widen(self, largest: float) -> None:
         """Make the histogram's range cover ``largest``."""
         if largest == 0.0 or largest <= self._range:
@@ -107,8 +125,9 @@ class Observer:
             return
         while self._range < largest:
             self._range *= 2
-            joined = self._histogram.reshape(-1, 2).sum(1)
-            self._histogram = np.concatenate([joined, np.zeros(_BINS // 2, dtype=np.int64)])
+            for loudness, histogram in self._histograms.items():
+                joined = histogram.reshape(-1, 2).sum(1)
+                self._histograms[loudness] = np.concatenate([joined, np.zeros(_BINS // 2, dtype=np.int64)])
 
     def _percentile(self) -> float:
         reached = np.cumsum(self._histogram) >= self.count * (self.percentile / 100)
@@ -117,8 +136,12 @@ class Observer:
     def _least_squares(self, bits: int) -> float:
         width = self._range / _BINS
         centre = (np.arange(_BINS) + 0.5) * width
-        used = int(np.flatnonzero(self._histogram)[-1]) + 1
-        centre, weight = centre[:used], self._histogram[:used]
+        median = sorted(self._examples.elements())[self._examples.total() // 2]
+        weighted = np.zeros(_BINS)
+        for loudness, counts in self._histograms.items():
+            weighted += counts * 2.0 ** min(median - loudness, 0)
+        used = int(np.flatnonzero(weighted)[-1]) + 1
+        centre, weight = centre[:used], weighted[:used]
         candidates = np.unique(np.linspace(max(1, used // 8), used, 128).astype(int)) * width
         step = candidates[:, None] / ((1 << (bits - 1)) - 1)
         # Inside the range the error is uniform within a step, but what rounds to 0 loses all that it is; beyond it, the

@@ -53,6 +53,33 @@ def test_mse_is_no_worse_than_minmax():
     assert observer.threshold(16) == pytest.approx(40, rel=0.01)
 
 
+def test_one_loud_example_does_not_set_the_scale_of_the_others():
+    generator = torch.Generator().manual_seed(0)
+    quiet, loud = torch.randn(127, 20, 8, generator=generator), 50 * torch.randn(1, 20, 8, generator=generator)
+    together, flat, even = Observer("mse"), Observer("mse"), Observer("mse")
+    for batch in torch.cat([quiet[:64], loud, quiet[64:]]).split(4):
+        together.update(batch)
+        flat.update(batch.flatten())  # one example, whatever it holds
+    even.update(50 * quiet)
+
+    def noise(observer):
+        scale = observer.scale()
+        return float(((quiet / scale).round().clamp(-128, 127) * scale - quiet).square().mean())
+
+    assert noise(together) < 0.2 * noise(flat)
+    assert even.threshold() > 50 * 2.5  # loud as all are
+    assert together.absmax == float(loud.abs().max())
+
+
+def test_examples_of_zeros_count_for_nothing():
+    observer, alone = Observer("mse"), Observer("mse")
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    alone.update(x)
+    observer.update(torch.zeros(9, 5, 3))
+    observer.update(torch.cat([x, torch.zeros(4, 5, 3)]))
+    assert observer.scale() == alone.scale()
+
+
 def test_histogram_widens_without_losing_counts():
     observer = Observer("percentile")
     for value in (0.001, 1.0, 100.0, 3.0):
