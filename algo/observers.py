@@ -77,7 +77,7 @@ class Observer:
             self._widen(largest)
             for loudness, example in self._by_loudness(magnitude):
                 bins = torch.histc(example, bins=_BINS, min=0.0, max=self._range or 1.0).numpy().astype(np.int64)
-                self._histograms[loudness] = self._histograms.get(loudness, 0) + bins
+                self._histograms[loudness] = self._histograms.get(loudness, np.zeros(_BINS, dtype=np.int64)) + bins
                 self._examples[loudness] += 1
 
     def threshold(self, bits: int = 8) -> float:
@@ -137,7 +137,9 @@ class Observer:
         width = self._range / _BINS
         centre = (np.arange(_BINS) + 0.5) * width
         median = sorted(self._examples.elements())[self._examples.total() // 2]
-        weighted = sum(counts * 2.0 ** min(median - loudness, 0) for loudness, counts in self._histograms.items())
+        weighted = np.zeros(_BINS)
+        for loudness, counts in self._histograms.items():
+            weighted += counts * 2.0 ** min(median - loudness, 0)
         used = int(np.flatnonzero(weighted)[-1]) + 1
         centre, weight = centre[:used], weighted[:used]
         candidates = np.unique(np.linspace(max(1, used // 8), used, 128).astype(int)) * width

@@ -17,7 +17,8 @@ FAST: tuple[str, ...] = ("utilisation", "cycle_speed", "simulation_speed", "data
 SLOW: tuple[str, ...] = (
     "accuracy", "comparison", "compile_time", "convolutions", "cycle_set", "dynamic", "fisher", "llama", "must_run", "placement",
     "silicon", "sparse_training",
-    "train_classifiers", "train_detr", "train_group_rcnn", "train_llama", "train_masks",
+    "train_classifiers", "train_detr", "train_group_rcnn", "train_llama", "train_llama_by_heart",
+    "train_masks",
 )
 """Modules that run only when named, or with ``--slow``."""
 

@@ -178,6 +178,7 @@ def problem(name: str) -> Problem:
 
 TITLES = {
     "minilm": "MiniLM-L6, movie sentences", **{name: classifiers.NETWORKS[name].title for name in DIGITS},
+    "odconv4": "ResNet-18, 8 channels, ODConv 4x", "dgnet444": "DG-Net, 3 stages of 4 blocks, 8 channels",
     "llama": "LLaMA, 6 layers of 128, next token",
 }  # fmt: skip
 NETWORKS = tuple(TITLES)

@@ -22,7 +22,7 @@ from statistics import mean, stdev
 import torch
 from torch import nn
 
-from algo.checkpoint import write_json
+from algo.checkpoint import difference, write_json
 from algo.count import count
 from algo.train import StepFn, TrainConfig, progress_bars, train
 from benchmarks import DOCS, RESULTS, Table, environment, write_page
@@ -93,7 +93,7 @@ class Run:
         if not self.path.is_file():
             return None
         found = json.loads(self.path.read_text())
-        return found if found["setting"] == self.setting else None
+        return found if difference(found["setting"], self.setting) is None else None
 
 
 def execute(run: Run) -> None:

@@ -6,14 +6,17 @@
    higher learning rate, for a small base that never saw an instruction.
 3. The same with gates fixed at 1 from the start: prompts drawn at random disturb the base ("rand-init" of the paper's table 5).
 
-Every stage is a training that goes on where it was stopped (``out/train_llama``).
+Every stage is a training that goes on where it was stopped (``out/train_llama``). ``train_llama_by_heart`` learns a few of the
+examples by heart.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from tokenizers import Tokenizer
@@ -40,7 +43,7 @@ from algo.train import RunOptions, TrainConfig, TrainResult, progress_bars, trai
 from benchmarks import Table
 from models import AdapterConfig, Llama, LlamaAdapter, create_model, generate
 
-__all__ = ["run"]
+__all__ = ["ADAPTER", "FEW", "Data", "load_data", "pretrained", "run", "score_of", "stage"]
 
 OUT = Path("out/train_llama")
 TOPICS = {
@@ -51,24 +54,36 @@ TOPIC = "What is this article about?"
 OPINION = "Did the author like the film?"
 LENGTH, HELD_OUT, KNOWN, PER_EPOCH = 80, 500, 3000, 1500
 PRETRAINING = TrainConfig(epochs=4, lr=2e-3, weight_decay=0.1, beta2=0.95, warmup=0.05, schedule="cosine", clip=1.0)
+ADAPTER = AdapterConfig(length=10, layers=5)
 TUNING = TrainConfig(epochs=10, lr=0.2, weight_decay=0.02, beta2=0.95, warmup=0.4, schedule="cosine", clip=1.0)
+FEW = 16
+"""Examples for `train_llama_by_heart`."""
 WINDOWS = 1700
 """Windows of 128 tokens in an epoch of pre-training."""
+
+Row: TypeAlias = tuple[list[int], list[int]]
+"""Tokens and labels of an example."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The tokenizer, the text that the base learns, and examples as tokens and labels."""
+    """The tokenizer, the text that the base learns, examples to learn as tokens and labels (and a few of them, of both kinds
+    alike), and held-out ones."""
 
     tokenizer: Tokenizer
     stream: Tensor
     held_stream: Tensor
-    train: list[tuple[list[int], list[int]]]
+    train: list[Row]
+    few: list[Row]
     topics: list[Example]
     opinions: list[Example]
 
+    def rows(self, examples: Sequence[Example]) -> list[Row]:
+        """Examples as tokens and labels."""
+        return [encode(self.tokenizer, example, LENGTH) for example in examples]
 
-def _data(vocabulary: int) -> Data:
+
+def load_data(vocabulary: int) -> Data:
     news = r8()
     films, held_films = movie_sentences(seed=0, test_size=HELD_OUT)
     topics, held_topics = _topics(news.train, news.classes), _topics(_spread(news.test), news.classes)
@@ -85,8 +100,9 @@ def _data(vocabulary: int) -> Data:
         tokenizer = train_tokenizer([*texts, *whole], vocabulary)
         tokenizer.save(str(file))
     rows = [encode(tokenizer, example, LENGTH) for example in (*topics[:KNOWN], *opinions[:KNOWN])]
+    few = rows[: FEW // 2] + rows[KNOWN : KNOWN + FEW // 2]
     held = [example.text for example in (*held_topics, *held_opinions)]
-    return Data(tokenizer, _stream(tokenizer, texts), _stream(tokenizer, held), rows, held_topics, held_opinions)
+    return Data(tokenizer, _stream(tokenizer, texts), _stream(tokenizer, held), rows, few, held_topics, held_opinions)
 
 
 def _topics(part: list[Sentence], classes: tuple[str, ...]) -> list[Example]:
@@ -107,12 +123,12 @@ def _stream(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _held_out(model: nn.Module, tokenizer: Tokenizer, examples: list[Example]) -> tuple[float, float]:
+def score_of(model: nn.Module, rows: Sequence[Row]) -> tuple[float, float]:
     """Mean loss of an answer's tokens in nats, and the share of answers that the likeliest tokens spell out (which is what greedy
     generation would give)."""
     model.eval()
     total, count, right = 0.0, 0, 0
-    rows = sorted((encode(tokenizer, example, LENGTH) for example in examples), key=lambda row: len(row[0]))
+    rows = sorted(rows, key=lambda row: len(row[0]))
     for start in range(0, len(rows), 50):
         batch = collate(rows[start : start + 50])
         logits = model(batch.tokens)
@@ -123,7 +139,7 @@ def _held_out(model: nn.Module, tokenizer: Tokenizer, examples: list[Example]) -
     return total / count, right / len(rows)
 
 
-def _stage(name: str, model: nn.Module, batches: object, config: TrainConfig, score: object) -> TrainResult:
+def stage(name: str, model: nn.Module, batches: object, config: TrainConfig, score: object) -> TrainResult:
     with progress_bars() as progress:
         return train(
             model, batches, token_loss, config, checkpoint=OUT / f"{name}.safetensors", evaluate=score,  # type: ignore[arg-type]
@@ -131,7 +147,7 @@ def _stage(name: str, model: nn.Module, batches: object, config: TrainConfig, sc
         )  # fmt: skip
 
 
-def _pretrained(data: Data) -> tuple[Llama, TrainResult]:
+def pretrained(data: Data) -> tuple[Llama, TrainResult]:
     torch.manual_seed(0)
     base = create_model("llama_small")
     held = window_batches(data.held_stream, length=128, size=None, batch_size=50, seed=0)(0)
@@ -142,28 +158,28 @@ def _pretrained(data: Data) -> tuple[Llama, TrainResult]:
         return sum(float(token_loss(model, TokenBatch(*batch))) for batch in held) / len(held)
 
     batches = window_batches(data.stream, length=128, size=WINDOWS, batch_size=16, seed=0)
-    result = _stage("base", base, batches, PRETRAINING, score)
+    result = stage("base", base, batches, PRETRAINING, score)
     assert isinstance(base, Llama)
     return base, result
 
 
 def _tuned(name: str, base: Llama, data: Data, *, gated: bool) -> tuple[LlamaAdapter, TrainResult]:
     torch.manual_seed(1)
-    model = LlamaAdapter(copy.deepcopy(base), AdapterConfig(length=10, layers=5))
+    model = LlamaAdapter(copy.deepcopy(base), ADAPTER)
     if not gated:
         for gate in model.gates:
             nn.init.constant_(gate, 20.0).requires_grad_(False)  # tanh(20) is 1 in float32
     batches = example_batches(data.train, size=PER_EPOCH, batch_size=16, seed=0)
-    held = data.topics[:150] + data.opinions[:150]
-    return model, _stage(name, model, batches, TUNING, lambda model: _held_out(model, data.tokenizer, held)[0])
+    held = data.rows(data.topics[:150] + data.opinions[:150])
+    return model, stage(name, model, batches, TUNING, lambda model: score_of(model, held)[0])
 
 
 def run() -> list[Table]:
     """Losses and accuracies on held-out texts, before and after tuning, and what tuning changed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    data = _data(create_model("llama_small").config.vocabulary)
-    base, first = _pretrained(data)
+    data = load_data(create_model("llama_small").config.vocabulary)
+    base, first = pretrained(data)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     rows: list[tuple[str | int | float | None, ...]] = [_row("base, frozen", base, data, None, 0)]
     curves = [("base: next token of texts", *first.scores[:1], *first.scores[-1:])]
@@ -199,15 +215,15 @@ def run() -> list[Table]:
 def _start(base: Llama, data: Data, gated: bool) -> float:
     """Held-out loss of an adapter that has learned nothing yet."""
     torch.manual_seed(1)
-    model = LlamaAdapter(copy.deepcopy(base), AdapterConfig(length=10, layers=5))
+    model = LlamaAdapter(copy.deepcopy(base), ADAPTER)
     if not gated:
         for gate in model.gates:
             nn.init.constant_(gate, 20.0)
-    return _held_out(model, data.tokenizer, data.topics + data.opinions)[0]
+    return score_of(model, data.rows(data.topics + data.opinions))[0]
 
 
 def _row(name: str, model: nn.Module, data: Data, start: float | None, learned: int) -> tuple[str | int | float | None, ...]:
-    (topic, right), (opinion, liked) = (_held_out(model, data.tokenizer, part) for part in (data.topics, data.opinions))
+    (topic, right), (opinion, liked) = (score_of(model, data.rows(part)) for part in (data.topics, data.opinions))
     return name, learned, start, topic, 100 * right, opinion, 100 * liked
 
 

@@ -47,6 +47,7 @@ from compiler.layout import Layout, LayoutError
 __all__ = ["FUNCTIONS", "IMPORTS", "MASKED", "MOVES", "VIEWS", "by_rows", "import_part", "import_whole", "mask_operands", "trace"]
 
 aten = torch.ops.aten
+WHERES = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 MASKED = -1000.0
 """An additive mask at or below this removes a key."""
 
@@ -161,8 +162,9 @@ def mask_operands(exported: Exported, node: fx.Node) -> list[fx.Node]:
         found = [node.kwargs.get("attn_mask", args[3] if len(args) > 3 else None)]
     elif target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         found = [args[1]]
-    elif target in (aten.where.self, aten.where.ScalarOther):
-        found = [args[0], args[2]]
+    elif target in WHERES:
+        first = not isinstance(args[1], fx.Node) or exported.constant(args[1]) is not None
+        found = [args[0], args[1 if first else 2]]
     elif target is aten.add.Tensor and all(isinstance(item, fx.Node) for item in args[:2]):
         found = [y for x, y in (args[:2], args[1::-1]) if _is_scores(exported, x) and not _is_scores(exported, y)]
     else:
@@ -556,9 +558,18 @@ def _product(importer: _Importer, node: fx.Node, x: Node, y: Node) -> Any:
     if isinstance(y, Constant) and not isinstance(x, Constant) and y.value.ndim == len(x.shape) == 4:
         weights = isinstance(x, Softmax) or any(isinstance(importer.nodes[name], Softmax) for name in x.inputs)
         y = _fixed_heads(importer, node, y.value, x.shape[0], "values", turned=not weights)
+    if isinstance(x, Constant) and not isinstance(y, Constant) and 2 <= len(x.shape) <= len(y.shape):
+        x = _fixed_rows(importer, node, x.value, y.shape[:-2], "rows")
     if isinstance(x, Constant) or len(x.shape) != len(y.shape) or x.shape[:-2] != y.shape[:-2]:
         return None
     return importer.make(MatMul, node, (x.name, y.name))
+
+
+def _fixed_rows(importer: _Importer, node: fx.Node, value: Tensor, lead: tuple[int, ...], name: str) -> Node:
+    """A constant (..., rows, channels) once for each of the leading dimensions: queries that do not depend on data, a matrix that
+    mixes rows."""
+    whole = value.detach().float().expand(*lead, *value.shape[-2:])
+    return importer.make(Fixed, node, (), name=f"{node.name}.{name}", shape=tuple(whole.shape), value=whole)
 
 
 def _fixed_heads(importer: _Importer, node: fx.Node, value: Tensor, batch: int, name: str, *, turned: bool = False) -> Node:
@@ -583,8 +594,14 @@ def _baddbmm(importer: _Importer, node: fx.Node, a: Bound) -> Any:
 
 @_imports(aten.scaled_dot_product_attention.default)
 def _attention(importer: _Importer, node: fx.Node, a: Bound) -> Any:
-    if a["dropout_p"] or isinstance(a["query"], Constant):
+    if a["dropout_p"] or all(isinstance(a[name], Constant) for name in ("query", "key", "value")):
         return None
+    if isinstance(a["query"], Constant):
+        lead = (a["value"] if isinstance(a["key"], Constant) else a["key"]).shape[:-2]
+        if len(a["query"].shape) == 4:
+            a["query"] = _fixed_heads(importer, node, a["query"].value, lead[0], "query")
+        else:
+            a["query"] = _fixed_rows(importer, node, a["query"].value, lead, "query")
     if a["query"].shape[-1] != a["value"].shape[-1]:
         return _attention_as_products(importer, node, a)
     for name in ("key", "value"):
@@ -701,8 +718,10 @@ def _masked_fill_tensor(importer: _Importer, node: fx.Node, a: Bound) -> Any:
     return _masked(importer, node, a["self"], a["mask"], _number(a["value"]), keep=False)
 
 
-@_imports(aten.where.self, aten.where.ScalarOther)
+@_imports(*WHERES)
 def _where(importer: _Importer, node: fx.Node, a: Bound) -> Any:
+    if _number(a["self"]) is not None:
+        return _masked(importer, node, a["other"], a["condition"], _number(a["self"]), keep=False)
     return _masked(importer, node, a["self"], a["condition"], _number(a["other"]), keep=True)
 
 
@@ -713,6 +732,7 @@ def _masked(
     if (
         value is None
         or not value <= MASKED
+        or not isinstance(x, Node)
         or isinstance(x, Constant)
         or x.shape != tuple(node.meta["val"].shape)
     ):

@@ -169,7 +169,7 @@ def _over_several(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
 @_imports(aten.div.Tensor, aten.mul.Tensor)
 def _written_out(importer: _Importer, node: fx.Node, a: dict[str, Any]) -> Any:
     """``(x - mean(x)) / sqrt(variance(x) + eps)`` over the last dimensions, the channels or the pixels."""
-    found = _normalisation(node)
+    found = _normalisation(importer, node)
     x = None if found is None else importer.value(found[0])
     if found is not None and isinstance(x, Node) and not isinstance(x, Constant):
         made = _over(importer, node, x, *found[1:])
@@ -196,7 +196,7 @@ def _unit(columns: int, eps: float) -> Norm:
     return Norm(torch.ones(columns), torch.zeros(columns), eps)
 
 
-def _normalisation(node: fx.Node) -> tuple[fx.Node, tuple[int, ...], float] | None:
+def _normalisation(importer: _Importer, node: fx.Node) -> tuple[fx.Node, tuple[int, ...], float] | None:
     """What is normalised, over which dimensions, and eps; None if a quotient or product is none."""
     pairs = [node.args[:2]] if node.target is aten.div.Tensor else [node.args[:2], node.args[1::-1]]
     for centred, factor in pairs:
@@ -205,13 +205,13 @@ def _normalisation(node: fx.Node) -> tuple[fx.Node, tuple[int, ...], float] | No
         x, mean = centred.args[:2]
         if not isinstance(x, fx.Node) or node.meta["val"].shape != x.meta["val"].shape or centred.kwargs:
             continue
-        found = _deviation(factor, x, inverse=node.target is aten.mul.Tensor)
+        found = _deviation(importer, factor, x, inverse=node.target is aten.mul.Tensor)
         if found is not None and _statistic(mean, x) == ("mean", found[0]):
             return x, *found
     return None
 
 
-def _deviation(node: fx.Node, x: fx.Node, *, inverse: bool) -> tuple[tuple[int, ...], float] | None:
+def _deviation(importer: _Importer, node: fx.Node, x: fx.Node, *, inverse: bool) -> tuple[tuple[int, ...], float] | None:
     """Dimensions and eps of ``sqrt(variance(x) + eps)``, or its inverse."""
     total: Any = node
     roots = {(False, aten.sqrt.default), (True, aten.rsqrt.default)}
@@ -224,9 +224,19 @@ def _deviation(node: fx.Node, x: fx.Node, *, inverse: bool) -> tuple[tuple[int, 
     total = node.args[0]
     if not isinstance(total, fx.Node) or total.target not in (aten.add.Tensor, aten.add.Scalar) or total.kwargs:
         return None
-    variance, eps = total.args[:2]
-    found = _statistic(variance, x)
-    return (found[1], float(eps)) if found is not None and found[0] == "variance" and isinstance(eps, int | float) else None
+    variance, given = total.args[:2]
+    found, eps = _statistic(variance, x), _constant(importer, given)
+    return (found[1], eps) if found is not None and found[0] == "variance" and eps is not None else None
+
+
+def _constant(importer: _Importer, value: Any) -> float | None:
+    """The number that an argument is, or a constant of one element."""
+    if isinstance(value, fx.Node):
+        found = importer.exported.constant(value)
+        value = found[0] if found is not None else None
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _statistic(node: Any, x: fx.Node) -> tuple[str, tuple[int, ...]] | None:

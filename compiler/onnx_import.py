@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compiler.graph import CompileError
+from compiler.onnx_layers import LAYERS
 
 __all__ = ["OPSETS", "OnnxModule", "OpenSizes", "example_inputs", "load_onnx", "open_dimensions"]
 
@@ -243,6 +244,8 @@ class OnnxModule(nn.Module):
                 continue
             name = (node.name or f"{node.op_type}_{number}").strip("/").replace(".", "_").replace("/", "_")
             fixed = {place: values[operand] for place, operand in enumerate(operands) if operand in static}
+            if node.op_type == "Resize":  # its numbers are no weights
+                fixed = {place: value if place == 0 or value is None else value.tolist() for place, value in fixed.items()}
             step = _Node(run, attributes, fixed, len(operands))
             moving = tuple(operand for operand in operands if operand not in static)
             try:
@@ -338,7 +341,8 @@ def _ints(value: Any) -> list[int]:
     """A static operand as numbers."""
     if not isinstance(value, Tensor):
         raise TypeError("an operand that gives shapes or places must not depend on the data")
-    return [int(number) for number in value.flatten().tolist()]
+    numbers = value.tolist()  # as it is: torch.export does not know the values of what an operator makes of it
+    return [int(number) for number in (numbers if isinstance(numbers, list) else [numbers])]
 
 
 def _axes(attributes: Attributes, operands: list[Any], place: int = 1) -> list[int] | None:
@@ -586,6 +590,6 @@ _OPERATORS: dict[str, Run] = {
     "Softplus": _one(F.softplus), "Split": _split, "Sqrt": _one(torch.sqrt), "Squeeze": _squeeze, "Sub": _one(torch.sub),
     "Sum": _all(torch.add), "Tanh": _one(torch.tanh), "Tile": lambda a, x: x[0].repeat(_ints(x[1])), "TopK": _topk,
     "Transpose": lambda a, x: x[0].permute(a.get("perm", list(range(x[0].ndim))[::-1])), "Trilu": _trilu,
-    "Unsqueeze": _unsqueeze, "Where": _one(torch.where), "Xor": _one(torch.logical_xor),
+    "Unsqueeze": _unsqueeze, "Where": _one(torch.where), "Xor": _one(torch.logical_xor), **LAYERS,
 }  # fmt: skip
 """What each ONNX operator computes."""

@@ -84,13 +84,13 @@ class Grids:
             self.tensor(node, "int8", self.out_scale(node.name))
 
     def fixed(self, node: Fixed) -> NDArray[np.integer]:
-        """Integers of a constant tensor: 8 bits for attention, else 16."""
+        """Integers of a constant tensor: 8 bits where products or attention read it, else 16."""
         value = node.value.detach().double().reshape((-1, *node.shape[-2:]))
         value = value[:1] if bool((value == value[:1]).all()) else value
         peak = max(self.calibration.peak(node.name, "out"), 1e-30)
-        attended = any(isinstance(user, Attention) for user in self.users[node.name])
-        tensor = self.tensor(node, "int8" if attended else "int16", self.out_scale(node.name) if attended else peak / 32767)
-        limit = 127 if attended else 32767
+        small = self.needs8(node.name)
+        tensor = self.tensor(node, "int8" if small else "int16", self.out_scale(node.name) if small else peak / 32767)
+        limit = 127 if small else 32767
         return np.rint(value.numpy() / tensor.scale).clip(-limit, limit).astype(tensor.dtype)
 
     @staticmethod

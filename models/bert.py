@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checks import check_multiple, check_options, check_positive, check_share, check_tokens
+from models.checks import check_mask, check_multiple, check_numbers, check_options, check_positive, check_share, check_tokens
+from models.huggingface import renamed
 from models.info import Input, ModelInfo, Published
 from models.registry import describe_models, register_model
 from models.weights import distribution_file, load_weights, read_weights
@@ -73,7 +74,10 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        check_tokens(input_ids, self.position.num_embeddings)
+        check_tokens(input_ids, self.position.num_embeddings, self.word.num_embeddings)
+        if token_type_ids is not None:
+            check_mask(token_type_ids, input_ids, name="token types")
+            check_numbers(token_type_ids, self.token_type.num_embeddings, "token types")
         words = self.word(input_ids)
         positions = self.position.weight[: input_ids.shape[1]]
         types = self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids)
@@ -132,6 +136,8 @@ class BertEncoder(nn.Module):
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.layers))
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None:
+            check_mask(attention_mask, hidden_states)
         keep = None if attention_mask is None else attention_mask[:, None, None, :].to(torch.bool)
         for layer in self.layers:
             hidden_states = layer(hidden_states, keep)
@@ -176,6 +182,7 @@ class BertClassifier(nn.Module):
 
 def mean_pool(hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean of (B, S, C) over the tokens whose mask (B, S) is 1: (B, C)."""
+    check_mask(attention_mask, hidden_states)
     weight = attention_mask.to(hidden_states.dtype)[:, :, None]
     return (hidden_states * weight).sum(1) / weight.sum(1).clamp(min=1)
 
@@ -208,13 +215,8 @@ _UNUSED = re.compile(r"^(pooler\.|cls\.|embeddings\.position_ids$)")
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a Hugging Face state dict to `BertModel`'s names; heads, the pooler and position_ids are left
     out."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        if not _UNUSED.match(key):
-            renamed[key] = value
-    return renamed
+    found = {renamed(key, _RENAMES): value for key, value in state.items()}
+    return {key: value for key, value in found.items() if not _UNUSED.match(key)}
 
 
 def _load(model: nn.Module, bert: BertModel, path: Path, name: str) -> None:

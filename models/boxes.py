@@ -16,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "box_area",
+    "check_box_shape",
     "check_boxes",
     "clip_boxes",
     "crop_boxes",
@@ -125,11 +126,7 @@ def check_boxes(boxes: Tensor, *, height: float, width: float, name: str = "boxe
         Not (N, 4), not finite, x2 < x1 or y2 < y1, or outside the image by more than 1e-4 of its size; the message has the
         first wrong box.
     """
-    if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
-        kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"{name} must be (N, 4), not {tuple(boxes.shape)}")
+    check_box_shape(boxes, name=name)
     limit = boxes.new_tensor([width, height, width, height])
     slack = 1e-4 * limit
     rules = (
@@ -142,3 +139,12 @@ def check_boxes(boxes: Tensor, *, height: float, width: float, name: str = "boxe
             row = int((~good).any(1).nonzero()[0])
             values = [round(value, 4) for value in boxes[row].tolist()]
             raise ValueError(f"{name} must be {rule}; box {row} is {values}")
+
+
+def check_box_shape(boxes: Tensor, *, name: str = "boxes") -> None:
+    """Refuse what is not boxes (N, 4), whatever their values and their form; errors as of `check_boxes`."""
+    if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
+        kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, not {kind}")
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{name} must be (N, 4), not {tuple(boxes.shape)}")

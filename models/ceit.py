@@ -13,18 +13,17 @@ Shapes: B images, S x S grid of patches, T = S * S + 1 tokens, C channels, L lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.checks import check_images
 from models.info import ModelInfo, Published, image
-from models.registry import describe_models, register_model
-from models.vision import DropPath, build_vision_model
+from models.registry import describe_models
+from models.vision import DropPath, register_vision_models
 from models.vit import Attention, Mlp, ViTConfig
 
 __all__ = ["CONFIGS", "CeiT", "CeiTConfig", "resize_positions"]
@@ -213,8 +212,7 @@ class CeiT(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Image (B, channels, H, W) -> tokens (B, T, C) before the first block."""
         config = self.config
-        if tuple(x.shape[1:]) != (config.channels, config.image, config.image):
-            raise ValueError(f"images must be (B, {config.channels}, {config.image}, {config.image}), not {tuple(x.shape)}")
+        check_images(x, config.channels, config.image)
         return torch.cat([self.cls_token.expand(len(x), -1, -1), self.i2t(x)], 1) + self.pos_embed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,21 +261,15 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _register(name: str, summary: str) -> Callable[..., nn.Module]:
-    def builder(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-        return build_vision_model(name, CeiT, CONFIGS[name], pretrained, overrides)
-
-    builder.__name__, builder.__doc__ = name, summary
-    return register_model(builder)
-
-
-ceit_tiny = _register("ceit_tiny", "CeiT-T for 224 x 224, 6.4 M parameters.")
-ceit_small = _register("ceit_small", "CeiT-S for 224 x 224, 24.2 M parameters.")
-ceit_base = _register("ceit_base", "CeiT-B for 224 x 224, 94.4 M parameters.")
-ceit_tiny_384 = _register("ceit_tiny_384", "CeiT-T for 384 x 384.")
-ceit_small_384 = _register("ceit_small_384", "CeiT-S for 384 x 384.")
-ceit_base_384 = _register("ceit_base_384", "CeiT-B for 384 x 384.")
-ceit_mnist = _register("ceit_mnist", "4 layers of 96 channels for 28 x 28 digits, 0.4 M parameters.")
+register_vision_models(CeiT, CONFIGS, {
+    "ceit_tiny": "CeiT-T for 224 x 224, 6.4 M parameters.",
+    "ceit_small": "CeiT-S for 224 x 224, 24.2 M parameters.",
+    "ceit_base": "CeiT-B for 224 x 224, 94.4 M parameters.",
+    "ceit_tiny_384": "CeiT-T for 384 x 384.",
+    "ceit_small_384": "CeiT-S for 384 x 384.",
+    "ceit_base_384": "CeiT-B for 384 x 384.",
+    "ceit_mnist": "4 layers of 96 channels for 28 x 28 digits, 0.4 M parameters.",
+})  # fmt: skip
 
 
 def _code(parameters: int, macs: float) -> Published:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +21,8 @@ from models.detr import Attention, DetrConfig, FeedForward, Mlp, build_detector,
 from models.info import ModelInfo, Published, image
 from models.matcher import BoxMatcher
 from models.position import encode_coordinates, inverse_sigmoid, sine_position
-from models.registry import describe_models, register_model
+from models.registry import describe_models
+from models.vision import register_vision_models
 
 __all__ = ["CONFIGS", "DabDetr", "DabDetrConfig"]
 
@@ -194,16 +193,10 @@ class DabDetr(Detector):
         return sine * torch.stack([height, width], -1).repeat_interleave(self.config.hidden // 2, -1)
 
 
-@register_model
-def dab_detr_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """DAB-DETR with ResNet-50, 43.7 M parameters."""
-    return build_detector("dab_detr_r50", DabDetr, CONFIGS["dab_detr_r50"], pretrained, overrides)
-
-
-@register_model
-def dab_detr_tiny(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """DAB-DETR on a ResNet-18 of a quarter of the width, 60 queries, one class."""
-    return build_detector("dab_detr_tiny", DabDetr, CONFIGS["dab_detr_tiny"], pretrained, overrides)
+register_vision_models(DabDetr, CONFIGS, {
+    "dab_detr_r50": "DAB-DETR with ResNet-50, 43.7 M parameters.",
+    "dab_detr_tiny": "DAB-DETR on a ResNet-18 of a quarter of the width, 60 queries, one class.",
+}, build=build_detector)  # fmt: skip
 
 
 describe_models(

@@ -13,10 +13,9 @@ Shapes: B images, Q queries, S cells of all L maps one after the other, C hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from models.detr import Attention, DetrConfig, FeedForward, Mlp, build_detector,
 from models.info import ModelInfo, Published, image
 from models.matcher import BoxMatcher
 from models.position import encode_coordinates, inverse_sigmoid, sine_position
-from models.registry import describe_models, register_model
+from models.registry import describe_models
+from models.vision import register_vision_models
 
 __all__ = ["CONFIGS", "DeformableDetr", "DeformableDetrConfig"]
 
@@ -342,25 +342,15 @@ def _groups(count: int, first: int, device: torch.device) -> Tensor:
     return group[:, None] == group
 
 
-def _register(name: str, summary: str) -> Callable[..., nn.Module]:
-    def builder(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-        return build_detector(name, DeformableDetr, CONFIGS[name], pretrained, overrides)
-
-    builder.__name__, builder.__doc__ = name, summary
-    return register_model(builder)
-
-
-deformable_detr_r50 = _register("deformable_detr_r50", "Deformable-DETR with ResNet-50, 40.1 M parameters.")
-deformable_detr_r50_refine = _register("deformable_detr_r50_refine", "The same with box refinement, 40.7 M parameters.")
-deformable_detr_r50_two_stage = _register("deformable_detr_r50_two_stage", "The same in two stages, 41.2 M parameters.")
-deformable_detr_r50_tricks = _register(
-    "deformable_detr_r50_tricks", "Two stages, mixed query selection, look forward twice, wide: 47.6 M parameters."
-)
-h_deformable_detr_r50 = _register("h_deformable_detr_r50", "H-Deformable-DETR with ResNet-50, 47.9 M parameters.")
-deformable_detr_tiny = _register(
-    "deformable_detr_tiny", "Three maps of a ResNet-18 of a quarter of the width, 60 queries: trains in minutes on a CPU."
-)
-h_deformable_detr_tiny = _register("h_deformable_detr_tiny", "The same in two stages, with 120 more queries matched one-to-many.")
+register_vision_models(DeformableDetr, CONFIGS, {
+    "deformable_detr_r50": "Deformable-DETR with ResNet-50, 40.1 M parameters.",
+    "deformable_detr_r50_refine": "The same with box refinement, 40.7 M parameters.",
+    "deformable_detr_r50_two_stage": "The same in two stages, 41.2 M parameters.",
+    "deformable_detr_r50_tricks": "Two stages, mixed query selection, look forward twice, wide: 47.6 M parameters.",
+    "h_deformable_detr_r50": "H-Deformable-DETR with ResNet-50, 47.9 M parameters.",
+    "deformable_detr_tiny": "Three maps of a ResNet-18 of a quarter of the width, 60 queries: trains in minutes on a CPU.",
+    "h_deformable_detr_tiny": "The same in two stages, with 120 more queries matched one-to-many.",
+}, build=build_detector)  # fmt: skip
 
 
 _COUNTED = "transformers 5.23.0, DeformableDetrForObjectDetection"

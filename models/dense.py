@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.backbone import build_backbone
 from models.boxes import clip_boxes, cxcywh_to_xyxy
-from models.checks import check_pixels, check_positive
+from models.checks import check_images, check_pixels, check_positive
 from models.detection import Detections, Detector, Target, check_targets
 from models.fpn import FPN, Extra
 from models.roi import nms
@@ -102,6 +102,7 @@ class PyramidDetector(nn.Module):
 
     def extract(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) -> levels (B, channels, ceil(H / stride), ceil(W / stride)), finest first."""
+        check_images(images, 3)
         return self.fpn(self.backbone(images))
 
     def _check(self, images: Tensor, targets: Sequence[Target], mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:

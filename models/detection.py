@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from models.boxes import check_boxes, clip_boxes, cxcywh_to_xyxy, xyxy_to_cxcywh
-from models.checks import check_images, check_pixels
+from models.boxes import check_box_shape, check_boxes, clip_boxes, cxcywh_to_xyxy, xyxy_to_cxcywh
+from models.checks import check_entries, check_images, check_labels, check_pixels
 from models.losses import box_l1_loss, check_finite, class_loss, giou_loss, sigmoid_focal_loss
 from models.matcher import BoxMatcher
 
@@ -62,21 +62,16 @@ def check_targets(targets: Sequence[Target], *, images: int, classes: int) -> No
     Raises
     ------
     TypeError
-        Labels that are not int64, boxes that are not floating point.
+        Entries that are no `Target`, labels that are not int64, boxes that are not floating point.
     ValueError
         Another number of targets than images, labels or boxes of a wrong shape or range; the message has the number of the image.
     """
-    if len(targets) != images:
-        raise ValueError(f"{images} images need as many targets, not {len(targets)}")
+    check_entries(targets, Target, images=images, name="targets")
     for number, target in enumerate(targets):
-        labels, boxes = target.labels, target.boxes
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels of image {number} must be int64, not {labels.dtype}")
-        if labels.shape != boxes.shape[:1]:
-            raise ValueError(f"image {number} has labels {tuple(labels.shape)} for boxes {tuple(boxes.shape)}: one for each box")
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-            raise ValueError(f"labels of image {number} must be in 0 to {classes - 1}, not {labels.tolist()}")
-        check_boxes(cxcywh_to_xyxy(boxes), height=1, width=1, name=f"boxes of image {number} (cxcywh, as fractions of the image)")
+        name = f"boxes of image {number} (cxcywh, as fractions of the image)"
+        check_box_shape(target.boxes, name=name)
+        check_labels(target.labels, target.boxes, classes=classes, image=number, name="boxes")
+        check_boxes(cxcywh_to_xyxy(target.boxes), height=1, width=1, name=name)
 
 
 class Level(NamedTuple):
@@ -332,6 +327,8 @@ class Detector(nn.Module):
         shape = (len(images), *images.shape[2:])
         if mask is None:
             return torch.ones(shape, dtype=torch.bool, device=images.device)
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"the mask must be a bool tensor {shape}, True inside the images, not {type(mask).__name__}")
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ValueError(f"the mask must be bool {shape}, True inside the images, not {mask.dtype} {tuple(mask.shape)}")
         return mask

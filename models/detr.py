@@ -24,8 +24,8 @@ from models.feataug import Copies
 from models.huggingface import rename_detector
 from models.info import ModelInfo, Published, image
 from models.position import sine_position
-from models.registry import describe_models, register_model
-from models.vision import build_vision_model
+from models.registry import describe_models
+from models.vision import build_vision_model, register_vision_models
 
 __all__ = ["CONFIGS", "Attention", "Detr", "DetrConfig", "FeedForward", "Mlp", "build_detector", "check_detector"]
 
@@ -238,16 +238,10 @@ def build_detector(
     return detector
 
 
-@register_model
-def detr_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """DETR with ResNet-50, 41.5 M parameters."""
-    return build_detector("detr_r50", Detr, CONFIGS["detr_r50"], pretrained, overrides)
-
-
-@register_model
-def detr_tiny(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """DETR on a ResNet-18 of a quarter of the width, 40 queries, one class: trains in minutes on a CPU."""
-    return build_detector("detr_tiny", Detr, CONFIGS["detr_tiny"], pretrained, overrides)
+register_vision_models(Detr, CONFIGS, {
+    "detr_r50": "DETR with ResNet-50, 41.5 M parameters.",
+    "detr_tiny": "DETR on a ResNet-18 of a quarter of the width, 40 queries, one class: trains in minutes on a CPU.",
+}, build=build_detector)  # fmt: skip
 
 
 describe_models(

@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,8 @@ from models.fpn import Extra
 from models.info import ModelInfo, Published
 from models.info import image as image_input
 from models.losses import check_finite, sigmoid_focal_loss
-from models.registry import describe_models, register_model
-from models.vision import build_vision_model
+from models.registry import describe_models
+from models.vision import register_vision_models
 
 __all__ = ["CONFIGS", "FCOS", "FCOSConfig", "FCOSHead", "FCOSOutput", "assign_cells"]
 
@@ -201,20 +200,10 @@ def _centrality(distances: Tensor) -> Tensor:
     return (near / far).prod(1).sqrt()
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, FCOS, CONFIGS[name], pretrained, overrides)
-
-
-@register_model
-def fcos_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """FCOS, ResNet-50, 80 classes, 32.3 M parameters."""
-    return _build("fcos_r50", pretrained, overrides)
-
-
-@register_model
-def fcos_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """FCOS on a quarter-width ResNet-18, one class: for training in minutes."""
-    return _build("fcos_small", pretrained, overrides)
+register_vision_models(FCOS, CONFIGS, {
+    "fcos_r50": "FCOS, ResNet-50, 80 classes, 32.3 M parameters.",
+    "fcos_small": "FCOS on a quarter-width ResNet-18, one class: for training in minutes.",
+})  # fmt: skip
 
 
 describe_models(

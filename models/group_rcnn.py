@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,10 +33,10 @@ from models.info import ModelInfo, Published
 from models.info import image as image_input
 from models.losses import check_finite
 from models.points import PointTarget, check_points
-from models.registry import describe_models, register_model
+from models.registry import describe_models
 from models.retinanet import LevelOutput, RetinaNet, RetinaNetConfig
 from models.roi import nms, pyramid_roi_align
-from models.vision import build_vision_model
+from models.vision import register_vision_models
 
 __all__ = [
     "CONFIGS",
@@ -449,20 +448,10 @@ def assign_instances(
     return torch.where(positive, labels[:, None], background), positive
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, GroupRCNN, CONFIGS[name], pretrained, overrides)
-
-
-@register_model
-def group_rcnn_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Group R-CNN, ResNet-50, 80 classes, 131.8 M parameters."""
-    return _build("group_rcnn_r50", pretrained, overrides)
-
-
-@register_model
-def group_rcnn_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Group R-CNN on a quarter-width ResNet-18, one class: for training in minutes."""
-    return _build("group_rcnn_small", pretrained, overrides)
+register_vision_models(GroupRCNN, CONFIGS, {
+    "group_rcnn_r50": "Group R-CNN, ResNet-50, 80 classes, 131.8 M parameters.",
+    "group_rcnn_small": "Group R-CNN on a quarter-width ResNet-18, one class: for training in minutes.",
+})  # fmt: skip
 
 
 class ImagePart(nn.Module):

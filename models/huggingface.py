@@ -1,4 +1,4 @@
-"""Rename the weights of Hugging Face's detectors to ours.
+"""Rename the weights of others, such as Hugging Face, to ours: by tables of patterns, for detectors whole.
 
 Both generations of names are known: those of the published files (``conv_encoder``, ``out_proj``, timm's backbone) and those of
 current transformers (``o_proj``, ``mlp.fc1``, its own ResNet).
@@ -7,12 +7,36 @@ current transformers (``o_proj``, ``mlp.fc1``, its own ResNet).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["rename_backbone", "rename_detector"]
+__all__ = ["Patterns", "rename_backbone", "rename_detector", "renamed", "stack_qkv"]
+
+Patterns: TypeAlias = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+"""Parts of a name and what stands for them, in the order of replacement, as ``re.sub`` takes them."""
+
+
+def renamed(key: str, table: Patterns) -> str:
+    """A name with every pattern of a table replaced."""
+    for pattern, replacement in table:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def stack_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One ``attn.qkv`` in place of each ``attn.q``, ``attn.k`` and ``attn.v``, their weights and biases one below the other."""
+    stacked: dict[str, Tensor] = {}
+    for name, value in state.items():
+        found = re.fullmatch(r"(.*\battn\.)([qkv])\.(weight|bias)", name)
+        if found is None:
+            stacked[name] = value
+        elif found[2] == "q":
+            stacked[f"{found[1]}qkv.{found[3]}"] = torch.cat([state[f"{found[1]}{part}.{found[3]}"] for part in "qkv"])
+    return stacked
+
 
 _BACKBONE = (
     (r"^embedder\.embedder\.convolution\.", "conv1."),
@@ -73,7 +97,7 @@ _BACKBONE_PREFIX = re.compile(r"^backbone\.(conv_encoder\.)?model\.(_backbone\.)
 
 def rename_backbone(key: str) -> str:
     """A key of a ResNet of Hugging Face or timm as torchvision has it."""
-    return _renamed(key, _BACKBONE)
+    return renamed(key, _BACKBONE)
 
 
 def rename_detector(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,25 +110,19 @@ def rename_detector(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
     ValueError
         Heads of the layers differ, but the detector shares one.
     """
-    renamed: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for key, value in state.items():
-        key = _renamed(key, _DETECTOR)
+        key = renamed(key, _DETECTOR)
         if _BACKBONE_PREFIX.match(key):
             key = "backbone." + rename_backbone(_BACKBONE_PREFIX.sub("", key))
         if key.endswith("num_batches_tracked") and key not in own:
             continue
         if key not in own:
             key = _shared(key, own)
-        if key in renamed and not torch.equal(renamed[key], value):
+        if key in found and not torch.equal(found[key], value):
             raise ValueError(f"the file has several values for {key!r}: the detector shares what the file has for each layer")
-        renamed[key] = value
-    return renamed
-
-
-def _renamed(key: str, table: tuple) -> str:
-    for pattern, replacement in table:
-        key = re.sub(pattern, replacement, key)
-    return key
+        found[key] = value
+    return found
 
 
 def _shared(key: str, own: Mapping[str, Tensor]) -> str:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.checks import check_multiple, check_options, check_positive, check_tokens
+from models.checks import check_multiple, check_numbers, check_options, check_positive, check_tokens
+from models.huggingface import renamed
 from models.info import Input, ModelInfo, Published
 from models.registry import describe_models, register_model
 from models.weights import stream_weights
@@ -248,11 +249,13 @@ class Llama(nn.Module):
         Raises
         ------
         ValueError
-            Tokens are not (B, S), or more than the model has positions.
+            Tokens are not (B, S), more than the model has positions, or out of range; a cache, positions or their number that do
+            not fit.
         """
-        check_tokens(tokens, self.config.positions)
+        check_tokens(tokens, self.config.positions, self.config.vocabulary)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
+        _check_places(tokens, positions, cache, len(self.layers))
         turn, kept = rotation(positions, self.config), []
         x = self.tok_embeddings(tokens)
         for number, layer in enumerate(self.layers):
@@ -277,6 +280,20 @@ class Llama(nn.Module):
         shape = (batch, config.heads // config.groups, places, config.head_dim)
         weight = self.output.weight
         return tuple((weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.layers))
+
+
+def _check_places(tokens: Tensor, positions: Tensor, cache: Cache | None, layers: int) -> None:
+    """Refuse positions that are not one a token, and a cache of other layers or sequences, or too small for them."""
+    if positions.is_floating_point() or positions.shape != tokens.shape[1:]:
+        kind = f"{positions.dtype} {tuple(positions.shape)}"
+        raise ValueError(f"positions must be integers ({tokens.shape[1]},), one a token, not {kind}")
+    if cache is None:
+        return
+    sequences = len(cache[0][0]) if cache else 0
+    if len(cache) != layers or sequences != len(tokens):
+        found = f"{len(cache)} and {sequences}"
+        raise ValueError(f"the cache must have {layers} layers and {len(tokens)} sequences, not {found}: new_cache gives one")
+    check_numbers(positions[None], cache[0][0].shape[2], "positions in this cache")
 
 
 def _memory(pair: tuple[Tensor, Tensor], positions: Tensor) -> Memory:
@@ -395,9 +412,7 @@ def llama_key(key: str, value: Tensor, head_dim: int) -> tuple[str, Tensor] | No
         return None
     if re.search(r"\.self_attn\.[qk]_proj\.weight$", key) and value.shape[0] % head_dim == 0:
         value = value.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
-    for pattern, replacement in _HUGGING_FACE:
-        key = re.sub(pattern, replacement, key)
-    return key, value
+    return renamed(key, _HUGGING_FACE), value
 
 
 _SLICED = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0, "tok_embeddings": 1}

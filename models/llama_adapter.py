@@ -108,12 +108,11 @@ class LlamaAdapter(nn.Module):
         ValueError
             Images without an encoder, or not one a sequence.
         """
-        return self.base(tokens, positions, cache, self.prompts(self.image_features(images, len(tokens))))
+        image = None if images is None else self.image_features(images, len(tokens))
+        return self.base(tokens, positions, cache, self.prompts(image))
 
-    def image_features(self, images: Tensor | None, batch: int) -> Tensor | None:
-        """Projected features (B, 1, C) of images; None without images."""
-        if images is None:
-            return None
+    def image_features(self, images: Tensor, batch: int) -> Tensor:
+        """Projected features (B, 1, C) of images."""
         if self.encoder is None or self.projection is None:
             raise ValueError("this adapter takes no images: build it with encoder= and features=")
         if len(images) != batch:

@@ -16,8 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,17 @@ from torch.nn import functional as F
 
 from models import swin
 from models.backbone import Backbone, build_backbone
-from models.checks import check_images, check_pixels, check_positive
+from models.checks import check_entries, check_images, check_labels, check_pixels, check_positive
 from models.detection import object_count
 from models.detr import DecoderLayer, DetrConfig, Mlp
-from models.huggingface import rename_backbone, rename_detector
+from models.huggingface import rename_backbone, rename_detector, renamed
 from models.info import ModelInfo, Published, image
 from models.losses import check_finite, class_loss, dice_loss, sigmoid_focal_loss
 from models.masks import Instances, best_instances, check_masks, instance_masks, resize_masks, semantic_map, semantic_masks
 from models.matcher import MaskMatcher
 from models.position import sine_position
-from models.registry import describe_models, register_model
-from models.vision import build_vision_model
+from models.registry import describe_models
+from models.vision import register_vision_models
 
 __all__ = [
     "CONFIGS",
@@ -121,22 +120,15 @@ def check_mask_targets(targets: Sequence[MaskTarget], *, images: Tensor, classes
     Raises
     ------
     TypeError
-        Labels that are not int64, masks that are not bool.
+        Entries that are no `MaskTarget`, labels that are not int64, masks that are not bool.
     ValueError
         Another number of targets than images, labels or masks of a wrong shape or range, or an empty mask; the message has the
         number of the image.
     """
-    if len(targets) != len(images):
-        raise ValueError(f"{len(images)} images need as many targets, not {len(targets)}")
+    check_entries(targets, MaskTarget, images=len(images), name="targets")
     for number, target in enumerate(targets):
-        labels, masks = target.labels, target.masks
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels of image {number} must be int64, not {labels.dtype}")
-        check_masks(masks, height=images.shape[2], width=images.shape[3], name=f"masks of image {number}")
-        if labels.shape != masks.shape[:1]:
-            raise ValueError(f"image {number} has labels {tuple(labels.shape)} for masks {tuple(masks.shape)}: one for each mask")
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-            raise ValueError(f"labels of image {number} must be in 0 to {classes - 1}, not {labels.tolist()}")
+        check_masks(target.masks, height=images.shape[2], width=images.shape[3], name=f"masks of image {number}")
+        check_labels(target.labels, target.masks, classes=classes, image=number, name="masks")
 
 
 class MaskPrediction(NamedTuple):
@@ -321,6 +313,7 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def semantic(self, images: Tensor) -> Tensor:
         """The class of each pixel: int64 (B, H, W)."""
+        check_images(images, 3)
         check_pixels(images)
         output = self(images)
         return semantic_map(output.logits, output.masks, images.shape[-2:])
@@ -328,6 +321,7 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def instances(self, images: Tensor, *, threshold: float = 0.5) -> list[Instances]:
         """The objects in each image with a score of at least ``threshold``; see `best_instances`."""
+        check_images(images, 3)
         check_pixels(images)
         output = self(images)
         return best_instances(output.logits, output.masks, images.shape[-2:], threshold=threshold)
@@ -405,18 +399,17 @@ def authors_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Queries, keys and values, one matrix there, become three; buffers that are no part of the network are left out.
     """
-    renamed: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, value in state.items():
-        for pattern, replacement in _AUTHORS:
-            name = re.sub(pattern, replacement, name)  # type: ignore[arg-type]
+        name = renamed(name, _AUTHORS)
         if re.match(r"criterion\.|pixel_mean$|pixel_std$|.*\.relative_position_index$", name):
             continue
         joint = re.fullmatch(r"(.*_attention)\.in_proj_(weight|bias)", name)
         parts = {name: value}
         if joint:
             parts = {f"{joint[1]}.{part}.{joint[2]}": rows for part, rows in zip(("query", "key", "value"), value.chunk(3))}
-        renamed |= parts
-    return renamed
+        found |= parts
+    return found
 
 
 def huggingface_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -433,41 +426,19 @@ def huggingface_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
         if name.startswith(_ENCODER):
             backbone[name.removeprefix(_ENCODER)] = value
             continue
-        for pattern, replacement in _HUGGINGFACE:
-            name = re.sub(pattern, replacement, name)
         if name != "criterion.empty_weight":
-            rest[name] = value
+            rest[renamed(name, _HUGGINGFACE)] = value
     backbone = {rename_backbone(name): value for name, value in swin.official_names(backbone).items()}
     kept = {f"backbone.{name}": value for name, value in backbone.items() if not name.startswith("norm.")}
     return kept | rename_detector(rest, own)
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, MaskFormer, CONFIGS[name], pretrained, overrides, rename=huggingface_names)
-
-
-@register_model
-def maskformer_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MaskFormer with ResNet-50, 41.3 M parameters."""
-    return _build("maskformer_r50", pretrained, overrides)
-
-
-@register_model
-def maskformer_swin_tiny(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MaskFormer with Swin-T, 41.8 M parameters."""
-    return _build("maskformer_swin_tiny", pretrained, overrides)
-
-
-@register_model
-def maskformer_swin_base(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MaskFormer with Swin-B of window 12, 101.8 M parameters."""
-    return _build("maskformer_swin_base", pretrained, overrides)
-
-
-@register_model
-def maskformer_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MaskFormer on a ResNet-18 of a quarter of the width, 24 queries, 3 classes: trains in minutes on a CPU."""
-    return _build("maskformer_small", pretrained, overrides)
+register_vision_models(MaskFormer, CONFIGS, {
+    "maskformer_r50": "MaskFormer with ResNet-50, 41.3 M parameters.",
+    "maskformer_swin_tiny": "MaskFormer with Swin-T, 41.8 M parameters.",
+    "maskformer_swin_base": "MaskFormer with Swin-B of window 12, 101.8 M parameters.",
+    "maskformer_small": "MaskFormer on a ResNet-18 of a quarter of the width, 24 queries, 3 classes: trains in minutes on a CPU.",
+}, rename=huggingface_names)  # fmt: skip
 
 
 def _paper(parameters: float, macs: float) -> Published:

@@ -9,17 +9,15 @@ Shapes: B images, C channels, H and W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.checks import check_images
 from models.info import ModelInfo, Published, image
-from models.registry import describe_models, register_model
+from models.registry import describe_models
 from models.timm_names import mobilenet_names, on_load
-from models.vision import build_vision_model, initialise_convolutions
+from models.vision import initialise_convolutions, register_vision_models
 
 __all__ = ["CONFIGS", "InvertedResidual", "MobileNetConfig", "MobileNetV2"]
 
@@ -135,32 +133,12 @@ class MobileNetV2(nn.Module):
         return self.classifier(torch.flatten(x, 1))
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, MobileNetV2, CONFIGS[name], pretrained, overrides)
-
-
-@register_model
-def mobilenet_v2(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MobileNetV2, 3.5 M parameters; ``width=`` for any other width."""
-    return _build("mobilenet_v2", pretrained, overrides)
-
-
-@register_model
-def mobilenet_v2_050(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MobileNetV2 of half the width, 2.0 M parameters."""
-    return _build("mobilenet_v2_050", pretrained, overrides)
-
-
-@register_model
-def mobilenet_v2_075(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MobileNetV2 of three quarters of the width, 2.6 M parameters."""
-    return _build("mobilenet_v2_075", pretrained, overrides)
-
-
-@register_model
-def mobilenet_v2_200(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """MobileNetV2 of twice the width, 11.3 M parameters."""
-    return _build("mobilenet_v2_200", pretrained, overrides)
+register_vision_models(MobileNetV2, CONFIGS, {
+    "mobilenet_v2": "MobileNetV2, 3.5 M parameters; ``width=`` for any other width.",
+    "mobilenet_v2_050": "MobileNetV2 of half the width, 2.0 M parameters.",
+    "mobilenet_v2_075": "MobileNetV2 of three quarters of the width, 2.6 M parameters.",
+    "mobilenet_v2_200": "MobileNetV2 of twice the width, 11.3 M parameters.",
+})  # fmt: skip
 
 
 describe_models(

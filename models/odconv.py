@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from models import mobilenet, resnet
+from models.checks import check_images
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
 from models.vision import build_vision_model
@@ -81,6 +82,8 @@ class KernelAttention(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        if self.bn.training and len(x) == 1:
+            raise ValueError("the attention of dynamic convolutions normalises over the batch: train with two images or more")
         x = self.relu(self.bn(self.fc(F.adaptive_avg_pool2d(x, 1))))
         channel, filters, position, kernel = (
             None if head is None else head(x) / self.temperature
@@ -119,7 +122,7 @@ class ODConv2d(nn.Conv2d):
     Raises
     ------
     ValueError
-        An option out of range.
+        An option out of range; in use, maps of another shape, no image at all, or in training a single one.
     """
 
     def __init__(
@@ -153,6 +156,7 @@ class ODConv2d(nn.Conv2d):
         self.attention = KernelAttention(self, reduction=reduction)
 
     def forward(self, input: Tensor) -> Tensor:
+        check_images(input, self.in_channels, name="maps")
         run = torch.ops.nmforge.dynamic_conv2d if self.form == "dynamic" else torch.ops.nmforge.static_conv2d
         y = run(
             input, self.weight, *self.attention(input), self.kernels, self.stride, self.padding, self.dilation, self.groups

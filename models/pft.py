@@ -23,8 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +33,8 @@ from models.detr import Attention, DecoderLayer, DetrConfig
 from models.info import ModelInfo, image
 from models.maskformer import MaskFormerConfig, MaskOutput, MaskPrediction, Segmenter, place
 from models.masks import resize_masks
-from models.registry import describe_models, register_model
-from models.vision import build_vision_model
+from models.registry import describe_models
+from models.vision import register_vision_models
 
 __all__ = ["CONFIGS", "PFT", "CrossScaleAttention", "PFTConfig", "PyramidLayer"]
 
@@ -177,38 +176,13 @@ def _inside(prediction: MaskPrediction, scale: int, level: Tensor) -> Tensor:
     return (inside | ~inside.any(-1, keepdim=True))[:, None]
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, PFT, CONFIGS[name], pretrained, overrides)
-
-
-@register_model
-def pft_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """PFT with ResNet-50 and three scales, a reconstruction."""
-    return _build("pft_r50", pretrained, overrides)
-
-
-@register_model
-def pft_swin_tiny(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """PFT with Swin-T and three scales, a reconstruction."""
-    return _build("pft_swin_tiny", pretrained, overrides)
-
-
-@register_model
-def pft_swin_base(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """PFT with Swin-B of window 12 and three scales, a reconstruction."""
-    return _build("pft_swin_base", pretrained, overrides)
-
-
-@register_model
-def pft_swin_large(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """PFT with Swin-L of window 12 and three scales, a reconstruction."""
-    return _build("pft_swin_large", pretrained, overrides)
-
-
-@register_model
-def pft_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """PFT on a ResNet-18 of a quarter of the width, 24 queries, 3 classes: trains in minutes on a CPU."""
-    return _build("pft_small", pretrained, overrides)
+register_vision_models(PFT, CONFIGS, {
+    "pft_r50": "PFT with ResNet-50 and three scales, a reconstruction.",
+    "pft_swin_tiny": "PFT with Swin-T and three scales, a reconstruction.",
+    "pft_swin_base": "PFT with Swin-B of window 12 and three scales, a reconstruction.",
+    "pft_swin_large": "PFT with Swin-L of window 12 and three scales, a reconstruction.",
+    "pft_small": "PFT on a ResNet-18 of a quarter of the width, 24 queries, 3 classes: trains in minutes on a CPU.",
+})  # fmt: skip
 
 
 _NOTE = "no figures were published"

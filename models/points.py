@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.checks import check_entries, check_labels
 from models.detection import Detections, Target
 
 __all__ = ["PointTarget", "check_points", "choose_annotated", "pseudo_target", "sample_points"]
@@ -41,20 +42,19 @@ def check_points(points: Sequence[PointTarget], *, images: int, classes: int) ->
     Raises
     ------
     TypeError
-        Labels that are not int64, points that are not floating point.
+        Entries that are no `PointTarget`, labels that are not int64, points that are not floating point.
     ValueError
         Another number of entries than images, wrong shapes or labels, a point that is not finite or outside its image.
     """
-    if len(points) != images:
-        raise ValueError(f"{images} images need as many entries of points, not {len(points)}")
+    check_entries(points, PointTarget, images=images, name="entries of points")
     for number, entry in enumerate(points):
-        labels, place = entry.labels, entry.points
-        if labels.dtype != torch.int64 or not place.is_floating_point():
-            raise TypeError(f"image {number} needs int64 labels and floating-point points, not {labels.dtype} and {place.dtype}")
-        if place.ndim != 2 or place.shape[1] != 2 or labels.shape != place.shape[:1]:
-            raise ValueError(f"image {number} has labels {tuple(labels.shape)} for points {tuple(place.shape)}: (N,) and (N, 2)")
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-            raise ValueError(f"labels of image {number} must be in 0 to {classes - 1}, not {labels.tolist()}")
+        place = entry.points
+        if not isinstance(place, Tensor) or not place.is_floating_point():
+            kind = place.dtype if isinstance(place, Tensor) else type(place).__name__
+            raise TypeError(f"points of image {number} must be a floating-point tensor, not {kind}")
+        if place.ndim != 2 or place.shape[1] != 2:
+            raise ValueError(f"points of image {number} must be (N, 2), not {tuple(place.shape)}")
+        check_labels(entry.labels, place, classes=classes, image=number, name="points")
         outside = ~((place >= 0) & (place <= 1)).all(1)  # NaN is not in either range
         if bool(outside.any()):
             row = int(outside.nonzero()[0])

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +18,9 @@ from torch import Tensor, nn
 
 from models.checks import check_images, check_positive
 from models.info import ModelInfo, Published, image
-from models.registry import describe_models, register_model
+from models.registry import describe_models
 from models.timm_names import on_load, regnet_names
-from models.vision import build_vision_model, initialise_convolutions
+from models.vision import initialise_convolutions, register_vision_models
 
 __all__ = ["CONFIGS", "RegNet", "RegNetConfig", "stage_shapes"]
 
@@ -144,50 +142,15 @@ class RegNet(nn.Module):
         return self.fc(torch.flatten(x, 1))
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, RegNet, CONFIGS[name], pretrained, overrides)
-
-
-@register_model
-def regnet_x_200mf(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RegNetX of 0.2 G MACs, 2.7 M parameters."""
-    return _build("regnet_x_200mf", pretrained, overrides)
-
-
-@register_model
-def regnet_x_400mf(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RegNetX of 0.4 G MACs, 5.2 M parameters."""
-    return _build("regnet_x_400mf", pretrained, overrides)
-
-
-@register_model
-def regnet_x_400mf_tv(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RegNetX of 0.4 G MACs as torchvision has it: the last stage 400 wide, not 384; 5.5 M parameters."""
-    return _build("regnet_x_400mf_tv", pretrained, overrides)
-
-
-@register_model
-def regnet_x_600mf(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RegNetX of 0.6 G MACs, 6.2 M parameters."""
-    return _build("regnet_x_600mf", pretrained, overrides)
-
-
-@register_model
-def regnet_x_800mf(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RegNetX of 0.8 G MACs, 7.3 M parameters."""
-    return _build("regnet_x_800mf", pretrained, overrides)
-
-
-@register_model
-def regnet_x_1_6gf(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RegNetX of 1.6 G MACs, 9.2 M parameters."""
-    return _build("regnet_x_1_6gf", pretrained, overrides)
-
-
-@register_model
-def regnet_x_3_2gf(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RegNetX of 3.2 G MACs, 15.3 M parameters."""
-    return _build("regnet_x_3_2gf", pretrained, overrides)
+register_vision_models(RegNet, CONFIGS, {
+    "regnet_x_200mf": "RegNetX of 0.2 G MACs, 2.7 M parameters.",
+    "regnet_x_400mf": "RegNetX of 0.4 G MACs, 5.2 M parameters.",
+    "regnet_x_400mf_tv": "RegNetX of 0.4 G MACs as torchvision has it: the last stage 400 wide, not 384; 5.5 M parameters.",
+    "regnet_x_600mf": "RegNetX of 0.6 G MACs, 6.2 M parameters.",
+    "regnet_x_800mf": "RegNetX of 0.8 G MACs, 7.3 M parameters.",
+    "regnet_x_1_6gf": "RegNetX of 1.6 G MACs, 9.2 M parameters.",
+    "regnet_x_3_2gf": "RegNetX of 3.2 G MACs, 15.3 M parameters.",
+})  # fmt: skip
 
 
 _TORCHVISION = "torchvision's model page"

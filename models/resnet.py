@@ -9,16 +9,14 @@ Shapes: B images, C channels, H and W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.checks import check_images, check_positive
 from models.info import ModelInfo, Published, image
-from models.registry import describe_models, register_model
-from models.vision import build_vision_model, initialise_convolutions
+from models.registry import describe_models
+from models.vision import initialise_convolutions, register_vision_models
 
 __all__ = ["CONFIGS", "BasicBlock", "Bottleneck", "ResNet", "ResNetConfig"]
 
@@ -144,38 +142,13 @@ def _stage(inputs: int, width: int, stride: int, count: int, config: ResNetConfi
     return nn.Sequential(first, *(kind(outputs, width, 1, config) for _ in range(count - 1)))
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, ResNet, CONFIGS[name], pretrained, overrides)
-
-
-@register_model
-def resnet18(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """ResNet-18, 11.7 M parameters."""
-    return _build("resnet18", pretrained, overrides)
-
-
-@register_model
-def resnet34(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """ResNet-34, 21.8 M parameters."""
-    return _build("resnet34", pretrained, overrides)
-
-
-@register_model
-def resnet50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """ResNet-50, 25.6 M parameters."""
-    return _build("resnet50", pretrained, overrides)
-
-
-@register_model
-def resnet101(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """ResNet-101, 44.5 M parameters."""
-    return _build("resnet101", pretrained, overrides)
-
-
-@register_model
-def resnext50_32x4d(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """ResNeXt-50 with 32 groups of 4 channels, 25.0 M parameters."""
-    return _build("resnext50_32x4d", pretrained, overrides)
+register_vision_models(ResNet, CONFIGS, {
+    "resnet18": "ResNet-18, 11.7 M parameters.",
+    "resnet34": "ResNet-34, 21.8 M parameters.",
+    "resnet50": "ResNet-50, 25.6 M parameters.",
+    "resnet101": "ResNet-101, 44.5 M parameters.",
+    "resnext50_32x4d": "ResNeXt-50 with 32 groups of 4 channels, 25.0 M parameters.",
+})  # fmt: skip
 
 
 _TORCHVISION = "torchvision's model page"

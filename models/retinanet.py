@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +20,8 @@ from models.detection import Detections, Target
 from models.info import ModelInfo, Published
 from models.info import image as image_input
 from models.losses import box_l1_loss, check_finite, sigmoid_focal_loss
-from models.registry import describe_models, register_model
-from models.vision import build_vision_model
+from models.registry import describe_models
+from models.vision import register_vision_models
 
 __all__ = ["CONFIGS", "LevelOutput", "RetinaHead", "RetinaNet", "RetinaNetConfig"]
 
@@ -162,20 +160,10 @@ class RetinaNet(PyramidDetector):
         return {"class": classes / max(count, 1), "box": boxes / max(count, 1)}
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, RetinaNet, CONFIGS[name], pretrained, overrides)
-
-
-@register_model
-def retinanet_r50(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RetinaNet, ResNet-50, 80 classes, 38.0 M parameters."""
-    return _build("retinanet_r50", pretrained, overrides)
-
-
-@register_model
-def retinanet_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """RetinaNet on a quarter-width ResNet-18, one class: for training in minutes."""
-    return _build("retinanet_small", pretrained, overrides)
+register_vision_models(RetinaNet, CONFIGS, {
+    "retinanet_r50": "RetinaNet, ResNet-50, 80 classes, 38.0 M parameters.",
+    "retinanet_small": "RetinaNet on a quarter-width ResNet-18, one class: for training in minutes.",
+})  # fmt: skip
 
 
 describe_models(

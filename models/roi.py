@@ -103,6 +103,10 @@ def pyramid_roi_align(
     return pooled
 
 
+BLOCK = 2048
+"""Boxes that `nms` compares at a time, so that its memory grows with their number and not with its square."""
+
+
 def nms(
     boxes: Tensor, scores: Tensor, *, threshold: float, labels: Tensor | None = None, limit: int | None = None
 ) -> Tensor:
@@ -125,15 +129,30 @@ def nms(
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in 0..1, not {threshold!r}")
     order = scores.sort(descending=True, stable=True).indices
-    boxes = boxes[order]
-    rival = (pairwise_iou(boxes, boxes) > threshold).triu(1)
-    if labels is not None:
-        rival &= labels[order][:, None] == labels[order]
-    # Dropped are the rivals of kept ones. The greedy result is the only set of which that holds; each round settles at least
-    # the first box that was not settled, usually nearly all.
-    kept = torch.ones_like(order, dtype=torch.bool)
+    kept = order[:0]
+    for block in order.split(BLOCK):
+        if limit is not None and len(kept) >= limit:
+            break
+        block = block[~_rivals(boxes, labels, kept, block, threshold).any(0)]
+        kept = torch.cat([kept, block[_undisputed(_rivals(boxes, labels, block, block, threshold).triu(1))]])
+    return kept[:limit]
+
+
+def _rivals(boxes: Tensor, labels: Tensor | None, one: Tensor, other: Tensor, threshold: float) -> Tensor:
+    """Which boxes suppress each other: their numbers (K,) and (L,) -> bool (K, L)."""
+    rival = pairwise_iou(boxes[one], boxes[other]) > threshold
+    return rival if labels is None else rival & (labels[one][:, None] == labels[other])
+
+
+def _undisputed(rival: Tensor) -> Tensor:
+    """Which of K boxes, best first, stay: bool (K, K), above the diagonal, -> bool (K,).
+
+    Dropped are the rivals of kept ones. The greedy result is the only set of which that holds; each round settles at least the
+    first box that was not settled, usually nearly all.
+    """
+    kept = torch.ones(len(rival), dtype=torch.bool, device=rival.device)
     while True:
         after = ~(rival & kept[:, None]).any(0)
         if torch.equal(after, kept):
-            return order[kept][:limit]
+            return kept
         kept = after

@@ -11,11 +11,9 @@ Shapes: B images, H x W positions of a map, C channels, N = window^2 positions o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +21,10 @@ from torch.nn import functional as F
 
 from models.backbone import register_backbone
 from models.checks import check_images, check_positive
+from models.huggingface import renamed, stack_qkv
 from models.info import ModelInfo, Published, image
-from models.registry import describe_models, register_model
-from models.vision import DropPath, build_vision_model
+from models.registry import describe_models
+from models.vision import DropPath, register_vision_models
 
 __all__ = ["CONFIGS", "Swin", "SwinBackbone", "SwinConfig", "official_names"]
 
@@ -226,7 +225,6 @@ class Stage(nn.Module):
             x = block(x, mask)
         return x
 
-
     def merged(self, x: Tensor) -> Tensor:
         """The next stage's input, or what is given if there is no next stage."""
         return x if self.downsample is None else self.downsample(x)
@@ -335,15 +333,21 @@ _HUGGINGFACE = (
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.attention\.(?:self|relative_position_bias)\.relative_position_bias_table$", ".attn.relative_position_bias_table"),
-    (r"\.attention\.self\.(query|key|value)\.", r".attn.\1."),
-    (r"\.attention\.(q|k|v)_proj\.", r".attn.\1."),
+    (r"\.attention\.(?:self\.([qkv])(?:uery|ey|alue)|([qkv])_proj)\.", lambda found: f".attn.{found[1] or found[2]}."),
     (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
+    # MaskFormer's backbone counts its norms from 0, the general one its stages from 1
+    (r"^hidden_states_norms\.(\d+)\.", r"norm\1."),
+    (r"^hidden_states_norms\.stage(\d+)\.", lambda found: f"norm{int(found[1]) - 1}."),
 )
-"""Parts of a name and what the authors call them, in the order of replacement."""
+# timm merges patches at the start of the next stage, and calls the linear layer ``head.fc``
+_TIMM = (
+    (r"^layers\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) - 1}.downsample."),
+    (r"^head\.fc\.", "head."),
+)
 
 
 def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -353,39 +357,10 @@ def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     state = {name: value for name, value in state.items() if not name.endswith(("relative_position_index", "attn_mask"))}
     if "head.fc.weight" in state or "layers.0.downsample.norm.weight" not in state:
-        state = {_timm_name(name): value for name, value in state.items()}
+        state = {renamed(name, _TIMM): value for name, value in state.items()}
     if not any("layernorm_before" in name for name in state):
         return state
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        for pattern, replacement in _HUGGINGFACE:
-            name = re.sub(pattern, replacement, name)
-        # MaskFormer's backbone counts its norms from 0, the general one its stages from 1
-        name = re.sub(r"^hidden_states_norms\.(\d+)\.", r"norm\1.", name)
-        name = re.sub(r"^hidden_states_norms\.stage(\d+)\.", lambda match: f"norm{int(match[1]) - 1}.", name)
-        renamed[name] = value
-    return _join_qkv(renamed)
-
-
-def _timm_name(name: str) -> str:
-    """timm merges patches at the start of the next stage, and calls the linear layer ``head.fc``."""
-    name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) - 1}.downsample.", name)
-    return re.sub(r"^head\.fc\.", "head.", name)
-
-
-def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One ``qkv`` in place of the three, which are called by their words or letters."""
-    joined: dict[str, Tensor] = {}
-    for name, value in state.items():
-        match = re.fullmatch(r"(.*\.attn\.)(q|k|v)(?:uery|ey|alue)?\.(weight|bias)", name)
-        if match is None:
-            joined[name] = value
-        elif match[2] == "q":
-            long = name.endswith(f".query.{match[3]}")
-            others = ("key", "value") if long else ("k", "v")
-            parts = [value, *(state[f"{match[1]}{other}.{match[3]}"] for other in others)]
-            joined[f"{match[1]}qkv.{match[3]}"] = torch.cat(parts)
-    return joined
+    return stack_qkv({renamed(name, _HUGGINGFACE): value for name, value in state.items()})
 
 
 @register_backbone(*CONFIGS)
@@ -404,44 +379,14 @@ def _backbone(
     return SwinBackbone(config, stages=stages, frozen_stages=frozen_stages)
 
 
-def _build(name: str, pretrained: bool | str | Path, overrides: dict[str, Any]) -> nn.Module:
-    return build_vision_model(name, Swin, CONFIGS[name], pretrained, overrides, rename=lambda state, own: official_names(state))
-
-
-@register_model
-def swin_tiny(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-T, window 7, for 224 pixels, 28.3 M parameters."""
-    return _build("swin_tiny", pretrained, overrides)
-
-
-@register_model
-def swin_small(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-S, window 7, for 224 pixels, 49.6 M parameters."""
-    return _build("swin_small", pretrained, overrides)
-
-
-@register_model
-def swin_base(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-B, window 7, for 224 pixels, 87.8 M parameters."""
-    return _build("swin_base", pretrained, overrides)
-
-
-@register_model
-def swin_large(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-L, window 7, for 224 pixels, 196.5 M parameters."""
-    return _build("swin_large", pretrained, overrides)
-
-
-@register_model
-def swin_base_384(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-B, window 12, for 384 pixels, 87.9 M parameters."""
-    return _build("swin_base_384", pretrained, overrides)
-
-
-@register_model
-def swin_large_384(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
-    """Swin-L, window 12, for 384 pixels, 196.7 M parameters."""
-    return _build("swin_large_384", pretrained, overrides)
+register_vision_models(Swin, CONFIGS, {
+    "swin_tiny": "Swin-T, window 7, for 224 pixels, 28.3 M parameters.",
+    "swin_small": "Swin-S, window 7, for 224 pixels, 49.6 M parameters.",
+    "swin_base": "Swin-B, window 7, for 224 pixels, 87.8 M parameters.",
+    "swin_large": "Swin-L, window 7, for 224 pixels, 196.5 M parameters.",
+    "swin_base_384": "Swin-B, window 12, for 384 pixels, 87.9 M parameters.",
+    "swin_large_384": "Swin-L, window 12, for 384 pixels, 196.7 M parameters.",
+}, rename=lambda state, own: official_names(state))  # fmt: skip
 
 
 _README = "the authors' README"

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from models.checks import check_options
+from models.registry import register_model
 from models.weights import load_weights, read_weights
 
-__all__ = ["DropPath", "build_vision_model", "initialise_convolutions", "load_backbone"]
+__all__ = ["DropPath", "build_vision_model", "initialise_convolutions", "load_backbone", "register_vision_models"]
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
@@ -89,6 +90,28 @@ def build_vision_model(
     if backbone_weights is not None:
         load_backbone(model, backbone_weights, name=name)
     return model
+
+
+def register_vision_models(
+    kind: Callable[[Config], Model],
+    configs: Mapping[str, Config],
+    summaries: Mapping[str, str],
+    *,
+    build: Callable[..., nn.Module] = build_vision_model,
+    **options: Any,
+) -> None:
+    """Register a builder for each name in ``summaries``, which are their docstrings: ``kind(configs[name])``, by ``build``, which
+    takes what `build_vision_model` does, and gets the options."""
+
+    def register(name: str, summary: str) -> None:
+        def builder(*, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
+            return build(name, kind, configs[name], pretrained, overrides, **options)
+
+        builder.__name__, builder.__doc__, builder.__module__ = name, summary, kind.__module__
+        register_model(builder)
+
+    for name, summary in summaries.items():
+        register(name, summary)
 
 
 def load_backbone(model: nn.Module, path: str | Path, *, name: str) -> None:

@@ -8,7 +8,6 @@ Shapes: B images, P patches, S = P + 1 tokens, C channels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.checks import check_images, check_multiple, check_options, check_positive, check_share
+from models.huggingface import renamed, stack_qkv
 from models.info import ModelInfo, Published, image
 from models.registry import describe_models, register_model
 from models.weights import load_weights, read_weights
@@ -183,16 +183,8 @@ _RENAMES = (
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a Hugging Face state dict of ViT or DeiT to `ViT`'s names; query, key and value are stacked, the pooler left out."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in _RENAMES:
-            key = re.sub(pattern, replacement, key)
-        if not key.startswith("pooler."):
-            renamed[key] = value
-    for key in [key for key in renamed if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
-        block, kind = key.split(".attn.q.")
-        renamed[f"{block}.attn.qkv.{kind}"] = torch.cat([renamed.pop(f"{block}.attn.{part}.{kind}") for part in "qkv"])
-    return renamed
+    found = {renamed(key, _RENAMES): value for key, value in state.items()}
+    return stack_qkv({key: value for key, value in found.items() if not key.startswith("pooler.")})
 
 
 def _build(name: str, pretrained: bool | str | Path, num_classes: int | None, overrides: dict[str, Any]) -> nn.Module:

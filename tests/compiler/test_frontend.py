@@ -12,10 +12,12 @@ from torch.nn.utils import parametrizations
 
 from algo.nm import NM
 from algo.sparsify import finalize, sparsify
+from compiler.compile import compile_model
 from compiler.frontend import trace
 from compiler.graph import Activation, Attention, CompileError, Input, LayerNorm, Linear, Rearrange
 from compiler.passes import optimise, run_passes
 from models.bert import BertConfig, BertModel
+from sim.simulate import simulate
 from tests.compiler.modules import Apply, attention_layers, keep_mask, split_heads
 
 X = torch.randn(2, 7, 24)
@@ -305,3 +307,39 @@ def test_a_pad_that_keeps_the_shape_still_shifts(pad: tuple[int, ...]) -> None:
     for graph in run_passes(trace(module, x)):
         (value,) = graph.run(x).values()
         torch.testing.assert_close(value, module(x), atol=1e-5, rtol=1e-5, msg=graph.stage)
+
+
+def _masked_first(m: Apply, x: torch.Tensor) -> torch.Tensor:
+    """-inf where a condition holds, written before the scores, as exporters do."""
+    q, k, v = (split_heads(part) for part in m.qkv(x).chunk(3, -1))
+    later = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    scores = torch.where(later, torch.tensor(-torch.inf), q @ k.transpose(-1, -2) * 0.3)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_the_value_of_masked_scores_may_come_first() -> None:
+    module, x = Apply(_masked_first, qkv=nn.Linear(24, 72)).eval(), torch.randn(2, 7, 24)
+    graph = optimise(trace(module, x))
+    assert any(isinstance(node, Attention) and node.bias is not None for node in graph.nodes.values())
+    (value,) = graph.run(x).values()
+    torch.testing.assert_close(value, module(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["latents", "latents, weights wanted", "rows mixed"])
+def test_constants_before_data_in_a_product(name: str) -> None:
+    """Queries that do not depend on data; a constant matrix that mixes rows."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(24, 4, batch_first=True)
+    latents, mixing = nn.Parameter(torch.randn(1, 3, 24)), nn.Parameter(torch.rand(7, 7))
+
+    def run(m: Apply, x: torch.Tensor) -> torch.Tensor:
+        if name == "rows mixed":
+            return m.mixing @ torch.relu(m.mixing @ m.a(x))
+        return m.layer(m.latents.expand(len(x), -1, -1), x, x, need_weights="weights" in name)[0]
+
+    module, x = Apply(run, layer=layer, latents=latents, mixing=mixing, a=nn.Linear(24, 16)).eval(), torch.randn(2, 7, 24)
+    program = compile_model(module, x, arch="tiny", host="forbid", calibration=[x], order="operator")
+    result = simulate(program, x, engine="isa")
+    assert result.bit_exact, result.mismatches
+    wanted = module(x)
+    assert (result.outputs[0] - wanted).square().mean() / wanted.var() < 10**-2.8

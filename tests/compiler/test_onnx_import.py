@@ -182,15 +182,12 @@ def test_a_block_of_llama_with_an_open_dimension(tmp_path: Path) -> None:
 
 
 def test_unknown_and_custom_operators_name_the_node(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.onnx", [helper.make_node("Einsum", ["x"], ["y"], name="mix", equation="ij->ji")], {"x": (2, 3)})
-    with pytest.raises(CompileError, match=r"ONNX node 'mix' \(Einsum\): operator Einsum is not understood: compile the torch"):
+    path = write(tmp_path / "m.onnx", [helper.make_node("Unique", ["x"], ["y"], name="mix")], {"x": (2, 3)})
+    with pytest.raises(CompileError, match=r"ONNX node 'mix' \(Unique\): operator Unique is not understood: compile the torch"):
         load_onnx(path)
-    for kind, inputs in (("LSTM", ["x", "w", "r"]), ("GRU", ["x", "w", "r"])):
-        node = helper.make_node(kind, inputs, ["y"], name="memory", hidden_size=2)
-        shapes = {"x": (3, 1, 2), "w": (1, 8 if kind == "LSTM" else 6, 2), "r": (1, 8 if kind == "LSTM" else 6, 2)}
-        message = rf"ONNX node 'memory' \({kind}\): operator {kind} is not understood: compile the torch"
-        with pytest.raises(CompileError, match=message):
-            load_onnx(write(tmp_path / "l.onnx", [node], shapes))
+    node = helper.make_node("GRU", ["x", "w", "r"], ["y"], name="memory", hidden_size=2)
+    with pytest.raises(CompileError, match=r"ONNX node 'memory' \(GRU\): .*a reset before the product"):
+        load_onnx(write(tmp_path / "l.onnx", [node], {"x": (3, 1, 2), "w": (1, 6, 2), "r": (1, 6, 2)}))
     node = helper.make_node("Magic", ["x"], ["y"], name="spell", domain="acme")
     path = write(tmp_path / "n.onnx", [node], {"x": (2, 3)}, domain="acme")
     with pytest.raises(CompileError, match=r"ONNX node 'spell' \(acme.Magic\): custom operators of domain 'acme' are not"):

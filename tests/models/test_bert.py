@@ -134,5 +134,14 @@ def test_errors():
         small(depth=3)
     with pytest.raises(ValueError, match="no installable package carries weights of tinybert_4"):
         small(pretrained=True)
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    for arguments, message in (
+        ((ids - 1,), "token numbers must be in 0 to .*, not -1"),
+        ((ids, None, ids + 2), "token types must be in 0 to 1, not 2"),
+        ((ids, None, ids[:, :4]), r"token types must be \(2, 5\), one a token, not \(2, 4\)"),
+        ((ids, torch.ones(2, 4)), r"the attention mask must be \(2, 5\), one a token, not \(2, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            create_model("tinybert_4", layers=1)(*arguments)
     with pytest.raises(ValueError, match="17 tokens, but the model has 16 positions"):
         small()(torch.ones(1, 17, dtype=torch.long))

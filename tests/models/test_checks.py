@@ -3,7 +3,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from models.checks import check_images, check_multiple, check_options, check_pixels, check_positive, check_share, check_tokens
+from models.checks import (
+    check_entries,
+    check_images,
+    check_labels,
+    check_mask,
+    check_multiple,
+    check_numbers,
+    check_options,
+    check_pixels,
+    check_positive,
+    check_share,
+    check_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -74,11 +86,81 @@ def test_pixels(value):
         check_pixels(images)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0)])
+def test_no_image_at_all(shape):
+    with pytest.raises(ValueError, match=r"^maps must be at least one, of at least one pixel, not \(\d"):
+        check_images(torch.zeros(shape), 3, name="maps")
+
+
+@pytest.mark.parametrize("images", [[torch.zeros(3, 8, 8)], None, "images"])
+def test_images_are_a_tensor(images):
+    kind = type(images).__name__
+    with pytest.raises(TypeError, match=f"^images must be a tensor, not {kind}: pad_images makes a batch of several$"):
+        check_images(images, 3)
+
+
 def test_tokens():
-    check_tokens(torch.zeros(2, 5, dtype=torch.int64), 5)
-    with pytest.raises(TypeError, match="token numbers must be integers, not torch.float32"):
-        check_tokens(torch.zeros(2, 5), 5)
+    for kind in (torch.int64, torch.int32):
+        check_tokens(torch.tensor([[0, 9, 1, 2, 3]], dtype=kind), 5, 10)
+    check_tokens(torch.full((2, 5), 99, device="meta"), 5, 10)  # nothing to look at
+    with pytest.raises(TypeError, match="token numbers must be a tensor, not list"):
+        check_tokens([[1, 2]], 5, 10)
+    for kind in (torch.float32, torch.bool, torch.int8):
+        with pytest.raises(TypeError, match=f"token numbers must be integers, int64 or int32, not {kind}"):
+            check_tokens(torch.zeros(2, 5, dtype=kind), 5, 10)
     with pytest.raises(ValueError, match="6 tokens, but the model has 5 positions: truncate the input"):
-        check_tokens(torch.zeros(2, 6, dtype=torch.int64), 5)
-    with pytest.raises(ValueError, match=r"token numbers must be \(B, S\), not \(6,\)"):
-        check_tokens(torch.zeros(6, dtype=torch.int64), 9)
+        check_tokens(torch.zeros(2, 6, dtype=torch.int64), 5, 10)
+    for shape in ((6,), (0, 6), (2, 0), (1, 2, 3)):
+        with pytest.raises(ValueError, match=r"token numbers must be \(B, S\), at least one of a sequence, not \("):
+            check_tokens(torch.zeros(shape, dtype=torch.int64), 9, 10)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10, 2**40])
+def test_numbers_out_of_range(wrong):
+    numbers = torch.tensor([[0, 9], [3, wrong], [wrong, 1]])
+    with pytest.raises(ValueError, match=rf"^kinds must be in 0 to 9, not {wrong} \(place 1 of sequence 1\)$"):
+        check_numbers(numbers, 10, "kinds")
+
+
+def test_mask_has_an_entry_a_token():
+    check_mask(torch.ones(2, 5), torch.zeros(2, 5, 8))
+    for shape in ((2, 4), (1, 5), (5,)):
+        with pytest.raises(ValueError, match=r"the attention mask must be \(2, 5\), one a token, not \("):
+            check_mask(torch.ones(shape), torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="the attention mask must be a tensor, not NoneType"):
+        check_mask(None, torch.zeros(2, 5))
+
+
+@dataclass
+class Entry:
+    labels: object
+
+
+def test_entries():
+    check_entries([Entry(1), Entry(2)], Entry, images=2, name="targets")
+    check_entries((), Entry, images=0, name="targets")
+    for wrong, message in (
+        (None, "targets must be a list with one Entry an image, not NoneType"),
+        (Entry(1), "targets must be a list with one Entry an image, not Entry"),
+        ([Entry(1), {"labels": 1}], r"targets must hold one Entry an image, not dict \(image 1\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            check_entries(wrong, Entry, images=2, name="targets")
+    with pytest.raises(ValueError, match="2 images need as many targets, not 1"):
+        check_entries([Entry(1)], Entry, images=2, name="targets")
+
+
+def test_labels():
+    boxes = torch.zeros(2, 4)
+    check_labels(torch.tensor([0, 2]), boxes, classes=3, image=1, name="boxes")
+    check_labels(torch.zeros(0, dtype=torch.int64), boxes[:0], classes=3, image=1, name="boxes")
+    for labels, kind, message in (
+        ([0, 1], TypeError, "labels of image 1 must be a tensor, not list"),
+        (torch.zeros(2), TypeError, "labels of image 1 must be int64, not torch.float32"),
+        (torch.tensor([0]), ValueError, r"image 1 has labels \(1,\) for boxes \(2, 4\): one for each"),
+        (torch.tensor([[0, 1]]), ValueError, r"image 1 has labels \(1, 2\) for boxes \(2, 4\)"),
+        (torch.tensor([0, 3]), ValueError, r"labels of image 1 must be in 0 to 2, not \[0, 3\]"),
+        (torch.tensor([-1, 0]), ValueError, r"labels of image 1 must be in 0 to 2, not \[-1, 0\]"),
+    ):
+        with pytest.raises(kind, match=message):
+            check_labels(labels, boxes, classes=3, image=1, name="boxes")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from algo.channels import channel_groups
+from algo.count import count
 from algo.fisher import FisherPruner
 from algo.sparsify import finalize, model_patterns, sparsify
 from algo.verify import verify
@@ -113,12 +114,13 @@ def test_rotation_is_a_complex_product():
 
 def test_llama_7b_on_the_meta_device_in_under_a_second():
     with torch.device("meta"):
-        create_model("llama_tiny")  # torch loads what it needs for the meta device
+        count(create_model("llama_tiny"), torch.zeros(1, 8, dtype=torch.int64))  # torch loads what it needs for the meta device
         started = time.process_time()
         model = create_model("llama_7b")
-    size = sum(parameter.numel() for parameter in model.parameters())
+        counted = count(model, torch.zeros(1, 128, dtype=torch.int64))
     assert time.process_time() - started < 1
-    assert size == 6_738_415_616
+    assert counted.parameters == 6_738_415_616
+    assert counted.macs == 128 * (6_738_415_616 - 32000 * 4096 - 65 * 4096) + 32 * 2 * 128 * 128 * 4096
 
 
 WIDTHS = {"llama_7b": 11008, "llama_13b": 13824, "llama_30b": 17920, "llama_65b": 22016}
@@ -333,8 +335,12 @@ def test_wrong_use():
     model = create_model("llama_tiny")
     with pytest.raises(ValueError, match="129 tokens, but the model has 128 positions"):
         model(torch.zeros(1, 129, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"token numbers must be \(B, S\), not \(4,\)"):
+    with pytest.raises(ValueError, match=r"token numbers must be \(B, S\), at least one of a sequence, not \(4,\)"):
         model(torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"token numbers must be in 0 to 511, not 512 \(place 1 of sequence 0\)"):
+        model(torch.tensor([[511, 512]]))
+    with pytest.raises(ValueError, match="token numbers must be in 0 to 511, not 600"):
+        generate(model, [[600]], new_tokens=1)
     with pytest.raises(ValueError, match=r"places must be in \[1, 128\], the positions of the model, not 130"):
         generate(model, [[1, 2]], new_tokens=128)
     for options, message in (
@@ -345,6 +351,21 @@ def test_wrong_use():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             generate(model, **options)
+
+
+def test_wrong_places():
+    model, tokens, places = create_model("llama_tiny"), torch.zeros(2, 3, dtype=torch.int64), torch.arange(3)
+    cache = model.new_cache(2, 8)
+    for arguments, message in (
+        ((tokens, places[:2]), r"positions must be integers \(3,\), one a token, not torch.int64 \(2,\)"),
+        ((tokens, places.float()), r"positions must be integers \(3,\), one a token, not torch.float32 \(3,\)"),
+        ((tokens[:1], places, cache), "the cache must have 4 layers and 1 sequences, not 4 and 2: new_cache gives one"),
+        ((tokens, places, cache[:1]), "the cache must have 4 layers and 2 sequences, not 1 and 2"),
+        ((tokens, places, ()), "the cache must have 4 layers and 2 sequences, not 0 and 0"),
+        ((tokens, places + 6, cache), r"positions in this cache must be in 0 to 7, not 8 \(place 2 of sequence 0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(*arguments)
 
 
 # -- sparse and pruned ------------------------------------------------------------------------------------------------

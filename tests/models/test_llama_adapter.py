@@ -193,3 +193,18 @@ def test_wrong_use(tmp_path):
         other.load_adapter(tmp_path / "a.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights at"):
         other.load_adapter(tmp_path / "b.safetensors")
+
+
+def test_an_adapter_alone_learns_answers_by_heart():
+    model = adapter()
+    before = {name: value.clone() for name, value in model.base.state_dict().items()}
+    rows = torch.randint(3, 20, (8, 7), generator=torch.Generator().manual_seed(3))  # six tokens that mean nothing, and an answer
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, betas=(0.9, 0.95))
+    assert float((model(rows[:, :-1])[:, -1].argmax(-1) == rows[:, -1]).float().mean()) < 0.5
+    for _ in range(150):
+        loss = F.cross_entropy(model(rows[:, :-1])[:, -1], rows[:, -1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(model(rows[:, :-1])[:, -1].argmax(-1), rows[:, -1])
+    assert all(torch.equal(value, before[name]) for name, value in model.base.state_dict().items())

@@ -357,5 +357,9 @@ def test_wrong_use():
         temperature_schedule(start=0.5)
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\], not 2"):
         temperature_schedule(share=2)
+    with pytest.raises(ValueError, match=r"maps must be at least one, of at least one pixel, not \(0, 4, 5, 5\)"):
+        ODConv2d(4, 4, 3)(torch.zeros(0, 4, 5, 5))
+    with pytest.raises(ValueError, match="normalises over the batch: train with two images or more"):
+        ODConv2d(4, 4, 3)(torch.zeros(1, 4, 5, 5))
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), not \(2, 1, 32, 32\)"):
         create_model("odconv_resnet18_1x", width=8, blocks=(1,))(torch.zeros(2, 1, 32, 32))

@@ -69,5 +69,5 @@ def test_wrong_points(points, message):
 
 
 def test_wrong_kinds():
-    with pytest.raises(TypeError, match="image 0 needs int64 labels and floating-point points, not torch.float32"):
+    with pytest.raises(TypeError, match="labels of image 0 must be int64, not torch.float32"):
         check_points([PointTarget(torch.zeros(1), torch.zeros(1, 2))], images=1, classes=3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import create_model, list_models, register_model, registry
+from models import create_model, list_models, model_info, register_model, registry
 from models.bert import CONFIGS as BERTS
 
 TINY = {"layers": 1, "hidden": 24, "heads": 2, "intermediate": 16, "vocabulary": 30}
@@ -27,6 +27,22 @@ def test_published_sizes():
             for name in ("bert_base", "minilm_l6")
         }
     assert sizes == {"bert_base": 108_891_648, "minilm_l6": 22_565_376}
+
+
+@pytest.mark.parametrize("name", sorted({model_info(name).family: name for name in list_models()}.values()))
+def test_a_network_of_every_family_refuses_what_is_no_input(name):
+    info = model_info(name)
+    with torch.device("meta"):
+        model = create_model(name)
+    model = model if info.counted is None else info.counted(model)
+    given = info.inputs[0].tensor()
+    other = given.to(torch.uint8 if given.is_floating_point() else torch.float32)
+    for wrong, kind in (
+        (given[:0], ValueError), (given[:, :0], ValueError), (given[0], ValueError), (other, TypeError), ([given], TypeError),
+        (None, TypeError),
+    ):  # fmt: skip
+        with pytest.raises(kind, match="^(images|token numbers) must be "):
+            model(wrong)
 
 
 def test_unknown_name_offers_near_ones():

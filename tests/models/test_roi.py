@@ -106,6 +106,18 @@ def test_nms_of_a_chain():
     assert nms(boxes, -low, threshold=0.1).tolist() == list(range(0, 40, 2))
 
 
+@pytest.mark.parametrize("limit", [None, 3, 9])
+def test_nms_in_blocks_is_that_of_the_whole(monkeypatch, limit):
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(70, 2, generator=generator) * 20
+    boxes = torch.cat([low, low + torch.rand(70, 2, generator=generator) * 20], 1)
+    scores, labels = torch.rand(70, generator=generator), torch.randint(2, (70,), generator=generator)
+    whole = nms(boxes, scores, threshold=0.3, labels=labels, limit=limit)
+    for block in (1, 7, 69):
+        monkeypatch.setattr("models.roi.BLOCK", block)
+        assert torch.equal(nms(boxes, scores, threshold=0.3, labels=labels, limit=limit), whole)
+
+
 def test_nms_refuses_a_threshold():
     with pytest.raises(ValueError, match="threshold must be in 0..1, not 2"):
         nms(torch.zeros(1, 4), torch.zeros(1), threshold=2)
