@@ -349,9 +349,8 @@ class Builder(Grids):
         added = (self.offsets.get(node.inputs[1], 0.0) if node.post.residual else 0.0) - zero
         none: dict[str, Any] = {"in_offset": 0.0, "out_scale": grid, "added": 0.0, "mean": np.zeros(node.weight.shape[1])}
         weight, requant = weight_and_requant(replace(node, bias=None), in_scale=low.scale, **none)
-        self.ops.append(ops.Linear(
-            name=part.name, x=low.name, out=part.name, weight=weight, pattern=node.pattern, requant=requant, source=node.source,
-        ))  # fmt: skip
+        first = {**fields, "name": part.name, "out": part.name}
+        self.ops.append(ops.Linear(x=low.name, weight=weight, pattern=node.pattern, requant=requant, **first))
         weight, requant = weight_and_requant(replace(node, weight=-node.weight), in_scale=high.scale, **{**none, "added": added})
         last = {**fields, "residual": ops.ResidualInput(part.name, 2, 1)}
         self.ops.append(ops.Linear(x=high.name, weight=weight, pattern=node.pattern, requant=requant, **last))
