@@ -46,7 +46,8 @@ def float_agreement(network: nn.Module, inputs: Any, outputs: Sequence[Any]) -> 
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    return [torch.as_tensor(value) for value in values]
+    """Results; a program leaves out those that are None."""
+    return [torch.as_tensor(value) for value in values if value is not None]
 
 
 def _least_cosine(exact: list[Tensor], got: list[Tensor]) -> float:

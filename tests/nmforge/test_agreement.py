@@ -37,6 +37,16 @@ def test_noise_tells_a_network_that_makes_much_of_little() -> None:
         assert float_agreement(gate, x[:1], [gate(x[:1])])["cosine_noisy"] == pytest.approx(1)
 
 
+def test_results_that_are_none_are_left_out() -> None:
+    class Perhaps(Two):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+            return self.first(x), None
+
+    x, network = torch.randn(8, 32), Perhaps()
+    with torch.no_grad():
+        assert float_agreement(network, x, network(x)[:1])["cosine"] == pytest.approx(1)
+
+
 def test_the_encoder_of_torch_is_disturbed_too() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
