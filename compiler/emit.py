@@ -63,9 +63,9 @@ class Emitter:
     -------
     constants : constant buffers so far. tensors : layout of each tensor, copies included.
     copies : name of the copy of a tensor in another layout, by (tensor, layout, heads). tails : bytes of the buffers for row
-    tiles that hold the tails of several keys or values, and of what `compiler.emit_gather` turns. turned : tiles that it has
-    turned. tables : name of the host-written parameter tables, by (mask,
-    multiplier, shift). weights : stored bytes and format of each Linear, by operator number.
+    tiles that hold the tails of several keys or values, and of what `compiler.emit_gather` turns. tables : name of the
+    host-written parameter tables, by (mask, multiplier, shift). weights : stored bytes and format of each
+    Linear, by operator number.
     """
 
     arch: Arch
@@ -73,7 +73,6 @@ class Emitter:
     tensors: dict[str, TensorInfo]
     copies: dict[tuple[str, Layout, int], str] = field(default_factory=dict)
     tails: dict[str, int] = field(default_factory=dict)
-    turned: set[Region] = field(default_factory=set)
     tables: dict[tuple[str, int, int], str] = field(default_factory=dict)
     weights: dict[int, tuple[int, str]] = field(default_factory=dict)
 

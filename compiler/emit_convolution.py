@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from algo.nm import NM
-from compiler.emit import IDENTITY, Emitter, Segment, Stream, k_chunks, requant_params
+from compiler.emit import COPY, IDENTITY, Emitter, Segment, Stream, k_chunks, requant_params
 from compiler.emit_gather import emit_mean, is_mean
 from compiler.images import copy_placement
 from compiler.ops import Attention, Conv, MaxPool, QuantNetwork
@@ -25,7 +25,7 @@ from compiler.steps import At, Step
 from compiler.verify_network import LoweringError, describe
 from compiler.windows import Fetch, Move, fetches, moves
 from hw.arch import Arch
-from hw.isa import Out, Residual, RowOp, Scale, Source
+from hw.isa import Out, Residual, RowOp, Scale
 
 __all__ = ["Block", "blocks", "emit_convolution", "emit_max_pool", "is_non_negative"]
 
@@ -91,7 +91,7 @@ def _move(emitter: Emitter, index: int, x: str, name: str, move: Move, segment: 
     return Step(
         op=index,
         fields={
-            "source": Source.STREAM, "mult": 2, "shift": 1, "cols": segment.stop - segment.start, "out": Out.STORE8,
+            **COPY, "cols": segment.stop - segment.start, "out": Out.STORE8,
             "a_rotate": move.rotate, "o_skip": move.start, "o_drop": emitter.arch.rows - move.stop,
         },
         addresses={
@@ -286,7 +286,7 @@ def _largest(emitter: Emitter, index: int, op: MaxPool, x: str, tile: int, look:
     return Step(
         op=index,
         fields={
-            "source": Source.STREAM, "mult": 2, "shift": 1, "cols": segment.stop - segment.start, "out": Out.STORE8,
+            **COPY, "cols": segment.stop - segment.start, "out": Out.STORE8,
             "row_op": RowOp.NONE, "o_skip": look.start * depth, "o_drop": emitter.arch.rows - look.stop * depth, **compared,
             **_turned(look.fetch),
         },

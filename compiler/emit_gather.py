@@ -7,7 +7,7 @@ is that of copies, and a tile costs about as much as one copy of it, however its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,17 +65,21 @@ def gather_cost(found: list[Gather], width: int, arch: Arch) -> int:
     return len(turned) * (width + INSTRUCTION_CYCLES) + sum(cycles + INSTRUCTION_CYCLES for cycles in products)
 
 
-def turn_rows(emitter: Emitter, index: int, op: Rearrange, part: RowSource, found: list[Gather]) -> list[Task]:
-    """What stores the source tiles with rows and channels changed, those that no other part of the operator has stored."""
-    name, tasks = _turned(op, part), []
-    size = _turned_bytes(part.width, emitter.arch)
-    for tile in sorted({tile for gather in found for tile in gather.taken}):
-        if (name, tile) in emitter.turned:
-            continue
-        emitter.turned.add((name, tile))
+def turn_rows(emitter: Emitter, index: int, op: Rearrange, part: RowSource, found: list[Gather]) -> dict[Region, Task]:
+    """What stores the source tiles of a part with rows and channels changed; parts of like columns share them."""
+    tiles = {tile for gather in found for tile in gather.taken}
+    return _turn_tiles(emitter, index, _turned(op, part), part.tensor, tiles, part.start, part.width)
+
+
+def _turn_tiles(
+    emitter: Emitter, index: int, name: str, tensor: str, tiles: Iterable[int], start: int, columns: int
+) -> dict[Region, Task]:
+    """Columns of tiles of a tensor as weights, in a buffer with a place for each tile up to the last."""
+    size, tasks = _turned_bytes(columns, emitter.arch), {}
+    for tile in sorted(tiles):
         emitter.tails[name] = max(emitter.tails.get(name, 0), (tile + 1) * size)
-        source = emitter.column(part.tensor, tile, part.start)
-        tasks.append(Task((_turn(emitter, index, source, (part.tensor, tile), part.width, At(name, tile * size), (name, tile)),)))
+        source, region = emitter.column(tensor, tile, start), (name, tile)
+        tasks[region] = Task((_turn(emitter, index, source, (tensor, tile), columns, At(name, tile * size), region),))
     return tasks
 
 
@@ -164,21 +168,18 @@ def is_mean(op: Conv, image: tuple[int, int], arch: Arch) -> bool:
 def emit_mean(emitter: Emitter, index: int, op: Conv) -> list[Task]:
     """The mean of the pixels of each image: a chain for each tile of the result, in which each image has a row."""
     arch, weight, columns = emitter.arch, op.weight.flat[0], len(op.weight)
-    name, size = f"{op.out}@{op.x}", _turned_bytes(columns, arch)
+    name = f"{op.out}@{op.x}"
     theirs, ours = (emitter.tensors[n].stored(arch).packed_rows() for n in (op.x, op.out))
-    tiles = np.unique(theirs // arch.rows)
-    emitter.tails[name] = (int(tiles[-1]) + 1) * size
     emitter.weights[index] = (0, Format.DENSE.name)
-    tasks = [
-        Task((_turn(emitter, index, emitter.column(op.x, tile), (op.x, tile), columns, At(name, tile * size), (name, tile)),))
-        for tile in tiles.tolist()
-    ]
+    tasks = list(_turn_tiles(emitter, index, name, op.x, np.unique(theirs // arch.rows).tolist(), 0, columns).values())
     for tile in np.unique(ours // arch.rows).tolist():
         images = np.flatnonzero(ours[:, 0] // arch.rows == tile)
-        choices = {int(t): np.zeros((arch.rows, arch.rows), np.int8) for t in np.unique(theirs[images] // arch.rows)}
-        for image in images:
-            for row in theirs[image]:
-                choices[row // arch.rows][row % arch.rows, ours[image, 0] % arch.rows] = weight
+        rows, result = theirs[images], np.broadcast_to(ours[images] % arch.rows, theirs[images].shape)
+        choices = {}
+        for source in np.unique(rows // arch.rows).tolist():
+            mine = rows // arch.rows == source
+            choices[source] = np.zeros((arch.rows, arch.rows), np.int8)
+            choices[source][rows[mine] % arch.rows, result[mine]] = weight
         for segment in _segments(columns, len(choices), arch):
             fields, addresses, reads, written = emitter.post(op, tile, segment)
             params = At(emitter.constants.add(requant_params(op.requant, segment)))

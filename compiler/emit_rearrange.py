@@ -14,7 +14,7 @@ from compiler.emit_gather import INSTRUCTION_CYCLES, Gather, gather_cost, gather
 from compiler.ops import Rearrange, RowSource
 from compiler.placement import Placement
 from compiler.schedule import Task
-from compiler.steps import At, Step
+from compiler.steps import At, Region, Step
 from compiler.verify_network import LoweringError, describe
 from compiler.windows import Move, row_moves
 from hw.isa import Out, Residual, Source
@@ -28,18 +28,18 @@ def emit_rearrange(emitter: Emitter, index: int, op: Rearrange) -> list[Task]:
     out = emitter.tensors[op.out].stored(emitter.arch)
     stored = _Stored(op, out, emitter.tensors[op.out].shape[2])
     steps: list[list[Step]] = [[] for _ in range(out.tiles)]
-    turned: list[Task] = []
+    turned: dict[Region, Task] = {}
     for part in op.sources:
         copies, chosen = _ways(emitter, op, part, stored)
         for move in copies:
             stored.wrote(part, move.tile, move.start, move.stop)
             steps[move.tile] += _copy(emitter, index, op, part, move)
-        turned += turn_rows(emitter, index, op, part, chosen)
+        turned |= turn_rows(emitter, index, op, part, chosen)
         for gather in chosen:
             stored.wrote(part, gather.tile, gather.start, gather.stop)
             steps[gather.tile] += gather_steps(emitter, index, op, part, gather)
     fills = _fills(emitter, index, op, stored)
-    return [*turned, *(Task((*fills.get(tile, ()), *steps[tile])) for tile in range(out.tiles))]
+    return [*turned.values(), *(Task((*fills.get(tile, ()), *steps[tile])) for tile in range(out.tiles))]
 
 
 @dataclass(eq=False)

@@ -56,12 +56,10 @@ def _as_pixels(graph: Graph) -> Graph:
         layout = _pixel_rows(node.shape)
         rows = [user for user in users[node.name] if isinstance(user, View) and user.layout == layout]
         if rows and len(rows) < len(users[node.name]):
-            batch, channels, *size = node.shape
-            image = Layout.contiguous((batch, *size, channels)).permute((0, 3, 1, 2))
             nodes[rows[0].name] = rows[0]
             back = View(
                 name=f"{node.name}.image", inputs=(rows[0].name,), shape=node.shape, source=node.source, origin=rows[0].origin,
-                layout=image,
+                layout=_image(node.shape),
             )  # fmt: skip
             nodes[back.name] = back
             now[node.name] = back.name
@@ -138,5 +136,10 @@ def _pixel_rows(shape: tuple[int, ...]) -> Layout:
 
 def _is_image(node: View, graph: Graph) -> bool:
     batch, channels, *size = node.shape
-    rows = Layout.contiguous((batch, *size, channels)).permute((0, len(size) + 1, *range(1, len(size) + 1)))
-    return graph.nodes[node.inputs[0]].shape == (batch, prod(size), channels) and node.layout == rows
+    return graph.nodes[node.inputs[0]].shape == (batch, prod(size), channels) and node.layout == _image(node.shape)
+
+
+def _image(shape: tuple[int, ...]) -> Layout:
+    """Rows of pixels (batch, pixels, channels) as (batch, channels, ...)."""
+    batch, channels, *size = shape
+    return Layout.contiguous((batch, *size, channels)).permute((0, len(size) + 1, *range(1, len(size) + 1)))
